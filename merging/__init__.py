@@ -1,0 +1,19 @@
+"""Model merging: several models fine-tuned from one base become one model, layer by layer."""
+
+from merging import ace, baselines, interference, spectral  # noqa: F401  (they fill the registry)
+from merging.engine import Report, merge_checkpoints, merge_state_dicts
+from merging.errors import InputError
+from merging.layers import Layer, linear_layers
+from merging.registry import Method, create, methods
+
+__all__ = [
+    "InputError",
+    "Layer",
+    "Method",
+    "Report",
+    "create",
+    "linear_layers",
+    "merge_checkpoints",
+    "merge_state_dicts",
+    "methods",
+]

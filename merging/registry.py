@@ -1,0 +1,167 @@
+"""The table of methods: a name, one pure function on tensors, and what the engine must know of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from torch import Tensor
+
+from merging.errors import InputError
+
+# What the engine can hand to a method beside the deltas. Everything else in a signature is a
+# hyperparameter. `d_in` is the ambient width when deltas are given in a row-space basis.
+CONTEXT = frozenset({"covariances", "fishers", "d_in", "depth", "generator", "thresholds"})
+
+Needs = Literal["covariance", "fisher"]
+Rest = Literal["average", "base", "method"]
+_STATISTIC_ARGUMENT = {"covariance": "covariances", "fisher": "fishers"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One row of the table; see `method` for the meaning of the fields."""
+
+    name: str
+    function: Callable[..., Tensor]
+    source: str
+    needs: Needs | None
+    rest: Rest
+    alpha: float
+    row_space: bool
+    prepare: Callable[..., dict[str, Any]] | None
+    preset: Mapping[str, Any]
+
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters with their default values, `alpha` included."""
+        parameters = inspect.signature(self.function).parameters.values()
+        own = {
+            p.name: p.default
+            for p in parameters
+            if p.kind is p.KEYWORD_ONLY and p.name not in CONTEXT and p.name not in self.preset
+        }
+        return own | {"alpha": self.alpha}
+
+
+_TABLE: dict[str, Entry] = {}
+
+
+def method(
+    name: str,
+    *,
+    source: str,
+    needs: Needs | None = None,
+    rest: Rest = "average",
+    alpha: float = 1.0,
+    row_space: bool = False,
+    prepare: Callable[..., dict[str, Any]] | None = None,
+    **preset: Any,
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Register a function `(deltas (T, d_out, d_in), *, hyperparameters) -> (d_out, d_in)`.
+
+    needs: the statistic it wants for each layer, or None.
+    rest: how tensors that are no linear layer's matrix are merged: "average" of their
+        differences, "base" (kept), or "method" (the function itself, on (T, *shape)).
+    alpha: default factor on the result.
+    row_space: f(D Q^T) = f(D) Q^T for orthonormal Q, so that it may run in a narrow basis.
+    prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
+    preset: hyperparameters that this name fixes; they are no longer settable.
+    """
+
+    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        if name in _TABLE:
+            raise ValueError(f"method {name!r} is registered twice")
+        _TABLE[name] = Entry(
+            name, function, source, needs, rest, alpha, row_space, prepare, dict(preset)
+        )
+        return function
+
+    return register
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered function with its hyperparameters bound; call it on a stack of deltas."""
+
+    entry: Entry = field(repr=False)
+    name: str
+    hyperparameters: Mapping[str, Any]
+
+    @property
+    def needs(self) -> Needs | None:
+        return self.entry.needs
+
+    @property
+    def source(self) -> str:
+        return self.entry.source
+
+    @property
+    def rest(self) -> Rest:
+        return self.entry.rest
+
+    @property
+    def row_space(self) -> bool:
+        return self.entry.row_space
+
+    @property
+    def alpha(self) -> float:
+        return self.hyperparameters["alpha"]
+
+    def prepare(self, stream: Callable[[], Any]) -> dict[str, Any]:
+        """Context from one pass over the whole model; empty for most methods."""
+        return self.entry.prepare(stream, self.hyperparameters) if self.entry.prepare else {}
+
+    def __call__(self, deltas: Tensor, **context: Any) -> Tensor:
+        """Merge one layer.
+
+        deltas: (T, d_out, d_in), floating point, float32 or better.
+        context: any of `CONTEXT`, e.g. covariances (T, d_in, d_in); what the method does not
+            use is ignored, what it needs and does not get is an InputError.
+        Returns (d_out, d_in), `alpha` applied: the merged weight is W_0 + method(deltas).
+        """
+        if unknown := set(context) - CONTEXT:
+            raise InputError(
+                f"method {self.name!r} was called with {sorted(unknown)}, "
+                f"expected only {sorted(CONTEXT)}"
+            )
+        if self.needs and context.get(_STATISTIC_ARGUMENT[self.needs]) is None:
+            raise InputError(
+                f"method {self.name!r} needs {_STATISTIC_ARGUMENT[self.needs]}, none were given",
+                hint="collect them with: python -m experiments.statistics",
+            )
+        wanted = inspect.signature(self.entry.function).parameters
+        given = {k: v for k, v in context.items() if k in wanted and v is not None}
+        own = {k: v for k, v in self.hyperparameters.items() if k != "alpha"}
+        merged = self.entry.function(deltas, **self.entry.preset, **own, **given)
+        return merged if self.alpha == 1 else self.alpha * merged
+
+
+def methods() -> list[str]:
+    """Names of all registered methods, sorted."""
+    return sorted(_TABLE)
+
+
+def create(name: str, **hyperparameters: Any) -> Method:
+    """A method by name, its hyperparameters overridden by the given ones.
+
+    `lambda` is accepted for the papers' symbol: the ridge `lam` where a method has one, else
+    the factor `alpha`. Raises InputError for an unknown name or hyperparameter.
+    """
+    if name not in _TABLE:
+        close = get_close_matches(name, _TABLE, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise InputError(f"unknown method {name!r}", hint=f"{hint}known: {', '.join(methods())}")
+    entry = _TABLE[name]
+    defaults = entry.defaults()
+    if "lambda" in hyperparameters:
+        symbol = "lam" if "lam" in defaults else "alpha"
+        hyperparameters[symbol] = hyperparameters.pop("lambda")
+    if unknown := set(hyperparameters) - set(defaults):
+        raise InputError(
+            f"method {name!r} has no hyperparameter {sorted(unknown)[0]!r}",
+            hint=f"it takes: {', '.join(sorted(defaults))}",
+        )
+    return Method(entry, name, defaults | hyperparameters)
