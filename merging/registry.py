@@ -1,4 +1,4 @@
-"""The table of methods: a name, one pure function on tensors, and what the engine must know of it."""
+"""The table of methods: a name, a pure function on tensors, what the engine must know of it."""
 
 from __future__ import annotations
 
@@ -28,22 +28,30 @@ class Entry:
     name: str
     function: Callable[..., Tensor]
     source: str
-    needs: Needs | None
+    needs: Needs | Callable[[Mapping[str, Any]], Needs | None] | None
     rest: Rest
     alpha: float
-    row_space: bool
+    row_space: bool | Callable[[Mapping[str, Any]], bool]
+    sequential: bool
     prepare: Callable[..., dict[str, Any]] | None
     preset: Mapping[str, Any]
+    settable: tuple[str, ...] | None
 
-    def defaults(self) -> dict[str, Any]:
-        """Hyperparameters with their default values, `alpha` included."""
+    def arguments(self) -> dict[str, Any]:
+        """Every keyword of the function that is not context, with this name's value for it."""
         parameters = inspect.signature(self.function).parameters.values()
         own = {
             p.name: p.default
             for p in parameters
-            if p.kind is p.KEYWORD_ONLY and p.name not in CONTEXT and p.name not in self.preset
+            if p.kind is p.KEYWORD_ONLY and p.name not in CONTEXT
         }
-        return own | {"alpha": self.alpha}
+        return own | self.preset
+
+    def defaults(self) -> dict[str, Any]:
+        """Hyperparameters a user may set, with their default values, `alpha` included."""
+        own = self.arguments()
+        names = own if self.settable is None else self.settable
+        return {k: own[k] for k in names} | {"alpha": self.alpha}
 
 
 _TABLE: dict[str, Entry] = {}
@@ -53,29 +61,43 @@ def method(
     name: str,
     *,
     source: str,
-    needs: Needs | None = None,
+    needs: Needs | Callable[[Mapping[str, Any]], Needs | None] | None = None,
     rest: Rest = "average",
     alpha: float = 1.0,
-    row_space: bool = False,
+    row_space: bool | Callable[[Mapping[str, Any]], bool] = False,
+    sequential: bool = False,
     prepare: Callable[..., dict[str, Any]] | None = None,
+    settable: tuple[str, ...] | None = None,
     **preset: Any,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function `(deltas (T, d_out, d_in), *, hyperparameters) -> (d_out, d_in)`.
 
-    needs: the statistic it wants for each layer, or None.
+    needs: the statistic it wants for each layer, or None (or a function of the arguments).
     rest: how tensors that are no linear layer's matrix are merged: "average" of their
         differences, "base" (kept), or "method" (the function itself, on (T, *shape)).
     alpha: default factor on the result.
     row_space: f(D Q^T) = f(D) Q^T for orthonormal Q, so that it may run in a narrow basis.
+    sequential: its statistics are measured through the merged model, layer after layer.
     prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
-    preset: hyperparameters that this name fixes; they are no longer settable.
+    preset: arguments of the function that differ from its own defaults under this name.
+    settable: the arguments a user may change under this name; None is all of them.
     """
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _TABLE:
             raise ValueError(f"method {name!r} is registered twice")
         _TABLE[name] = Entry(
-            name, function, source, needs, rest, alpha, row_space, prepare, dict(preset)
+            name,
+            function,
+            source,
+            needs,
+            rest,
+            alpha,
+            row_space,
+            sequential,
+            prepare,
+            preset,
+            settable,
         )
         return function
 
@@ -91,8 +113,15 @@ class Method:
     hyperparameters: Mapping[str, Any]
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """What the function is called with: fixed and settable arguments, without `alpha`."""
+        own = self.entry.arguments() | dict(self.hyperparameters)
+        return {k: v for k, v in own.items() if k != "alpha"}
+
+    @property
     def needs(self) -> Needs | None:
-        return self.entry.needs
+        needs = self.entry.needs
+        return needs(self.arguments) if callable(needs) else needs
 
     @property
     def source(self) -> str:
@@ -104,7 +133,17 @@ class Method:
 
     @property
     def row_space(self) -> bool:
-        return self.entry.row_space
+        flag = self.entry.row_space
+        return flag(self.arguments) if callable(flag) else flag
+
+    @property
+    def sequential(self) -> bool:
+        return self.entry.sequential
+
+    @property
+    def data(self) -> Literal["none", "inputs", "gradients"]:
+        """What of the training data the method sees."""
+        return {None: "none", "covariance": "inputs", "fisher": "gradients"}[self.needs]
 
     @property
     def alpha(self) -> float:
@@ -134,8 +173,7 @@ class Method:
             )
         wanted = inspect.signature(self.entry.function).parameters
         given = {k: v for k, v in context.items() if k in wanted and v is not None}
-        own = {k: v for k, v in self.hyperparameters.items() if k != "alpha"}
-        merged = self.entry.function(deltas, **self.entry.preset, **own, **given)
+        merged = self.entry.function(deltas, **self.arguments, **given)
         return merged if self.alpha == 1 else self.alpha * merged
 
 

@@ -1,0 +1,262 @@
+"""The interference family: one quadratic, one solver, many settings.
+
+A merged layer's interference is sum_t w_t E|D z - D_t z|^2 with z the inputs of task t. With
+C_t = E[z z^T] its normal equations are D S = N, where S = sum_t w_t C_t and N = sum_t w_t D_t C_t.
+Writing S = V diag(l) V^T, a filter F in [0, 1] per eigen-direction and an anchor A give
+
+    D = A + (N V / l - A V) F V^T,
+
+so a method of this family is a choice of estimator x task weight x filter x anchor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging import covariance
+from merging.errors import InputError
+from merging.linalg import eigh, gram, solve_positive, working_dtype
+from merging.registry import create, method
+
+
+def _needs(arguments: Mapping[str, Any]) -> str | None:
+    return "covariance" if arguments["estimator"] == "inputs" else None
+
+
+def _row_space(arguments: Mapping[str, Any]) -> bool:
+    # measured moments live in all of R^d_in, and trimming looks at single entries
+    return arguments["estimator"] not in {"inputs", "trimmed"}
+
+
+def _member(name: str, source: str, *settable: str, **choices: Any):
+    """Register `interference` under a paper's name: its choices, and what stays settable."""
+    flags = {"needs": _needs, "row_space": _row_space}
+    return method(name, source=source, settable=settable, **flags, **choices)
+
+
+_NORM = {"task_weight": "inverse_norm"}
+
+
+@_member("actmat", "arXiv 2604.01329, eq. 9", "rtol")
+@_member("actmat_centred", "arXiv 2604.01329, authors' code", "rtol", estimator="centred")
+@_member("tact", "arXiv 2604.01329, authors' later code", "k", "rtol", estimator="trimmed")
+@_member("wudi_closed", "arXiv 2503.08099, eq. 12 solved exactly", "rtol", **_NORM)
+@_member("swudi", "arXiv 2606.07289", "t", "rho", filter="exponential", anchor="sum", **_NORM)
+@_member("aswudi", "arXiv 2606.07289", "anchor", filter="effective_rank", **_NORM)
+@_member("ridge", "interference with a ridge, solved exactly", "lam", "relative", filter="ridge")
+@_member(
+    "anchored", "arXiv 2605.12843, data-free form", "lam", "relative", "anchor",
+    filter="ridge", anchor="tsv_m",
+)  # fmt: skip
+@_member("ledoit_wolf", "Ledoit & Wolf 2004", estimator="ledoit_wolf", filter="none")
+@_member("oas", "Chen et al. 2010", estimator="oas", filter="none")
+@_member("regmean", "arXiv 2212.09849, eq. 2", "rtol", "gram_scale", estimator="inputs")
+@method(
+    "regmean_pp", source="arXiv 2508.03121", settable=("rtol", "gram_scale"),
+    needs="covariance", sequential=True, estimator="inputs",
+)  # fmt: skip
+@method("interference", source="every choice open", needs=_needs, row_space=_row_space)
+def interference(
+    deltas: Tensor,
+    *,
+    covariances: Tensor | None = None,
+    d_in: int | None = None,
+    estimator: str = "delta",
+    task_weight: str = "uniform",
+    filter: str = "cut",
+    anchor: str = "zero",
+    rtol: float | None = None,
+    lam: float = 1e-4,
+    relative: bool = False,
+    t: float = 1300.0,
+    rho: float = 0.65,
+    k: float = 0.5,
+    gram_scale: float = 1.0,
+) -> Tensor:
+    """Minimise the interference of a merged layer, (T, d_out, d_in) -> (d_out, d_in).
+
+    covariances: (T, d_in, d_in) measured second moments, for estimator "inputs".
+    estimator: delta, centred, trimmed (k), ledoit_wolf, oas, identity, or inputs (gram_scale).
+    task_weight: uniform, or inverse_norm, w_t = 1 / |D_t|^2.
+    filter: cut (rtol), ridge (lam), exponential (t, rho), effective_rank, or none.
+    anchor: what is kept where the filter is 0: zero, or any method of the registry by name
+        ("average", "sum" for task arithmetic with alpha 1, "tsv_m", ...).
+    rtol: eigenvalues up to rtol * max l are cut; None is torch.linalg.pinv's default, the
+        width times the epsilon of float32 whatever dtype the solver works in.
+    lam: ridge added to S; with `relative`, in units of the mean eigenvalue tr(S) / d_in.
+    t, rho: time of the gradient flow and share of directions kept by the exponential filter.
+    """
+    width = d_in or deltas.shape[-1]
+    work = deltas.to(working_dtype(deltas))
+    weights = task_weights(task_weight, work)
+    if estimator == "inputs":
+        S, N = _measured_normal_equations(work, covariances, weights, gram_scale)
+    else:
+        S, N = _normal_equations(work, covariance.estimate(estimator, work, width, k), weights)
+    A = _anchor(anchor, work, d_in)
+    if filter in {"ridge", "none"}:
+        scale = S.diagonal().sum() / width if relative else 1.0
+        ridge = lam * scale if filter == "ridge" else 0.0
+        D = _damped(S, N, A, ridge, width)
+    else:
+        D = _filtered(
+            S, N, A, partial(spectral_filter, filter, rtol=rtol, t=t, rho=rho, d_in=width)
+        )
+    return D.to(deltas.dtype)
+
+
+def task_weights(name: str, deltas: Tensor) -> Tensor:
+    """(T, d_out, d_in) -> (T,): "uniform" 1, or "inverse_norm" 1 / |D_t|^2 (WUDI, eq. 12)."""
+    if name == "uniform":
+        return deltas.new_ones(len(deltas))
+    if name != "inverse_norm":
+        raise InputError(f"unknown task weight {name!r}", "known: uniform, inverse_norm")
+    norms = deltas.square().sum((1, 2))
+    return torch.where(norms > 0, 1 / norms, 0)  # a task that did not move weighs nothing
+
+
+def _normal_equations(
+    deltas: Tensor, est: covariance.Estimate, weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """S (d_in, d_in) and N (d_out, d_in) for C_t = a_t E_t^T E_t + b_t I, by the cheaper route."""
+    E, a, b = est.factor, weights * est.scale, weights * est.ridge
+    d_out, d_in = deltas.shape[1:]
+    if E.shape[1] < d_in:
+        # (D E^T) E costs d_out n d_in; forming E^T E first would cost n d_in^2 more
+        rows = (a.sqrt().view(-1, 1, 1) * E).reshape(-1, d_in)  # (T n, d_in)
+        S = gram(rows)
+        cross = torch.cat([x @ e.mT * w for x, e, w in zip(deltas, E, a, strict=True)], dim=1)
+        N = cross @ E.reshape(-1, d_in)  # (d_out, T n) (T n, d_in)
+    else:
+        S = deltas.new_zeros(d_in, d_in)
+        N = deltas.new_zeros(d_out, d_in)
+        for x, e, w in zip(deltas, E, a, strict=True):
+            C = gram(e) * w
+            S += C
+            N += x @ C
+    if b.any():
+        S.diagonal().add_(b.sum())
+        N = N + torch.einsum("t,tij->ij", b, deltas)
+    return S, N
+
+
+def _measured_normal_equations(
+    deltas: Tensor, covariances: Tensor | None, weights: Tensor, gram_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same from measured second moments, their off-diagonals scaled (RegMean, section 4)."""
+    if covariances is None or covariances.shape != (len(deltas), *2 * deltas.shape[-1:]):
+        got = "none" if covariances is None else f"shape {tuple(covariances.shape)}"
+        raise InputError(
+            f"expected covariances of shape {(len(deltas), *2 * deltas.shape[-1:])}, got {got}"
+        )
+    S, N = 0.0, 0.0
+    for x, C, w in zip(deltas, covariances, weights, strict=True):
+        C = w * C.to(deltas)
+        C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()
+        S, N = S + C, N + x @ C
+    return S, N
+
+
+def _anchor(name: str, deltas: Tensor, d_in: int | None) -> Tensor | None:
+    if name == "zero":
+        return None
+    if name == "sum":
+        return deltas.sum(0)
+    return create(name)(deltas, d_in=d_in)
+
+
+def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width: int) -> Tensor:
+    """(N + ridge A)(S + ridge I)^-1 by Cholesky; by a cut where S is singular and ridge 0."""
+    if ridge:
+        S = S.clone()
+        S.diagonal().add_(ridge)
+        N = N if A is None else N + ridge * A
+    D = solve_positive(N, S)
+    return D if D is not None else _filtered(S, N, A, partial(spectral_filter, "cut", d_in=width))
+
+
+def _filtered(S: Tensor, N: Tensor, A: Tensor | None, filter: Callable) -> Tensor:
+    """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0."""
+    values, vectors = eigh(S)  # (d,), (d, d)
+    F = filter(values)
+    kept = F > 0
+    V, l, F = vectors[:, kept], values[kept], F[kept]
+    if A is None:
+        return (N @ V) * (F / l) @ V.mT
+    return A + ((N @ V) / l - A @ V) * F @ V.mT
+
+
+def spectral_filter(
+    name: str, l: Tensor, *, d_in: int, rtol: float | None = None, t: float = 0, rho: float = 1
+) -> Tensor:
+    """Descending eigenvalues l (d,) -> filter (d,) in [0, 1]; ambient width d_in >= d.
+
+    cut: 1 above rtol * max l (None: d_in times the epsilon of float32).
+    exponential: (1 - exp(-l t)) for the ceil(rho d_in) largest (arXiv 2606.07289).
+    effective_rank: 1 for the K largest, K = ceil((sum sqrt l)^2 / sum l) (arXiv 2606.07289).
+    """
+    index = torch.arange(len(l), device=l.device)
+    if name == "cut":
+        threshold = d_in * torch.finfo(torch.float32).eps if rtol is None else rtol
+        kept = l > threshold * l.max()
+        return kept.to(l)
+    if name == "exponential":
+        return -torch.expm1(-l * t) * (index < math.ceil(rho * d_in)) * (l > 0)
+    if name == "effective_rank":
+        energy = l.sum()
+        # the small term keeps a rank that is an integer from being rounded up past itself
+        K = torch.ceil(l.sqrt().sum().square() / energy - 1e-6) if energy > 0 else 0
+        return ((index < K) & (l > 0)).to(l)
+    raise InputError(
+        f"unknown filter {name!r}", "known: none, ridge, cut, exponential, effective_rank"
+    )
+
+
+@method("wudi", source="arXiv 2503.08099, algorithm 1", rest="base", row_space=False)
+def wudi(deltas: Tensor, *, steps: int = 300, lr: float = 1e-5) -> Tensor:
+    """WUDI by gradient: Adam from sum_t D_t on sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
+
+    The gradient is 2 (D S - N), one product of (d_out, d_in) by (d_in, d_in) a step.
+    """
+    work = deltas.to(working_dtype(deltas))
+    S, N = _normal_equations(
+        work, covariance.estimate("delta", work, work.shape[-1], 1.0),
+        task_weights("inverse_norm", work),
+    )  # fmt: skip
+    D = work.sum(0).clone()
+    optimizer = torch.optim.Adam([D], lr=lr)
+    for _ in range(steps):
+        D.grad = 2 * (D @ S - N)
+        optimizer.step()
+    return D.to(deltas.dtype)
+
+
+@method("mats", source="arXiv 2312.04339, section 4", needs="covariance")
+def mats(
+    deltas: Tensor, *, covariances: Tensor, steps: int = 100, start: float = 0.3, tol: float = 1e-6
+) -> Tensor:
+    """MaTS: conjugate gradients on D S = N from the task-arithmetic point start * sum_t D_t.
+
+    covariances: (T, d_in, d_in) second moments (or input-side Fisher blocks).
+    steps: at most this many; it stops early when the residual falls below tol * |N|.
+    """
+    work = deltas.to(working_dtype(deltas))
+    S, N = _measured_normal_equations(work, covariances, task_weights("uniform", work), 1.0)
+    D = start * work.sum(0)
+    residual = N - D @ S
+    direction, energy = residual, residual.square().sum()
+    for _ in range(steps):
+        if energy.sqrt() <= tol * N.norm():
+            break
+        image = direction @ S
+        step = energy / (direction * image).sum()
+        D, residual = D + step * direction, residual - step * image
+        energy, last = residual.square().sum(), energy
+        direction = residual + energy / last * direction
+    return D.to(deltas.dtype)
