@@ -1,0 +1,122 @@
+"""A cache whose key is everything the content depends on; entries appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from merging.errors import InputError
+
+RECORD = "key.json"  # beside the content: the key in clear, and each file's SHA-256
+_verified: set[Path] = set()  # entries whose checksums this process has already compared
+
+
+def cache_root() -> Path:
+    """`$MODEL_MERGING_CACHE`, or `~/.cache/model-merging`."""
+    return Path(os.environ.get("MODEL_MERGING_CACHE") or "~/.cache/model-merging").expanduser()
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """16 hex digits that name a JSON-serialisable key, whatever the order of its items."""
+    text = json.dumps(key, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cached(
+    kind: str,
+    key: Mapping[str, Any],
+    build: Callable[[Path], None],
+    *,
+    resumable: bool = False,
+) -> Path:
+    """The folder `cache_root()/kind/digest(key)`, filled by `build(folder)` if it is not there.
+
+    `build` writes into a hidden sibling that is flushed to disk and renamed into place, so a
+    killed build never looks finished. A second process that wants the same entry waits for the
+    first. `resumable`: what a killed build left behind is handed to the next one instead of
+    being removed. Raises InputError, naming the file, when a finished entry was damaged.
+    """
+    name = digest(key)
+    entry = cache_root() / kind / name
+    if not (entry / RECORD).exists():
+        partial = entry.with_name(f".{name}.partial")
+        try:
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(entry.with_name(f".{name}.lock")):
+                if not (entry / RECORD).exists():
+                    if not resumable:
+                        shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(exist_ok=True)
+                    build(partial)
+                    _seal(partial, key)
+                    partial.rename(entry)
+                    _flush(entry.parent)
+                    _verified.add(entry)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise InputError(
+                    f"no space left on the disk of {entry.parent}",
+                    hint="free some, or point MODEL_MERGING_CACHE elsewhere",
+                ) from error
+            raise
+    if entry not in _verified:
+        _verify(entry)
+        _verified.add(entry)
+    return entry
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+
+
+def _seal(folder: Path, key: Mapping[str, Any]) -> None:
+    files = _files(folder)
+    for path in files:
+        _flush(path)
+    sums = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    record = folder / RECORD
+    record.write_text(json.dumps({"key": key, "sha256": sums}, indent=1, sort_keys=True) + "\n")
+    _flush(record)
+    _flush(folder)
+
+
+def _verify(entry: Path) -> None:
+    """Compare every file with its recorded checksum."""
+    try:
+        sums = json.loads((entry / RECORD).read_text())["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(entry / RECORD) from error
+    for name, expected in sums.items():
+        path = entry / name
+        if not path.is_file() or file_sha256(path) != expected:
+            raise _damaged(path)
+
+
+def _damaged(path: Path) -> InputError:
+    return InputError(
+        f"cached file {path} is missing or does not match its recorded SHA-256",
+        hint=f"remove {path.parent} and run again to rebuild it",
+    )
+
+
+def _flush(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

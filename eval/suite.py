@@ -1,0 +1,82 @@
+"""What a benchmark suite is to the rest of the repository: a base, experts, statistics, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from merging.layers import Layer
+
+Finetuning = Literal["full", "lora"]
+Split = Literal["validation", "test"]
+Statistic = Literal["covariance", "fisher"]
+
+
+class Score(NamedTuple):
+    """One task's result: the fraction right in [0, 1] and the number of examples behind it.
+
+    `constant` flags a predictor that gave every example the same answer: a broken task or a
+    collapsed model, whose accuracy means nothing.
+    """
+
+    accuracy: float
+    count: int
+    constant: bool
+
+
+class Suite(Protocol):
+    """A benchmark: tasks that share one base. Built by Hydra from `configs/suite/NAME.yaml`.
+
+    Implementations are frozen dataclasses whose fields are the keys of that file. Everything
+    slow (data, experts, statistics) is cached by all it depends on; an unknown task is an
+    `InputError`.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    family: str  # which checkpoints: named in every table, never compared across
+    metric: str
+
+    def base(self) -> Mapping[str, Tensor]:
+        """State dict of the part that experts fine-tune and that is merged."""
+        ...
+
+    def layers(self) -> dict[str, Layer]:
+        """The linear layers among them, by weight name."""
+        ...
+
+    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
+        """Checkpoint (file, or adapter folder for "lora") of one task; trained when absent."""
+        ...
+
+    def statistics(
+        self,
+        task: str,
+        kind: Statistic,
+        *,
+        finetuning: Finetuning,
+        seed: int,
+        batches: int,
+        batch_size: int,
+    ) -> Path:
+        """Safetensors {weight name: statistic} of `batches` x `batch_size` training inputs,
+        measured through the task's own expert. Read it with `eval.statistics.load`."""
+        ...
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor],
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """Scores of a state dict on `tasks` (all by default), `limit` examples of each."""
+        ...
+
+    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        """All that determines the experts: goes into records and cache keys."""
+        ...
