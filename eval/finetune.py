@@ -1,0 +1,176 @@
+"""One training loop for every family, full or LoRA; interrupted runs continue to the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from rich.console import Console
+from rich.progress import track
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from transformers import get_cosine_schedule_with_warmup
+
+from merging.errors import InputError
+
+RESUME = "resume.pt"
+
+
+def train(
+    model: nn.Module,
+    batches: Callable[[int], Iterable[Any]],
+    loss: Callable[[nn.Module, Any], Tensor],
+    *,
+    steps: int,
+    lr: float,
+    output: Path,
+    parameters: Iterable[str] | None = None,
+    schedule: Literal["cosine", "onecycle"] = "cosine",
+    warmup: float = 0.1,
+    weight_decay: float = 0.01,
+    clip: float = 1.0,
+    accumulate: int = 1,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    precision: Literal["fp32", "bf16"] = "fp32",
+    save_every: int = 500,
+    label: str = "training",
+) -> None:
+    """Fine-tune `model` in place by AdamW.
+
+    batches: `batches(first)` yields the micro-batches from number `first` on, always the same
+        ones for the same number; `accumulate` of them make a step.
+    loss: scalar mean loss of the model on one micro-batch, already on `device`.
+    parameters: names of those that move (default: those that require a gradient).
+    warmup: fraction of the steps over which the learning rate rises to `lr`.
+    clip: largest norm of a step's gradient.
+    output: folder for `resume.pt`, written every `save_every` steps and removed at the end; a
+        call that finds one goes on from there. Gives the same weights as an uninterrupted call.
+    precision: "bf16" computes the forward pass in autocast; weights stay float32.
+
+    Raises InputError when the loss stops being finite.
+    """
+    names = set(parameters) if parameters is not None else _trainable(model)
+    if unknown := names - {name for name, _ in model.named_parameters()}:
+        raise InputError(f"the model has no parameter {sorted(unknown)[0]!r} to fine-tune")
+    model.to(device).train()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in names)
+    moving = {name: p for name, p in model.named_parameters() if name in names}
+    optimiser = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=weight_decay)
+    scheduler = _scheduler(optimiser, schedule, lr, steps, warmup)
+    resume = output / RESUME
+    first = _restore(resume, moving, optimiser, scheduler)
+    autocast = (
+        nullcontext()
+        if precision == "fp32"
+        else torch.autocast(torch.device(device).type, torch.bfloat16)
+    )
+    stream = iter(batches(first * accumulate))
+    with torch.random.fork_rng():
+        for step in track(range(first, steps), label, console=Console(stderr=True)):
+            torch.manual_seed(seed * 1_000_003 + step)  # dropout is a function of the step alone
+            for _ in range(accumulate):
+                with autocast:
+                    value = loss(model, next(stream)) / accumulate
+                value.backward()
+            if not torch.isfinite(value):
+                raise InputError(f"{label}: the loss is {value.item()} at step {step}", "lower lr")
+            nn.utils.clip_grad_norm_(moving.values(), clip)
+            optimiser.step()
+            scheduler.step()
+            optimiser.zero_grad()
+            if (step + 1) % save_every == 0 and step + 1 < steps:
+                _save(resume, step + 1, moving, optimiser, scheduler)
+    resume.unlink(missing_ok=True)
+    model.eval()
+
+
+def _trainable(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _scheduler(
+    optimiser: torch.optim.Optimizer, schedule: str, lr: float, steps: int, warmup: float
+) -> LRScheduler:
+    if schedule == "onecycle":
+        return OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=warmup)
+    return get_cosine_schedule_with_warmup(optimiser, round(warmup * steps), steps)
+
+
+def _save(
+    path: Path,
+    step: int,
+    moving: dict[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> None:
+    state = {
+        "step": step,
+        "weights": {name: p.detach() for name, p in moving.items()},
+        "optimiser": optimiser.state_dict(),
+        "scheduler": scheduler.state_dict(),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _restore(
+    path: Path,
+    moving: dict[str, nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+) -> int:
+    """Load what `_save` wrote, if anything; the number of steps already done."""
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for name, parameter in moving.items():
+            parameter.copy_(state["weights"][name])
+    optimiser.load_state_dict(state["optimiser"])
+    scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
+
+
+def add_lora(
+    model: nn.Module, targets: Iterable[str], r: int = 16, alpha: int = 16, seed: int = 0
+) -> PeftModel:
+    """Wrap a model with PEFT's LoRA on the named modules; only the factors require a gradient.
+
+    targets: full names of the modules (linear layers) that get an adapter of rank `r`, scaled
+    by alpha / r. The initial factors follow from `seed`.
+    """
+    config = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=sorted(targets)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write a PEFT adapter folder, `adapter_config.json` and `adapter_model.safetensors`.
+
+    PEFT's own writer adds a model card, asks the hub about the base, and orders target modules
+    by their hash; this one gives the same bytes every time.
+    """
+    config = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in model.peft_config["default"].to_dict().items()
+    }
+    config["inference_mode"] = True
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(config, indent=2, sort_keys=True, default=str)
+    (folder / "adapter_config.json").write_text(text + "\n")
+    factors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    tensors = {name: factor.detach().cpu().contiguous() for name, factor in factors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
