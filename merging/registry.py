@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.linalg import row_space, working_dtype
 
 # What the engine can hand to a method beside the deltas. Everything else in a signature is a
 # hyperparameter. `d_in` is the ambient width when deltas are given in a row-space basis.
@@ -32,6 +33,7 @@ class Entry:
     rest: Rest
     alpha: float
     row_space: bool | Callable[[Mapping[str, Any]], bool]
+    elementwise: bool | Callable[[Mapping[str, Any]], bool]
     sequential: bool
     prepare: Callable[..., dict[str, Any]] | None
     preset: Mapping[str, Any]
@@ -65,6 +67,7 @@ def method(
     rest: Rest = "average",
     alpha: float = 1.0,
     row_space: bool | Callable[[Mapping[str, Any]], bool] = False,
+    elementwise: bool | Callable[[Mapping[str, Any]], bool] = False,
     sequential: bool = False,
     prepare: Callable[..., dict[str, Any]] | None = None,
     settable: tuple[str, ...] | None = None,
@@ -77,6 +80,7 @@ def method(
         differences, "base" (kept), or "method" (the function itself, on (T, *shape)).
     alpha: default factor on the result.
     row_space: f(D Q^T) = f(D) Q^T for orthonormal Q, so that it may run in a narrow basis.
+    elementwise: each entry is merged by itself (given the context), so any block of rows may be.
     sequential: its statistics are measured through the merged model, layer after layer.
     prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
     preset: arguments of the function that differ from its own defaults under this name.
@@ -94,6 +98,7 @@ def method(
             rest,
             alpha,
             row_space,
+            elementwise,
             sequential,
             prepare,
             preset,
@@ -137,6 +142,11 @@ class Method:
         return flag(self.arguments) if callable(flag) else flag
 
     @property
+    def elementwise(self) -> bool:
+        flag = self.entry.elementwise
+        return flag(self.arguments) if callable(flag) else flag
+
+    @property
     def sequential(self) -> bool:
         return self.entry.sequential
 
@@ -173,7 +183,14 @@ class Method:
             )
         wanted = inspect.signature(self.entry.function).parameters
         given = {k: v for k, v in context.items() if k in wanted and v is not None}
-        merged = self.entry.function(deltas, **self.arguments, **given)
+        if self.row_space and "d_in" not in given and deltas[..., 0].numel() < deltas.shape[-1]:
+            # fewer rows in all than columns: the same problem in their span is smaller
+            Q = row_space(deltas.to(working_dtype(deltas)))
+            narrow = {"d_in": deltas.shape[-1]} if "d_in" in wanted else {}
+            merged = self.entry.function(deltas.to(Q) @ Q, **self.arguments, **given, **narrow)
+            merged = (merged @ Q.mT).to(deltas.dtype)
+        else:
+            merged = self.entry.function(deltas, **self.arguments, **given)
         return merged if self.alpha == 1 else self.alpha * merged
 
 

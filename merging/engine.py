@@ -1,0 +1,559 @@
+"""Streams a merge tensor by tensor: read, apply the method, write. Knows files, no formula."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeVar
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from merging.checkpoints import Adapter, Source, StateDict, Writer, check_finite, open_checkpoint
+from merging.checkpoints import problems as header_problems
+from merging.errors import InputError
+from merging.layers import Layer, cut, join, resolve_layers
+from merging.lora import Factors, in_joint_basis
+from merging.progress import track
+from merging.registry import Method
+
+# Entry-by-entry rules run on blocks of rows of about this size: small enough to stay in a CPU's
+# last-level cache, and what bounds the memory of merging a 100,000-row embedding.
+BLOCK_BYTES = 1 << 24
+
+Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | None
+Statistics = Mapping[str, Mapping[str, Tensor]]
+Vocabulary = Literal["refuse", "common_rows"]
+
+
+@dataclass
+class Report:
+    """What a merge did and what it cost."""
+
+    seconds: float = 0.0
+    peak_bytes: int = 0  # resident memory of the process, or allocated memory of the GPUs
+    bytes_read: int = 0
+    rules: dict[str, str] = field(default_factory=dict)  # tensor name -> the rule applied to it
+
+    def summary(self) -> dict[str, int]:
+        """How many tensors each rule was applied to."""
+        return dict(Counter(self.rules.values()))
+
+
+class Sink(Protocol):
+    """Where merged tensors go; `done` holds what an interrupted merge finished before."""
+
+    done: set[str]
+
+    def write(self, name: str, tensor: Tensor, rows: slice | None = None) -> None: ...
+
+
+class _Memory:
+    """A sink that keeps the merged tensors."""
+
+    def __init__(self, base: StateDict) -> None:
+        self.base, self.done, self.tensors = base, set(), {}
+
+    def write(self, name: str, tensor: Tensor, rows: slice | None = None) -> None:
+        if rows is None:
+            self.tensors[name] = tensor
+            return
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(self.base.shape(name), dtype=tensor.dtype)
+        self.tensors[name][rows] = tensor
+
+
+@dataclass(frozen=True)
+class _Item:
+    name: str
+    rule: Literal["layer", "rest", "average", "base"]
+    layer: Layer | None
+    numel: int
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor] | Adapter],
+    method: Method,
+    *,
+    layers: Layers = None,
+    statistics: Statistics | None = None,
+    device: str | Sequence[str] = "cpu",
+    split_qkv: bool = True,
+    vocabulary: Vocabulary = "refuse",
+    report: Report | None = None,
+) -> dict[str, Tensor]:
+    """Merge experts in memory into one state dict with the base's keys, shapes and dtypes.
+
+    experts: task name -> state dict, or an opened `Adapter`.
+    layers: the linear layers: a model, {weight name: Layer}, weight names, or None (guessed).
+    statistics: task name -> {weight name: tensor}, for methods that need them.
+    device: where matrices are merged; several devices share the work.
+    split_qkv: merge packed q, k, v rows as three matrices.
+    vocabulary: "common_rows" admits experts with more or fewer rows in an embedding or head:
+        the rows both have are merged, the base's other rows kept.
+    report: filled in, if given.
+    Raises InputError naming every key, shape or value at fault.
+    """
+    source = StateDict(base, "base")
+    sink = _Memory(source)
+    opened = {
+        task: expert if isinstance(expert, Adapter) else StateDict(expert, f"expert {task!r}")
+        for task, expert in experts.items()
+    }
+    options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
+    _run(source, opened, method, sink, options, report or Report())
+    tied = source.tied
+    return {name: sink.tensors[tied.get(name, name)] for name in base}
+
+
+def merge_checkpoints(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    method: Method,
+    output: str | Path,
+    *,
+    layers: Layers = None,
+    statistics: Mapping[str, str | Path] | Statistics | None = None,
+    device: str | Sequence[str] = "cpu",
+    split_qkv: bool = True,
+    vocabulary: Vocabulary = "refuse",
+    overwrite: bool = False,
+    extra: Mapping[str, bytes | Path] | None = None,
+) -> Report:
+    """Merge checkpoint files into one safetensors checkpoint, streamed, atomic and resumable.
+
+    base, experts: whatever `open_checkpoint` reads; the output takes the base's shards.
+    output: a `.safetensors` file or a folder; it appears when it is whole, and an interrupted
+        merge continues from the last whole tensor.
+    statistics: task name -> safetensors file of {weight name: tensor}, or the tensors.
+    extra: further files of an output folder, by name (config, tokenizer, model card).
+    Other arguments as in `merge_state_dicts`. Returns the report.
+    """
+    report = Report()
+    source = open_checkpoint(base)
+    if isinstance(source, Adapter):
+        raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
+    opened = {task: open_checkpoint(path) for task, path in experts.items()}
+    if statistics is not None:
+        statistics = {
+            task: s if isinstance(s, Mapping) else _Lazy(open_checkpoint(s))
+            for task, s in statistics.items()
+        }
+    options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
+    writer = Writer(
+        Path(output),
+        {name: (source.shape(name), source.dtype(name)) for name in source.keys()},
+        shards=getattr(source, "shards", None),
+        key=_key(source, opened, method, options),
+        metadata={"format": "pt"},
+        overwrite=overwrite,
+    )
+    with writer:
+        _run(source, opened, method, writer, options, report)
+        writer.finish(dict(extra or {}))
+    for opened_source in (source, *opened.values()):
+        opened_source.close()
+    return report
+
+
+@dataclass(frozen=True)
+class _Options:
+    layers: dict[str, Layer]
+    statistics: Statistics | None
+    devices: tuple[str, ...]
+    vocabulary: Vocabulary
+
+
+class _Lazy(Mapping):
+    """A checkpoint of statistics as a mapping that reads a tensor when it is asked for."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.names = set(source.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.source.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source.keys())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def _options(
+    base: Source,
+    experts: Mapping[str, Source | Adapter],
+    method: Method,
+    layers: Layers,
+    statistics: Statistics | None,
+    device: str | Sequence[str],
+    split_qkv: bool,
+    vocabulary: Vocabulary,
+) -> _Options:
+    """Everything checked that headers can tell, before any tensor is read."""
+    if not experts:
+        raise InputError("no experts were given, expected at least one")
+    shapes = {name: base.shape(name) for name in base.keys()}
+    resolved = resolve_layers(layers, shapes)
+    if not split_qkv:
+        resolved = {k: Layer(1, layer.transposed) for k, layer in resolved.items()}
+    found = header_problems(base, experts, vocabulary=vocabulary)
+    if found:
+        raise InputError("; ".join(found), hint="nothing was merged")
+    if method.needs:
+        _check_statistics(statistics, experts, resolved, method)
+    devices = (device,) if isinstance(device, str) else tuple(device)
+    return _Options(resolved, statistics, devices, vocabulary)
+
+
+def _check_statistics(
+    statistics: Statistics | None, tasks: Iterable[str], layers: Iterable[str], method: Method
+) -> None:
+    for task in tasks:
+        if statistics is None or task not in statistics:
+            raise InputError(
+                f"method {method.name!r} needs {method.needs} statistics of task {task!r}",
+                hint="collect them with: python -m experiments.statistics",
+            )
+        missing = [name for name in layers if name not in statistics[task]]
+        if missing:
+            raise InputError(
+                f"the {method.needs} statistics of task {task!r} lack {missing[0]!r}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            )
+
+
+def _key(base: Source, experts: Mapping[str, Any], method: Method, options: _Options) -> str:
+    """What the output depends on: a partial output is continued only under the same key."""
+    inputs = {task: source.identity() for task, source in sorted(experts.items())}
+    layers = sorted((n, x.parts, x.transposed) for n, x in options.layers.items())
+    return repr(
+        (base.identity(), inputs, method.name, sorted(method.hyperparameters.items()), layers,
+         options.vocabulary)
+    )  # fmt: skip
+
+
+# --- the run --------------------------------------------------------------------------------------
+
+
+def _run(
+    base: Source,
+    experts: Mapping[str, Source | Adapter],
+    method: Method,
+    sink: Sink,
+    options: _Options,
+    report: Report,
+) -> None:
+    start, read = time.perf_counter(), _bytes_read(base, experts)
+    _reset_peak()
+    items = _plan(base, experts, method, options)
+    report.rules.update({item.name: _rule(item, method) for item in items})
+    context = method.prepare(lambda: _stream(base, experts, items, options))
+    depths = _depths([item.name for item in items])
+    todo = [item for item in items if item.name not in sink.done]
+    lock = threading.Lock()
+
+    def work(device: str, share: Sequence[_Item]) -> None:
+        def load(item: _Item) -> tuple[_Item, Any]:
+            return item, _load(base, experts, method, item)
+
+        for item, loaded in track(_ahead(load, share), f"merging on {device}", len(share)):
+            extra = context | {"depth": depths[item.name]}
+            for tensor, rows in _merge(base, experts, method, item, loaded, options, device, extra):
+                with lock:
+                    sink.write(item.name, tensor, rows)
+
+    if len(options.devices) == 1:
+        work(options.devices[0], todo)
+    else:
+        shares = _share(todo, len(options.devices))
+        with ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(work, options.devices, shares))
+    report.seconds += time.perf_counter() - start
+    report.peak_bytes = _peak(options.devices)
+    report.bytes_read += _bytes_read(base, experts) - read
+
+
+def _plan(
+    base: Source, experts: Mapping[str, Source | Adapter], method: Method, options: _Options
+) -> list[_Item]:
+    """One item per tensor of the base, in file order; tied copies are merged with their first."""
+    touched = set().union(*(expert.keys() for expert in experts.values()))
+    items = []
+    for name in base.keys():
+        if name in getattr(base, "tied", {}):
+            continue
+        shape = base.shape(name)
+        rule = {"average": "average", "base": "base", "method": "rest"}[method.rest]
+        if name in options.layers:
+            rule = "layer"
+        if not base.dtype(name).is_floating_point or name not in touched:
+            rule = "base"
+        if rule == "rest" and method.needs and not _has_statistic(options.statistics, name):
+            rule = "average"
+        if rule == "rest" and _differs_in_rows(experts, name, shape):
+            rule = "average"  # only averaging has a meaning for rows that some experts lack
+        items.append(_Item(name, rule, options.layers.get(name), _numel(shape)))
+    return items
+
+
+def _has_statistic(statistics: Statistics | None, name: str) -> bool:
+    return statistics is not None and all(name in s for s in statistics.values())
+
+
+def _differs_in_rows(
+    experts: Mapping[str, Source | Adapter], name: str, shape: tuple[int, ...]
+) -> bool:
+    return any(name in e.keys() and tuple(e.shape(name)) != shape for e in experts.values())
+
+
+def _rule(item: _Item, method: Method) -> str:
+    if item.rule in {"average", "base"}:
+        return item.rule
+    parts = item.layer.parts if item.rule == "layer" and item.layer else 1
+    return f"{method.name} ({parts} parts)" if parts > 1 else method.name
+
+
+def _load(
+    base: Source, experts: Mapping[str, Source | Adapter], method: Method, item: _Item
+) -> Tensor | list[Factors] | None:
+    """What a matrix is merged from, read ahead of time; None where blocks are read as they go."""
+    if item.rule in {"average", "base"} or method.elementwise:
+        return None
+    if item.rule == "layer" and method.row_space:
+        factors = [e.factors(item.name) for e in experts.values() if isinstance(e, Adapter)]
+        if len(factors) == len(experts) and all(factors):
+            return [Factors(*f) for f in factors]
+    return _deltas(base, experts, item.name)
+
+
+def _merge(
+    base: Source,
+    experts: Mapping[str, Source | Adapter],
+    method: Method,
+    item: _Item,
+    loaded: Tensor | list[Factors] | None,
+    options: _Options,
+    device: str,
+    context: dict[str, Any],
+) -> Iterator[tuple[Tensor, slice | None]]:
+    """The merged tensor, whole or in blocks of rows, on the CPU in the base's dtype."""
+    if item.rule == "base":
+        for rows in _blocks(base, item.name, 1):
+            yield base.read(item.name, rows), rows
+        return
+    if loaded is None:
+        for rows in _blocks(base, item.name, len(experts)):
+            deltas = _deltas(base, experts, item.name, rows)
+            stats = _statistics(options, method, experts, item, rows)
+            merged = (
+                deltas.mean(0) if item.rule == "average" else method(deltas, **context, **stats)
+            )
+            yield _add(base, item.name, merged, rows), rows
+        return
+    stats = _statistics(options, method, experts, item, None)
+    if item.rule == "rest":
+        merged = method(loaded.to(device), **_on(stats, device), **context)
+    elif isinstance(loaded, Tensor):
+        merged = _merge_layer(loaded.to(device), method, item.layer, _on(stats, device), context)
+    else:
+        on_device = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in loaded]
+        narrow, Q = in_joint_basis(on_device)
+        blocks = narrow.chunk(item.layer.parts, 1)
+        context = context | {"d_in": Q.shape[0]}
+        merged = join([method(block, **context) @ Q.mT for block in blocks], item.layer)
+    yield _add(base, item.name, merged.cpu()), None
+
+
+def _merge_layer(
+    deltas: Tensor, method: Method, layer: Layer, stats: dict[str, Tensor], context: dict[str, Any]
+) -> Tensor:
+    """(T, *stored shape) -> merged difference of the stored shape, block by block."""
+    merged = []
+    for i, block in enumerate(cut(deltas, layer)):
+        own = {k: cut(v, layer)[i] if k == "fishers" else v for k, v in stats.items()}
+        merged.append(method(block, **own, **context))
+    return join(merged, layer)
+
+
+def _statistics(
+    options: _Options,
+    method: Method,
+    experts: Iterable[str],
+    item: _Item,
+    rows: slice | None,
+) -> dict[str, Tensor]:
+    if not method.needs or item.rule == "average":
+        return {}
+    tensors = [options.statistics[task][item.name] for task in experts]
+    if method.needs == "fisher":
+        return {"fishers": torch.stack([t if rows is None else t[rows] for t in tensors])}
+    return {"covariances": torch.stack([_unpacked(t) for t in tensors])}
+
+
+def _unpacked(moment: Tensor) -> Tensor:
+    """A symmetric matrix from its upper triangle stored row by row (d (d + 1) / 2,)."""
+    if moment.ndim == 2:
+        return moment
+    d = (int((8 * moment.numel() + 1) ** 0.5) - 1) // 2
+    full = moment.new_zeros(d, d)
+    i, j = torch.triu_indices(d, d)
+    full[i, j] = moment
+    full[j, i] = moment
+    return full
+
+
+def _on(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
+    return {k: v.to(device) for k, v in tensors.items()}
+
+
+# --- tensors in and out ---------------------------------------------------------------------------
+
+
+def _lift(tensor: Tensor) -> Tensor:
+    """float64 stays; everything else is computed in float32 whatever it is stored in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _deltas(
+    base: Source,
+    experts: Mapping[str, Source | Adapter],
+    name: str,
+    rows: slice | None = None,
+) -> Tensor:
+    """(T, *shape) differences to the base; an expert that lacks rows or a tensor has 0 there."""
+    W0 = _lift(base.read(name, rows))
+    stack = W0.new_empty(len(experts), *W0.shape)
+    for delta, (task, expert) in zip(stack, experts.items(), strict=True):
+        if name not in expert.keys():
+            delta.zero_()
+        elif isinstance(expert, Adapter) and (factors := expert.factors(name)) is not None:
+            dense = Factors(*factors).dense().to(W0)
+            dense = dense.mT if dense.shape != base.shape(name) else dense
+            delta.copy_(dense if rows is None else dense[rows])
+        else:
+            _subtract(expert, name, rows, W0, delta)
+        check_finite(delta, name, f"expert {task!r} or the base")
+    return stack
+
+
+def _subtract(
+    expert: Source | Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor
+) -> None:
+    have = expert.shape(name)[0] if len(expert.shape(name)) else 0
+    if rows is not None and rows.stop > have:
+        rows = slice(rows.start, max(have, rows.start))
+    W = expert.read(name, rows)
+    common = min(len(W), len(W0)) if W0.ndim else None
+    if common is None or len(W) == len(W0):
+        torch.sub(W.to(W0.dtype), W0, out=out)
+    else:
+        out.zero_()
+        torch.sub(W[:common].to(W0.dtype), W0[:common], out=out[:common])
+
+
+def _add(base: Source, name: str, delta: Tensor, rows: slice | None = None) -> Tensor:
+    W0 = base.read(name, rows)
+    return (_lift(W0) + delta).to(W0.dtype)
+
+
+def _blocks(base: Source, name: str, stacked: int) -> Iterator[slice | None]:
+    """Blocks of rows of which `stacked` + 2 float32 copies fit `BLOCK_BYTES`."""
+    shape = base.shape(name)
+    row_bytes = 4 * max(1, _numel(shape[1:])) * (stacked + 2)
+    step = max(1, BLOCK_BYTES // row_bytes)
+    if not shape or shape[0] <= step:
+        yield None
+        return
+    for start in range(0, shape[0], step):
+        yield slice(start, min(start + step, shape[0]))
+
+
+def _stream(
+    base: Source, experts: Mapping[str, Source | Adapter], items: Sequence[_Item], options: _Options
+) -> Iterator[tuple[str, Tensor]]:
+    """All that the method itself will merge, for methods that look at the whole model first."""
+    for item in track(items, "first pass"):
+        if item.rule in {"layer", "rest"}:
+            yield item.name, _deltas(base, experts, item.name)
+
+
+# --- small helpers --------------------------------------------------------------------------------
+
+Given, Result = TypeVar("Given"), TypeVar("Result")
+
+
+def _ahead(load: Callable[[Given], Result], items: Sequence[Given]) -> Iterator[Result]:
+    """load(item) for each item, the next one loading while the current one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(load, item) for item in items[:1]]
+        for following in itertools.chain(items[1:], [None]):
+            result = waiting.pop().result()
+            if following is not None:
+                waiting.append(pool.submit(load, following))
+            yield result
+            del result
+
+
+def _share(items: Sequence[_Item], workers: int) -> list[list[_Item]]:
+    """Items dealt out largest first, each to the worker with the least work so far."""
+    shares, loads = [[] for _ in range(workers)], [0] * workers
+    for item in sorted(items, key=lambda item: item.numel, reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(item)
+        loads[least] += item.numel
+    return shares
+
+
+def _depths(names: Sequence[str]) -> dict[str, float]:
+    """Each tensor's place along the model in [0, 1], from the block number in its name.
+
+    What stands before the first block has depth 0, what stands after it 1.
+    """
+    blocks = [re.search(r"\.(\d+)\.", f".{name}") for name in names]
+    last = max((int(b[1]) for b in blocks if b), default=0) or 1
+    first = next((i for i, b in enumerate(blocks) if b), len(names))
+    return {
+        name: int(b[1]) / last if b else float(i > first)
+        for i, (name, b) in enumerate(zip(names, blocks, strict=True))
+    }
+
+
+def _numel(shape: Sequence[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _bytes_read(base: Source, experts: Mapping[str, Source | Adapter]) -> int:
+    return base.bytes_read + sum(getattr(e, "bytes_read", 0) for e in experts.values())
+
+
+def _reset_peak() -> None:
+    with suppress(OSError):  # Linux: start the high-water mark of resident memory anew
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(i)
+
+
+def _peak(devices: Sequence[str]) -> int:
+    gpus = [d for d in devices if d.startswith("cuda")]
+    if gpus:
+        return sum(torch.cuda.max_memory_allocated(d) for d in gpus)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
+    except (OSError, TypeError):
+        return psutil.Process().memory_info().rss
