@@ -1,0 +1,222 @@
+"""Whole state dicts and checkpoints through the engine, against merges done by hand."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
+from merging.engine import _depths, _Item, _share
+
+LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
+
+
+def state(seed, dtype=torch.float32, vocabulary=11):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g).to(dtype)
+
+    return {
+        "embed.weight": draw(vocabulary, 8),
+        "blocks.0.attn.in_proj_weight": draw(24, 8),
+        "blocks.0.attn.in_proj_bias": draw(24),
+        "blocks.1.fc.weight": draw(5, 8),
+        "scale": draw(1)[0],
+        "steps": torch.tensor([7]),
+    }
+
+
+@pytest.fixture
+def base():
+    return state(0)
+
+
+@pytest.fixture
+def experts(base):
+    def moved(seed):
+        return {
+            k: v + 0.1 * d if v.is_floating_point() else v
+            for (k, v), d in zip(base.items(), state(seed).values(), strict=True)
+        }
+
+    return {name: moved(i) for i, name in enumerate(("a", "b", "c"), 1)}
+
+
+def stack(base, experts, name):
+    return torch.stack([e[name] - base[name] for e in experts.values()])
+
+
+def test_layers_by_the_method_everything_else_averaged(base, experts):
+    report = Report()
+    merged = merge_state_dicts(base, experts, create("actmat"), layers=LAYERS, report=report)
+    assert list(merged) == list(base)
+    D = stack(base, experts, "blocks.0.attn.in_proj_weight")
+    by_hand = torch.cat([create("actmat")(d) for d in D.chunk(3, 1)])
+    name = "blocks.0.attn.in_proj_weight"
+    assert torch.allclose(merged[name], base[name] + by_hand, atol=1e-6)
+    for name in ("embed.weight", "blocks.0.attn.in_proj_bias", "scale"):
+        assert torch.allclose(merged[name], base[name] + stack(base, experts, name).mean(0))
+    assert torch.equal(merged["steps"], base["steps"])
+    assert report.rules == {
+        "embed.weight": "average",
+        "blocks.0.attn.in_proj_weight": "actmat (3 parts)",
+        "blocks.0.attn.in_proj_bias": "average",
+        "blocks.1.fc.weight": "actmat",
+        "scale": "average",
+        "steps": "base",
+    }
+    assert report.summary() == {"average": 3, "actmat (3 parts)": 1, "actmat": 1, "base": 1}
+    assert report.seconds > 0 and report.peak_bytes > 0
+
+
+def test_packed_attention_can_stay_whole(base, experts):
+    merged = merge_state_dicts(base, experts, create("actmat"), layers=LAYERS, split_qkv=False)
+    name = "blocks.0.attn.in_proj_weight"
+    whole = base[name] + create("actmat")(stack(base, experts, name))
+    assert torch.allclose(merged[name], whole, atol=1e-6)
+
+
+def test_rules_for_the_rest(base, experts):
+    kept = merge_state_dicts(base, experts, create("wudi", steps=1), layers=LAYERS)
+    assert torch.equal(kept["embed.weight"], base["embed.weight"])
+    summed = merge_state_dicts(base, experts, create("task_arithmetic", alpha=1.0), layers=LAYERS)
+    for name in ("embed.weight", "scale", "blocks.1.fc.weight"):
+        assert torch.allclose(summed[name], base[name] + stack(base, experts, name).sum(0))
+
+
+def test_row_blocks_change_nothing(base, experts, monkeypatch):
+    whole = merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+    monkeypatch.setattr("merging.engine.BLOCK_BYTES", 400)
+    pieces = merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+    assert all(torch.equal(pieces[k], whole[k]) for k in base)
+
+
+@pytest.mark.parametrize("name", ["actmat", "ties", "tsv_m", "average"])
+def test_devices_and_task_order_change_nothing(base, experts, name):
+    method = create(name)
+    merged = merge_state_dicts(base, experts, method, layers=LAYERS)
+    shared = merge_state_dicts(base, experts, method, layers=LAYERS, device=["cpu", "cpu"])
+    assert all(torch.equal(merged[k], shared[k]) for k in base)
+    turned = dict(reversed(experts.items()))
+    other = merge_state_dicts(base, turned, method, layers=LAYERS)
+    assert all(torch.allclose(merged[k], other[k], atol=1e-5) for k in base)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_lifted_and_the_output_follows_the_base(dtype):
+    base = state(0, dtype)
+    experts = {str(i): state(i, dtype) for i in (1, 2)}
+    merged = merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+    for name, tensor in merged.items():
+        assert tensor.dtype == base[name].dtype
+        if tensor.is_floating_point():
+            mean = torch.stack([e[name].double() for e in experts.values()]).mean(0)
+            assert torch.allclose(tensor.double(), mean, rtol=torch.finfo(dtype).eps, atol=1e-3)
+
+
+def test_tied_tensors_are_merged_once_and_stay_tied(base, experts):
+    for s in (base, *experts.values()):
+        s["lm_head.weight"] = s["embed.weight"]
+    merged = merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+    assert merged["lm_head.weight"] is merged["embed.weight"]
+
+
+def test_statistics_are_found_by_task_name(base, experts):
+    g = torch.Generator().manual_seed(9)
+    moments = {}
+    for task in reversed(experts):  # another order on purpose
+        z = torch.randn(40, 8, generator=g)
+        moments[task] = {name: z.T @ z / 40 for name in LAYERS}
+    merged = merge_state_dicts(base, experts, create("regmean"), layers=LAYERS, statistics=moments)
+    name = "blocks.1.fc.weight"
+    C = torch.stack([moments[t][name] for t in experts])
+    expected = base[name] + create("regmean")(stack(base, experts, name), covariances=C)
+    assert torch.allclose(merged[name], expected, atol=1e-6)
+    # the same moments as packed upper triangles
+    i, j = torch.triu_indices(8, 8)
+    packed = {t: {n: m[i, j] for n, m in s.items()} for t, s in moments.items()}
+    again = merge_state_dicts(base, experts, create("regmean"), layers=LAYERS, statistics=packed)
+    assert torch.equal(again[name], merged[name])
+
+
+def test_fisher_statistics_cover_all_tensors(base, experts):
+    fisher = {
+        t: {k: torch.rand_like(v) + 0.1 for k, v in base.items() if v.is_floating_point()}
+        for t in experts
+    }
+    merged = merge_state_dicts(base, experts, create("fisher"), layers=LAYERS, statistics=fisher)
+    for name in ("embed.weight", "blocks.0.attn.in_proj_weight"):
+        F = torch.stack([fisher[t][name] for t in experts])
+        W = torch.stack([e[name] for e in experts.values()])
+        assert torch.allclose(merged[name], (F * W).sum(0) / F.sum(0), atol=1e-4)
+
+
+def test_vocabularies_of_different_size_follow_the_named_rule(base, experts):
+    base = state(0, vocabulary=11)
+    experts = {"more": state(1, vocabulary=13), "less": state(2, vocabulary=9)}
+    with pytest.raises(InputError, match="embed.weight"):
+        merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+    merged = merge_state_dicts(
+        base, experts, create("average"), layers=LAYERS, vocabulary="common_rows"
+    )["embed.weight"]
+    both = (experts["more"]["embed.weight"][:9] + experts["less"]["embed.weight"]) / 2
+    one = (experts["more"]["embed.weight"][9:11] + base["embed.weight"][9:]) / 2
+    assert torch.allclose(merged, torch.cat([both, one]), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda e: e.pop("b"), None),
+        (lambda e: e["b"].pop("blocks.1.fc.weight"), "blocks.1.fc.weight"),
+        (lambda e: e["b"].update(extra=torch.zeros(1)), "extra"),
+        (lambda e: e["b"].update(scale=torch.zeros(2)), "scale"),
+        (lambda e: e["b"]["embed.weight"].fill_(float("nan")), "embed.weight"),
+        (lambda e: e["b"]["blocks.1.fc.weight"].fill_(float("inf")), "blocks.1.fc.weight"),
+    ],
+)
+def test_bad_experts_are_named(base, experts, spoil, message):
+    spoil(experts)
+    if message is None:
+        merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+        return
+    with pytest.raises(InputError) as error:
+        merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+    assert message in error.value.message and "b" in error.value.message
+
+
+def test_no_experts_and_missing_statistics(base, experts):
+    with pytest.raises(InputError, match="no experts"):
+        merge_state_dicts(base, {}, create("average"))
+    with pytest.raises(InputError, match="statistics of task 'a'"):
+        merge_state_dicts(base, experts, create("regmean"), layers=LAYERS)
+    some = {t: {"blocks.1.fc.weight": torch.eye(8)} for t in experts}
+    with pytest.raises(InputError, match="lack 'blocks.0.attn.in_proj_weight'"):
+        merge_state_dicts(base, experts, create("regmean"), layers=LAYERS, statistics=some)
+
+
+def test_checkpoints_give_what_state_dicts_give(base, experts, tmp_path):
+    for name, tensors in {"base": base, **experts}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    paths = {t: tmp_path / f"{t}.safetensors" for t in experts}
+    output = tmp_path / "merged.safetensors"
+    report = merge_checkpoints(
+        tmp_path / "base.safetensors", paths, create("ties"), output, layers=LAYERS
+    )
+    expected = merge_state_dicts(base, experts, create("ties"), layers=LAYERS)
+    written = load_file(output)
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[k], expected[k]) for k in expected)
+    assert report.bytes_read >= 4 * sum((tmp_path / "a.safetensors").stat().st_size for _ in "1")
+    assert set(report.rules) == set(base)
+
+
+def test_depth_runs_along_the_blocks():
+    names = ["embed.weight", "blocks.0.a", "blocks.2.b", "blocks.4.c", "norm.weight"]
+    assert list(_depths(names).values()) == [0.0, 0.0, 0.5, 1.0, 1.0]
+    assert _depths(["weight"]) == {"weight": 0.0}
+
+
+def test_work_is_dealt_out_largest_first():
+    items = [_Item(str(n), "layer", None, n) for n in (1, 5, 3, 4)]
+    assert [[i.numel for i in share] for share in _share(items, 2)] == [[5, 1], [4, 3]]
