@@ -1,0 +1,176 @@
+"""PEFT LoRA adapters, read in terms of the base model's weight names."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from merging.errors import InputError
+
+if TYPE_CHECKING:
+    from merging.checkpoints import Source
+
+# Settings under which the weights are not W + s B A: refused when present and not empty.
+_UNSUPPORTED = (
+    "use_dora",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "layer_replication",
+    "target_parameters",
+    "trainable_token_indices",
+    "megatron_config",
+    "use_bdlora",
+    "arrow_config",
+    "velora_config",
+    "monteclora_config",
+    "kasa_config",
+)
+# Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not.
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(\.(?P<adapter>\w+))?\.weight")
+
+
+class Adapter:
+    """LoRA factors by base weight name: the expert's weight is W + scale * B @ A.
+
+    keys() are the base's names ("encoder.layer.0.attention.self.query.weight"). `transposed`
+    (PEFT's fan_in_fan_out) says that the base stores its weights (d_in, d_out), as GPT-2's
+    Conv1D does: `shape` and `factors` are (d_out, d_in) all the same. `dense` holds the tensors
+    saved in full (modules_to_save, trained biases); `base_name` is the base the file names.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
+        self.path, self.config, self._source = str(folder), dict(config), source
+        self._refuse_unsupported()
+        self.transposed = bool(config.get("fan_in_fan_out"))
+        name = config.get("base_model_name_or_path")
+        self.base_name = name if isinstance(name, str) and name else None
+        self._factors, dense = _pair(source, self.path)
+        self._scales = {name: self._scale(name) for name in self._factors}
+        self.dense = {name: source.read(key) for name, key in dense.items()}
+
+    @property
+    def bytes_read(self) -> int:
+        return self._source.bytes_read
+
+    @property
+    def hub_base(self) -> bool:
+        """Whether `base_name` is an "owner/name" id, comparable between adapters."""
+        return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.base_name or ""))
+
+    def keys(self) -> list[str]:
+        return list(self._factors)
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(d_out, d_in) of the difference."""
+        a, b = self._factors[name]
+        return self._source.shape(b)[0], self._source.shape(a)[1]
+
+    def rank(self, name: str) -> int:
+        return self._source.shape(self._factors[name][0])[0]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+        """A (r, d_in) and B (d_out, r) in float32, and the scale."""
+        a, b = (self._source.read(key).float() for key in self._factors[name])
+        return a, b, self._scales[name]
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _refuse_unsupported(self) -> None:
+        config = self.config
+        if config.get("peft_type") != "LORA":
+            raise InputError(
+                f"{self.path} is a {config.get('peft_type')!r} adapter, only LORA can be merged"
+            )
+        for key in _UNSUPPORTED:
+            if config.get(key):
+                raise InputError(f"{self.path}: adapters with {key} are not plain W + s B A")
+        if config.get("init_lora_weights") not in _INITIALISATIONS:
+            raise InputError(
+                f"{self.path}: init_lora_weights={config['init_lora_weights']!r} changes the base "
+                "weights, which the file does not hold",
+                hint="convert it to a plain LoRA with peft's save_pretrained(path_initial_...)",
+            )
+
+    def _scale(self, name: str) -> float:
+        """lora_alpha / r, or / sqrt(r) for rsLoRA, after the per-module patterns."""
+        module, rank = name.removesuffix(".weight"), self.rank(name)
+        stated = self._setting("rank_pattern", module, self.config.get("r"))
+        alpha = self._setting("alpha_pattern", module, self.config.get("lora_alpha"))
+        if stated != rank:
+            raise InputError(f"{self.path}: {name!r} has rank {rank}, the config says {stated!r}")
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise InputError(f"{self.path}: lora_alpha is {alpha!r}, expected a number")
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+    def _setting(self, patterns: str, module: str, default: Any) -> Any:
+        """The first pattern that fits the module (peft's rule), else the default."""
+        table = self.config.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise InputError(f"{self.path}: {patterns} should map module names to numbers")
+        for pattern, value in table.items():
+            if _matches(pattern, module, self.path):
+                return value
+        return default
+
+
+def _matches(pattern: str, module: str, path: str) -> bool:
+    """peft's `(.*\\.)?(pattern)$`, for patterns that cannot take exponential time."""
+    risky = re.search(r"\)[*+?{]|[{\[]|\(\?|\\[^.d]", pattern)
+    if risky or len(re.findall(r"[*+]", pattern)) > 2 or len(pattern) > 500:
+        raise InputError(
+            f"{path}: the pattern {pattern[:80]!r} is not a module name or simple regex"
+        )
+    try:
+        return bool(re.match(rf"(.*\.)?({pattern})$", module))
+    except re.error as error:
+        raise InputError(f"{path}: the pattern {pattern[:80]!r} is invalid: {error}") from None
+
+
+def _pair(source: Source, path: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+    """({base weight name: (key of A, key of B)}, {base name: key of a tensor saved in full})."""
+    pairs: dict[str, dict[str, str]] = {}
+    dense, adapters = {}, set()
+    keys = source.keys()
+    names = {key: key.removeprefix("base_model.model.") for key in keys}
+    attention = {
+        m.group(1)
+        for n in names.values()
+        if (m := re.match(r"(.+)\.base_layer\.out_proj\.lora_A", n))
+    }
+    for key, name in names.items():
+        if match := _FACTOR.fullmatch(name):
+            adapters.add(match["adapter"])
+            # nn.MultiheadAttention is one module with two weights
+            leaf = "in_proj_weight" if match["module"] in attention else "weight"
+            module = match["module"].replace(".base_layer.", ".")
+            pairs.setdefault(f"{module}.{leaf}", {})[match["which"]] = key
+        elif "lora_" in name:
+            raise InputError(f"{path}: {key!r} is not a LoRA factor of a linear layer")
+        else:
+            plain = re.sub(r"\.(base_layer|modules_to_save(\.\w+(?=\.))?)(?=\.)", "", name)
+            dense[plain] = key
+    if len(adapters) > 1:
+        raise InputError(f"{path} holds several adapters: {sorted(map(str, adapters))}")
+    if not pairs:
+        raise InputError(f"{path} holds no LoRA factors")
+    for name, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise InputError(f"{path}: {name!r} has no factor {'AB'.strip(next(iter(pair)))}")
+        a, b = source.shape(pair["A"]), source.shape(pair["B"])
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
+            raise InputError(
+                f"{path}: the factors of {name!r} have shapes A {list(a)} and B {list(b)}, "
+                "expected (r, d_in) and (d_out, r)"
+            )
+        for key in pair.values():
+            if not source.dtype(key).is_floating_point:
+                raise InputError(f"{path}: {key!r} is {source.dtype(key)}, expected floats")
+    return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}, dense

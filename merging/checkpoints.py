@@ -1,0 +1,315 @@
+"""Checkpoints as lazily read, named tensors: safetensors, PyTorch pickles, sharded or not, adapters.
+
+`open_checkpoint(path)` looks at headers only. Nothing in a file is ever executed, no name in a
+file can point outside its folder, and whatever is wrong is an InputError naming file and tensor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from merging.adapters import Adapter
+from merging.errors import InputError
+from merging.files import Slot, read_json, safetensors_slots
+from merging.pickles import pickled_slots
+from merging.writer import Writer, write_adapter
+
+__all__ = [
+    "Adapter",
+    "Checkpoint",
+    "Source",
+    "StateDict",
+    "Writer",
+    "check_adapter",
+    "check_finite",
+    "open_checkpoint",
+    "problems",
+    "write_adapter",
+]
+
+# File names a folder is searched for, in this order: transformers', then open_clip's.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+
+
+class Source(Protocol):
+    """Named tensors, read one by one.
+
+    `tied` maps a name to the earlier name whose memory it shares: merge that one only.
+    """
+
+    path: str
+    bytes_read: int
+    tied: Mapping[str, str]
+
+    def keys(self) -> list[str]:
+        """Names in file order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or those rows of its first dimension: on the CPU, in the stored dtype."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class StateDict:
+    """A `Source` over tensors in memory."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], path: str = "state dict") -> None:
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise InputError(
+                    f"{path}: entry {name!r} is a {type(tensor).__name__}, expected a tensor"
+                )
+        self.path, self.bytes_read, self._tensors = path, 0, tensors
+        self.tied = _tied({k: _identity(t) for k, t in tensors.items() if t.numel()})
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        tensor = self._tensors[name].detach()
+        tensor = (tensor if rows is None else tensor[rows]).cpu()
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        pass
+
+
+class Checkpoint:
+    """A `Source` over one or more files, each opened once and mapped tensor by tensor."""
+
+    def __init__(self, path: Path, slots: Mapping[str, Slot]) -> None:
+        self.path, self.bytes_read, self._slots = str(path), 0, slots
+        self.tied = _tied({k: s for k, s in slots.items() if s.nbytes})
+        self._files: dict[Path, int] = {}
+
+    def keys(self) -> list[str]:
+        return list(self._slots)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._slots[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._slots[name].dtype
+
+    def file(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self._slots[name].path
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        slot = self._slots[name].rows(rows)
+        if slot.path not in self._files:
+            self._files[slot.path] = os.open(slot.path, os.O_RDONLY)
+        self.bytes_read += slot.nbytes
+        return slot.map(self._files[slot.path])
+
+    def close(self) -> None:
+        """Close the files; tensors already read stay valid."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _identity(tensor: Tensor) -> tuple:
+    pointer = tensor.untyped_storage().data_ptr()
+    return (
+        tensor.device,
+        pointer,
+        tensor.storage_offset(),
+        tensor.dtype,
+        tensor.shape,
+        tensor.stride(),
+    )
+
+
+def _tied(identities: Mapping[str, object]) -> dict[str, str]:
+    """name -> the first name of the same identity, for all names but the first."""
+    first: dict[object, str] = {}
+    owners = {name: first.setdefault(identity, name) for name, identity in identities.items()}
+    return {name: owner for name, owner in owners.items() if name != owner}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint | Adapter:
+    """A checkpoint file or folder as a lazily read source.
+
+    path: a .safetensors file; a .bin, .pt or .pth file with a state dict (bare, or under
+        "state_dict", "model_state_dict", "model" or "module"; a "module." prefix common to all
+        names is dropped) or a whole pickled nn.Module; an index .json; or a folder with one of
+        `WEIGHT_FILES`, a PEFT LoRA adapter, or a single weight file of any name.
+    Raises InputError for anything unreadable, inconsistent or hostile.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise InputError(f"{path} does not exist", hint="expected a checkpoint file or folder")
+        if path.is_dir() and (path / "adapter_config.json").exists():
+            return _open_adapter(path)
+        return Checkpoint(path, _slots(_weight_file(path) if path.is_dir() else path))
+    except OSError as error:
+        raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+
+
+def _weight_file(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = [
+        p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".pth")
+    ]
+    if len(found) != 1:
+        listed = ", ".join(p.name for p in found) or "none"
+        raise InputError(
+            f"{folder} should hold model.safetensors, an index or exactly one weight file, "
+            f"it has: {listed}"
+        )
+    return found[0]
+
+
+def _slots(path: Path) -> dict[str, Slot]:
+    if path.suffix == ".json":
+        return _indexed_slots(path)
+    if path.suffix == ".safetensors":
+        return safetensors_slots(path)
+    return pickled_slots(path)
+
+
+def _indexed_slots(index: Path) -> dict[str, Slot]:
+    """The tensors of all shards; index and shards must list the same names."""
+    weight_map = read_json(index.read_bytes(), index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map from tensor names to shard files")
+    present = {p.name for p in index.parent.iterdir()}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard != Path(shard).name or shard == "..":
+            raise InputError(
+                f"{index}: tensor {name!r} is placed in {shard!r}, "
+                "expected the name of a file in the same folder"
+            )
+        if shard not in present:
+            raise InputError(f"{index}: the shard {shard} of tensor {name!r} is missing")
+    slots: dict[str, Slot] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, slot in _slots(index.parent / shard).items():
+            if name in slots:
+                raise InputError(
+                    f"{index}: tensor {name!r} is in {slots[name].path.name} and {shard}"
+                )
+            if weight_map.get(name) != shard:
+                raise InputError(f"{index} does not list tensor {name!r} of {shard}")
+            slots[name] = slot
+    if absent := [name for name in weight_map if name not in slots]:
+        raise InputError(
+            f"{index} places tensor {absent[0]!r} in {weight_map[absent[0]]}, "
+            f"which does not hold it ({len(absent)} such tensors)"
+        )
+    return slots
+
+
+def _open_adapter(folder: Path) -> Adapter:
+    config = folder / "adapter_config.json"
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        if (folder / name).is_file():
+            source = Checkpoint(folder / name, _slots(folder / name))
+            return Adapter(folder, read_json(config.read_bytes(), config), source)
+    raise InputError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
+
+
+def problems(base: Source, experts: Mapping[str, Source | Adapter]) -> list[str]:
+    """Everything that keeps the experts from being merged into the base, one sentence each.
+
+    Read from headers only: missing and additional tensors, shapes (vocabulary sizes among them),
+    kinds of dtype, adapter targets, adapters of different bases. A tensor that one side saved
+    and the other dropped as a tied copy is no problem. Empty means mergeable.
+    """
+    found = []
+    for task, expert in experts.items():
+        check = check_adapter if isinstance(expert, Adapter) else _check_dense
+        found += [f"expert {task!r} ({expert.path}): {problem}" for problem in check(expert, base)]
+    hubs = {t: e.base_name for t, e in experts.items() if isinstance(e, Adapter) and e.hub_base}
+    if len(set(hubs.values())) > 1:
+        trained = ", ".join(f"{task!r} on {name}" for task, name in hubs.items())
+        found.append(f"the adapters were trained on different bases: {trained}")
+    return found
+
+
+def _check_dense(expert: Source, base: Source) -> list[str]:
+    ours, theirs = set(base.keys()), set(expert.keys())
+    found = [
+        f"tensor {name!r} of {base.path} is missing"
+        for name in base.keys()  # noqa: SIM118 (a Source is no dict)
+        if name not in theirs and base.tied.get(name) not in theirs
+    ]
+    for name in expert.keys():  # noqa: SIM118
+        if name not in ours:
+            if expert.tied.get(name) not in ours:
+                found.append(f"tensor {name!r} is not in {base.path}")
+            continue
+        found += _compare(name, expert.shape(name), base)
+        if expert.dtype(name).is_floating_point != base.dtype(name).is_floating_point:
+            found.append(f"tensor {name!r} is {expert.dtype(name)}, the base's {base.dtype(name)}")
+    return found
+
+
+def check_adapter(adapter: Adapter, base: Source) -> list[str]:
+    """What keeps an adapter from being applied to `base`: absent targets and other shapes."""
+    found, names = [], set(base.keys())
+    shapes = {n: adapter.shape(n)[:: -1 if adapter.transposed else 1] for n in adapter.keys()}  # noqa: SIM118
+    for name, shape in (shapes | {n: tuple(t.shape) for n, t in adapter.dense.items()}).items():
+        if name not in names:
+            found.append(f"the target {name!r} is not in {base.path}")
+        else:
+            found += _compare(name, shape, base)
+    return found
+
+
+def _compare(name: str, shape: tuple[int, ...], base: Source) -> list[str]:
+    expected = base.shape(name)
+    if shape == expected:
+        return []
+    vocabulary = len(shape) == len(expected) == 2 and shape[1] == expected[1]
+    if vocabulary and any(word in name for word in ("embed", "head", "wte", "shared")):
+        return [f"tensor {name!r} has a vocabulary of {shape[0]}, the base's has {expected[0]}"]
+    return [f"tensor {name!r} has shape {list(shape)}, the base's has {list(expected)}"]
+
+
+def check_finite(tensor: Tensor, name: str, path: str) -> None:
+    """Raise InputError if any value is NaN or infinite, naming the first one's position."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    low, high = values.aminmax()  # one pass, and NaN propagates
+    if torch.isfinite(low) and torch.isfinite(high):
+        return
+    bad = (~torch.isfinite(values)).nonzero()
+    raise InputError(
+        f"{path}: tensor {name!r} has {len(bad)} values that are not finite, "
+        f"the first at {bad[0].tolist()}",
+        hint="the checkpoint is damaged or its training diverged",
+    )
