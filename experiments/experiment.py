@@ -1,0 +1,324 @@
+"""One run: merge the experts of a suite by one method, score the result, leave a record."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, get_args
+
+import torch
+from filelock import FileLock
+from safetensors.torch import load_file
+from torch import Tensor
+
+import merging
+from eval.suite import Finetuning, Split, Statistic, Suite
+from experiments import cli, records
+from experiments.records import Record
+from merging.checkpoints import Adapter, open_checkpoint
+from merging.errors import InputError
+from merging.progress import track
+
+log = logging.getLogger(__name__)
+REFERENCES = ("zero_shot", "experts")  # rows of every table that merge nothing
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A hyperparameter chosen by validation accuracy; None: nothing is chosen."""
+
+    parameter: str | None = None
+    values: list[Any] = field(default_factory=list)
+    split: str = "validation"
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How many training inputs per task a method that needs statistics may see."""
+
+    batches: int = 10
+    batch_size: int = 32
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The keys of configs/experiment.yaml."""
+
+    suite: dict[str, Any]
+    method: dict[str, Any]
+    tracker: dict[str, Any]
+    selection: Selection = field(default_factory=Selection)
+    statistics: Statistics = field(default_factory=Statistics)
+    finetuning: str = "full"
+    seed: int = 0
+    tasks: list[str] | None = None
+    split: str = "test"
+    limit: int | None = None
+    device: str = "auto"
+    records: str = "runs/records"
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What a merge of all tasks gave and cost."""
+
+    state: Mapping[str, Tensor]
+    rules: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    statistics_seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+def resolve_device(name: str) -> str:
+    """ "auto" is the first GPU, else the CPU; a GPU that is not there is an InputError."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(name).type
+    except RuntimeError as error:
+        raise InputError(f"unknown device {name!r}", "known: auto, cpu, cuda, cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name!r} was asked for, but this machine has no usable GPU")
+    return name
+
+
+@functools.lru_cache(maxsize=2)
+def _suite(config: str) -> Suite:
+    return cli.build(json.loads(config))
+
+
+def load_suite(config: Mapping[str, Any], device: str) -> Suite:
+    """The suite of a configuration; the same object each time, so that a sweep loads data once."""
+    own = {"device": resolve_device(device)} if "device" in config else {}
+    return _suite(json.dumps(dict(config) | own, sort_keys=True))
+
+
+def measure(settings: Experiment) -> Record:
+    """The record of a run: found when the run was done before, else made now.
+
+    Raises InputError, before any heavy work, for whatever is wrong with the settings.
+    """
+    _check(settings)
+    suite = load_suite(settings.suite, settings.device)
+    key = _key(settings, suite)
+    path = records.record_path(Path(settings.records), key)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.stem}.lock")):  # a second process waits and finds it
+        if path.exists() and not settings.force:
+            log.info("%s: already done; force=true does it again", path.stem)
+            return records.load(path)
+        record = _run(settings, suite, key)
+        records.save(path, record)
+    return record
+
+
+def references(settings: Experiment) -> dict[str, Record]:
+    """Records of zero_shot and experts under the same settings, measured when absent."""
+    return {name: _reference(settings, name) for name in REFERENCES}
+
+
+def _reference(settings: Experiment, name: str) -> Record:
+    plain = {"method": {"name": name}, "selection": Selection(), "force": False}
+    return measure(replace(settings, **plain))
+
+
+def _check(settings: Experiment) -> None:
+    for name, known in (("finetuning", get_args(Finetuning)), ("split", get_args(Split))):
+        if (value := getattr(settings, name)) not in known:
+            raise InputError(f"{name} is {value!r}, expected one of: {', '.join(known)}")
+    chosen = settings.selection
+    if chosen.parameter is None:
+        return
+    if not chosen.values:
+        raise InputError("selection.values is empty, expected values to choose from")
+    if chosen.split != "validation":
+        raise InputError(
+            f"selection.split is {chosen.split!r}: a hyperparameter is chosen on validation only",
+            hint="leave selection.split=validation",
+        )
+    if settings.split == "validation":
+        raise InputError(
+            "split=validation would report the very examples that the selection has used",
+            hint="report on split=test, or set selection=none",
+        )
+    if settings.method["name"] in REFERENCES:
+        raise InputError(f"{settings.method['name']} has no hyperparameter to select")
+
+
+def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
+    """All that a run's scores depend on; see experiments/records.py."""
+    tasks = settings.tasks or list(suite.tasks)
+    if unknown := sorted(set(tasks) - set(suite.tasks)):
+        raise InputError(
+            f"suite {suite.name} has no task {unknown[0]!r}", f"known: {', '.join(suite.tasks)}"
+        )
+    name, chosen = settings.method["name"], settings.selection
+    hyperparameters, needs = {}, None
+    if name not in REFERENCES:
+        method = _methods(settings)[0]
+        hyperparameters, needs = dict(method.hyperparameters), method.needs
+        hyperparameters.pop(chosen.parameter, None)
+    elif extra := sorted(set(settings.method) - {"name"}):
+        raise InputError(f"{name} has no hyperparameter {extra[0]!r}")
+    return {
+        "suite": suite.name,
+        "experts": suite.identity(finetuning=settings.finetuning, seed=settings.seed),
+        "method": name,
+        "hyperparameters": hyperparameters,
+        "finetuning": settings.finetuning,
+        "seed": settings.seed,
+        "split": settings.split,
+        "tasks": sorted(tasks, key=list(suite.tasks).index),
+        "limit": settings.limit,
+        "statistics": asdict(settings.statistics) if needs else None,
+        "selection": asdict(chosen) if chosen.parameter else None,
+    }
+
+
+def _methods(settings: Experiment) -> list[merging.Method]:
+    """The method with each value of the selection, or as it stands."""
+    chosen = settings.selection
+    candidates = [{chosen.parameter: value} for value in chosen.values] or [{}]
+    return [merging.create(**dict(settings.method) | candidate) for candidate in candidates]
+
+
+def _run(settings: Experiment, suite: Suite, key: dict[str, Any]) -> Record:
+    name, tasks = key["method"], key["tasks"]
+    merge, data, selection = Merge(suite.base()), "none", None
+    if name not in REFERENCES:
+        method, selection = _select(settings, suite, tasks)
+        merge = merge_suite(settings, suite, tasks, method)
+        data = _data_use(method, selection)
+    start = time.perf_counter()
+    if name == "experts":
+        scores = _score_experts(settings, suite, tasks)
+    else:
+        scores = _score(settings, suite, merge.state, settings.split, tasks)
+    evaluation = time.perf_counter() - start
+    experts = scores if name == "experts" else _reference(settings, "experts")["scores"]
+    return {
+        "schema": records.SCHEMA,
+        "key": key,
+        "family": suite.family,
+        "metric": suite.metric,
+        "data": data,
+        "selection": selection,
+        "scores": scores,
+        "mean": _mean_accuracy(scores),
+        "normalised": _normalised(scores, experts),
+        "rules": merge.rules,
+        "seconds": {
+            "merge": merge.seconds,
+            "statistics": merge.statistics_seconds,
+            "evaluation": evaluation,
+        },
+        "peak_bytes": merge.peak_bytes,
+        "versions": records.versions(),
+        "machine": records.machine(resolve_device(settings.device)),
+    }
+
+
+def _select(
+    settings: Experiment, suite: Suite, tasks: list[str]
+) -> tuple[merging.Method, dict[str, Any] | None]:
+    """The method to report, and how its hyperparameter was chosen (None: it was not)."""
+    candidates, chosen = _methods(settings), settings.selection
+    if chosen.parameter is None:
+        return candidates[0], None
+    tried = []
+    for method in track(candidates, f"selecting {chosen.parameter} on {chosen.split}"):
+        state = merge_suite(settings, suite, tasks, method).state
+        tried.append(_mean_accuracy(_score(settings, suite, state, chosen.split, tasks)))
+    best = tried.index(max(tried))
+    outcome = asdict(chosen) | {"accuracy": tried, "chosen": chosen.values[best]}
+    return candidates[best], outcome
+
+
+def merge_suite(
+    settings: Experiment, suite: Suite, tasks: list[str], method: merging.Method
+) -> Merge:
+    """Merge the experts of some tasks, with the statistics that the method needs."""
+    own = {"finetuning": settings.finetuning, "seed": settings.seed}
+    experts = {task: load_expert(suite.expert(task, **own)) for task in tasks}
+    collected, seconds = {}, 0.0
+    if method.needs:
+        for task in track(tasks, f"{method.needs} statistics"):
+            path, spent = collect(settings, suite, task, method.needs)
+            collected[task] = load_file(path)
+            seconds += spent
+    report = merging.Report()
+    state = merging.merge_state_dicts(
+        suite.base(),
+        experts,
+        method,
+        layers=suite.layers(),
+        statistics=collected or None,
+        device=resolve_device(settings.device),
+        report=report,
+    )
+    return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
+
+
+@functools.lru_cache(maxsize=40)  # two seeds of the largest suite; memory-mapped, so cheap
+def load_expert(path: Path) -> Mapping[str, Tensor] | Adapter:
+    """An expert's tensors, or its adapter."""
+    source = open_checkpoint(path)
+    if isinstance(source, Adapter):
+        return source
+    return {name: source.read(name) for name in source.keys()}
+
+
+def collect(settings: Experiment, suite: Suite, task: str, kind: Statistic) -> tuple[Path, float]:
+    """The file of a task's statistics, and the seconds it took when it was collected."""
+    start = time.perf_counter()
+    path = suite.statistics(
+        task,
+        kind,
+        finetuning=settings.finetuning,
+        seed=settings.seed,
+        **asdict(settings.statistics),
+    )
+    spent = path.with_suffix(".seconds")  # beside it, as the next run finds it collected
+    if not spent.exists():
+        spent.write_text(f"{time.perf_counter() - start:.3f}")
+    return path, float(spent.read_text())
+
+
+def _score_experts(settings: Experiment, suite: Suite, tasks: list[str]) -> dict[str, Any]:
+    """Each expert on its own task."""
+    scores = {}
+    for task in track(tasks, "evaluating experts"):
+        # the merge of one expert is that expert, whether it is stored whole or as an adapter
+        state = merge_suite(settings, suite, [task], merging.create("average")).state
+        scores |= _score(settings, suite, state, settings.split, [task])
+    return scores
+
+
+def _score(
+    settings: Experiment, suite: Suite, state: Mapping[str, Tensor], split: str, tasks: list[str]
+) -> dict[str, Any]:
+    """{task: {accuracy, count, constant}}"""
+    scores = suite.evaluate(state, split, tasks, settings.limit)
+    return {task: scores[task]._asdict() for task in tasks}
+
+
+def _mean_accuracy(scores: Mapping[str, Any]) -> float:
+    return fmean(score["accuracy"] for score in scores.values())
+
+
+def _normalised(scores: Mapping[str, Any], experts: Mapping[str, Any]) -> float | None:
+    """Mean over tasks of accuracy / expert's accuracy; None where an expert is never right."""
+    pairs = [(score["accuracy"], experts[task]["accuracy"]) for task, score in scores.items()]
+    return fmean(a / e for a, e in pairs) if all(e for _, e in pairs) else None
+
+
+def _data_use(method: merging.Method, selection: object | None) -> str:
+    used = ["training inputs"] * bool(method.needs) + ["validation"] * bool(selection)
+    return ", ".join(used) or "none"
