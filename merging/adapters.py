@@ -67,6 +67,13 @@ class Adapter:
     def keys(self) -> list[str]:
         return list(self._factors)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._factors
+
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of change of the weight file."""
+        return self._source.stamp()
+
     def shape(self, name: str) -> tuple[int, int]:
         """(d_out, d_in) of the difference."""
         a, b = self._factors[name]

@@ -44,6 +44,9 @@ WEIGHT_FILES = (
 )
 
 
+VOCABULARY = "has a vocabulary of"  # marks the one problem that a merge may be told to admit
+
+
 class Source(Protocol):
     """Named tensors, read one by one.
 
@@ -57,6 +60,8 @@ class Source(Protocol):
     def keys(self) -> list[str]:
         """Names in file order."""
         ...
+
+    def __contains__(self, name: str) -> bool: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -83,6 +88,9 @@ class StateDict:
 
     def keys(self) -> list[str]:
         return list(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
@@ -111,6 +119,9 @@ class Checkpoint:
     def keys(self) -> list[str]:
         return list(self._slots)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._slots
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._slots[name].shape
 
@@ -127,6 +138,11 @@ class Checkpoint:
             self._files[slot.path] = os.open(slot.path, os.O_RDONLY)
         self.bytes_read += slot.nbytes
         return slot.map(self._files[slot.path])
+
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of change of each file: what a partial output depends on."""
+        files = sorted({slot.path for slot in self._slots.values()})
+        return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
@@ -241,8 +257,12 @@ def _open_adapter(folder: Path) -> Adapter:
     raise InputError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
 
 
-def problems(base: Source, experts: Mapping[str, Source | Adapter]) -> list[str]:
+def problems(
+    base: Source, experts: Mapping[str, Source | Adapter], *, common_rows: bool = False
+) -> list[str]:
     """Everything that keeps the experts from being merged into the base, one sentence each.
+
+    common_rows: vocabularies of different sizes are no problem.
 
     Read from headers only: missing and additional tensors, shapes (vocabulary sizes among them),
     kinds of dtype, adapter targets, adapters of different bases. A tensor that one side saved
@@ -251,7 +271,8 @@ def problems(base: Source, experts: Mapping[str, Source | Adapter]) -> list[str]
     found = []
     for task, expert in experts.items():
         check = check_adapter if isinstance(expert, Adapter) else _check_dense
-        found += [f"expert {task!r} ({expert.path}): {problem}" for problem in check(expert, base)]
+        told = [p for p in check(expert, base) if not (common_rows and VOCABULARY in p)]
+        found += [f"expert {task!r} ({expert.path}): {problem}" for problem in told]
     hubs = {t: e.base_name for t, e in experts.items() if isinstance(e, Adapter) and e.hub_base}
     if len(set(hubs.values())) > 1:
         trained = ", ".join(f"{task!r} on {name}" for task, name in hubs.items())
@@ -263,10 +284,10 @@ def _check_dense(expert: Source, base: Source) -> list[str]:
     ours, theirs = set(base.keys()), set(expert.keys())
     found = [
         f"tensor {name!r} of {base.path} is missing"
-        for name in base.keys()  # noqa: SIM118 (a Source is no dict)
+        for name in base.keys()
         if name not in theirs and base.tied.get(name) not in theirs
     ]
-    for name in expert.keys():  # noqa: SIM118
+    for name in expert.keys():
         if name not in ours:
             if expert.tied.get(name) not in ours:
                 found.append(f"tensor {name!r} is not in {base.path}")
@@ -280,7 +301,7 @@ def _check_dense(expert: Source, base: Source) -> list[str]:
 def check_adapter(adapter: Adapter, base: Source) -> list[str]:
     """What keeps an adapter from being applied to `base`: absent targets and other shapes."""
     found, names = [], set(base.keys())
-    shapes = {n: adapter.shape(n)[:: -1 if adapter.transposed else 1] for n in adapter.keys()}  # noqa: SIM118
+    shapes = {n: adapter.shape(n)[:: -1 if adapter.transposed else 1] for n in adapter.keys()}
     for name, shape in (shapes | {n: tuple(t.shape) for n, t in adapter.dense.items()}).items():
         if name not in names:
             found.append(f"the target {name!r} is not in {base.path}")
@@ -295,7 +316,7 @@ def _compare(name: str, shape: tuple[int, ...], base: Source) -> list[str]:
         return []
     vocabulary = len(shape) == len(expected) == 2 and shape[1] == expected[1]
     if vocabulary and any(word in name for word in ("embed", "head", "wte", "shared")):
-        return [f"tensor {name!r} has a vocabulary of {shape[0]}, the base's has {expected[0]}"]
+        return [f"tensor {name!r} {VOCABULARY} {shape[0]}, the base's has {expected[0]}"]
     return [f"tensor {name!r} has shape {list(shape)}, the base's has {list(expected)}"]
 
 

@@ -18,8 +18,16 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from merging.checkpoints import Adapter, Source, StateDict, Writer, check_finite, open_checkpoint
-from merging.checkpoints import problems as header_problems
+from merging.checkpoints import (
+    Adapter,
+    Checkpoint,
+    Source,
+    StateDict,
+    Writer,
+    check_finite,
+    open_checkpoint,
+    problems,
+)
 from merging.errors import InputError
 from merging.layers import Layer, cut, join, resolve_layers
 from merging.lora import Factors, in_joint_basis
@@ -104,16 +112,15 @@ def merge_state_dicts(
     report: filled in, if given.
     Raises InputError naming every key, shape or value at fault.
     """
-    source = StateDict(base, "base")
+    source = StateDict(base, "the base")
     sink = _Memory(source)
     opened = {
-        task: expert if isinstance(expert, Adapter) else StateDict(expert, f"expert {task!r}")
+        task: expert if isinstance(expert, Adapter) else StateDict(expert, "a state dict")
         for task, expert in experts.items()
     }
     options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
     _run(source, opened, method, sink, options, report or Report())
-    tied = source.tied
-    return {name: sink.tensors[tied.get(name, name)] for name in base}
+    return {name: sink.tensors[source.tied.get(name, name)] for name in base}
 
 
 def merge_checkpoints(
@@ -151,19 +158,24 @@ def merge_checkpoints(
         }
     options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
     writer = Writer(
-        Path(output),
+        output,
         {name: (source.shape(name), source.dtype(name)) for name in source.keys()},
-        shards=getattr(source, "shards", None),
+        shards=_shards(source),
         key=_key(source, opened, method, options),
-        metadata={"format": "pt"},
         overwrite=overwrite,
     )
     with writer:
         _run(source, opened, method, writer, options, report)
-        writer.finish(dict(extra or {}))
-    for opened_source in (source, *opened.values()):
-        opened_source.close()
+        writer.finish(extra)
+    for finished in (source, *opened.values()):
+        finished.close()
     return report
+
+
+def _shards(base: Checkpoint) -> dict[str, str] | None:
+    """{name: file name} where the base has several files, so that the output has the same."""
+    files = {name: base.file(name).with_suffix(".safetensors").name for name in base.keys()}
+    return files if len(set(files.values())) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -210,8 +222,7 @@ def _options(
     resolved = resolve_layers(layers, shapes)
     if not split_qkv:
         resolved = {k: Layer(1, layer.transposed) for k, layer in resolved.items()}
-    found = header_problems(base, experts, vocabulary=vocabulary)
-    if found:
+    if found := problems(base, experts, common_rows=vocabulary == "common_rows"):
         raise InputError("; ".join(found), hint="nothing was merged")
     if method.needs:
         _check_statistics(statistics, experts, resolved, method)
@@ -236,14 +247,14 @@ def _check_statistics(
             )
 
 
-def _key(base: Source, experts: Mapping[str, Any], method: Method, options: _Options) -> str:
+def _key(
+    base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], method: Method, options: _Options
+) -> str:
     """What the output depends on: a partial output is continued only under the same key."""
-    inputs = {task: source.identity() for task, source in sorted(experts.items())}
+    inputs = {task: expert.stamp() for task, expert in sorted(experts.items())}
     layers = sorted((n, x.parts, x.transposed) for n, x in options.layers.items())
-    return repr(
-        (base.identity(), inputs, method.name, sorted(method.hyperparameters.items()), layers,
-         options.vocabulary)
-    )  # fmt: skip
+    hyperparameters = sorted(method.hyperparameters.items())
+    return repr((base.stamp(), inputs, method.name, hyperparameters, layers, options.vocabulary))
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -263,6 +274,8 @@ def _run(
     report.rules.update({item.name: _rule(item, method) for item in items})
     context = method.prepare(lambda: _stream(base, experts, items, options))
     depths = _depths([item.name for item in items])
+    # a file cannot share memory between names, so tied tensors are written under each
+    copies = {i.name: [n for n, first in base.tied.items() if first == i.name] for i in items}
     todo = [item for item in items if item.name not in sink.done]
     lock = threading.Lock()
 
@@ -274,7 +287,8 @@ def _run(
             extra = context | {"depth": depths[item.name]}
             for tensor, rows in _merge(base, experts, method, item, loaded, options, device, extra):
                 with lock:
-                    sink.write(item.name, tensor, rows)
+                    for name in (item.name, *copies[item.name]):
+                        sink.write(name, tensor, rows)
 
     if len(options.devices) == 1:
         work(options.devices[0], todo)
@@ -291,10 +305,10 @@ def _plan(
     base: Source, experts: Mapping[str, Source | Adapter], method: Method, options: _Options
 ) -> list[_Item]:
     """One item per tensor of the base, in file order; tied copies are merged with their first."""
-    touched = set().union(*(expert.keys() for expert in experts.values()))
+    touched = set().union(*(_names(expert) for expert in experts.values()))
     items = []
     for name in base.keys():
-        if name in getattr(base, "tied", {}):
+        if name in base.tied:
             continue
         shape = base.shape(name)
         rule = {"average": "average", "base": "base", "method": "rest"}[method.rest]
@@ -304,7 +318,7 @@ def _plan(
             rule = "base"
         if rule == "rest" and method.needs and not _has_statistic(options.statistics, name):
             rule = "average"
-        if rule == "rest" and _differs_in_rows(experts, name, shape):
+        if rule == "rest" and not all(_covers(e, name, shape) for e in experts.values()):
             rule = "average"  # only averaging has a meaning for rows that some experts lack
         items.append(_Item(name, rule, options.layers.get(name), _numel(shape)))
     return items
@@ -314,10 +328,13 @@ def _has_statistic(statistics: Statistics | None, name: str) -> bool:
     return statistics is not None and all(name in s for s in statistics.values())
 
 
-def _differs_in_rows(
-    experts: Mapping[str, Source | Adapter], name: str, shape: tuple[int, ...]
-) -> bool:
-    return any(name in e.keys() and tuple(e.shape(name)) != shape for e in experts.values())
+def _names(expert: Source | Adapter) -> set[str]:
+    return {*expert.keys(), *(expert.dense if isinstance(expert, Adapter) else ())}
+
+
+def _covers(expert: Source | Adapter, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether an expert has all rows of a tensor, or does not touch it."""
+    return isinstance(expert, Adapter) or name not in expert or expert.shape(name) == shape
 
 
 def _rule(item: _Item, method: Method) -> str:
@@ -334,9 +351,8 @@ def _load(
     if item.rule in {"average", "base"} or method.elementwise:
         return None
     if item.rule == "layer" and method.row_space:
-        factors = [e.factors(item.name) for e in experts.values() if isinstance(e, Adapter)]
-        if len(factors) == len(experts) and all(factors):
-            return [Factors(*f) for f in factors]
+        if all(isinstance(e, Adapter) and item.name in e for e in experts.values()):
+            return [Factors(*e.factors(item.name)) for e in experts.values()]
     return _deltas(base, experts, item.name)
 
 
@@ -438,31 +454,38 @@ def _deltas(
     W0 = _lift(base.read(name, rows))
     stack = W0.new_empty(len(experts), *W0.shape)
     for delta, (task, expert) in zip(stack, experts.items(), strict=True):
-        if name not in expert.keys():
-            delta.zero_()
-        elif isinstance(expert, Adapter) and (factors := expert.factors(name)) is not None:
-            dense = Factors(*factors).dense().to(W0)
-            dense = dense.mT if dense.shape != base.shape(name) else dense
-            delta.copy_(dense if rows is None else dense[rows])
-        else:
+        if isinstance(expert, Adapter):
+            _expand(expert, name, rows, W0, delta)
+        elif name in expert:
             _subtract(expert, name, rows, W0, delta)
-        check_finite(delta, name, f"expert {task!r} or the base")
+        else:
+            delta.zero_()
+        check_finite(delta, name, f"expert {task!r} ({expert.path}) or the base")
     return stack
 
 
-def _subtract(
-    expert: Source | Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor
-) -> None:
-    have = expert.shape(name)[0] if len(expert.shape(name)) else 0
-    if rows is not None and rows.stop > have:
-        rows = slice(rows.start, max(have, rows.start))
-    W = expert.read(name, rows)
-    common = min(len(W), len(W0)) if W0.ndim else None
-    if common is None or len(W) == len(W0):
-        torch.sub(W.to(W0.dtype), W0, out=out)
+def _expand(adapter: Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
+    rows = rows or slice(None)
+    if name in adapter:
+        delta = Factors(*adapter.factors(name)).dense()
+        out.copy_((delta.mT if adapter.transposed else delta)[rows])
+    elif name in adapter.dense:
+        torch.sub(adapter.dense[name][rows].to(W0.dtype), W0, out=out)
     else:
         out.zero_()
-        torch.sub(W[:common].to(W0.dtype), W0[:common], out=out[:common])
+
+
+def _subtract(expert: Source, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
+    if rows is None and expert.shape(name) == tuple(W0.shape):
+        torch.sub(expert.read(name).to(W0.dtype), W0, out=out)
+        return
+    have = expert.shape(name)[0]
+    start, stop, _ = (rows or slice(0, len(W0))).indices(max(have, len(W0)))
+    common = max(0, min(stop, have) - start)
+    out[common:].zero_()
+    if common:
+        W = expert.read(name, slice(start, start + common))
+        torch.sub(W.to(W0.dtype), W0[:common], out=out[:common])
 
 
 def _add(base: Source, name: str, delta: Tensor, rows: slice | None = None) -> Tensor:
@@ -537,7 +560,7 @@ def _numel(shape: Sequence[int]) -> int:
 
 
 def _bytes_read(base: Source, experts: Mapping[str, Source | Adapter]) -> int:
-    return base.bytes_read + sum(getattr(e, "bytes_read", 0) for e in experts.values())
+    return base.bytes_read + sum(expert.bytes_read for expert in experts.values())
 
 
 def _reset_peak() -> None:
