@@ -350,9 +350,9 @@ def _load(
     """What a matrix is merged from, read ahead of time; None where blocks are read as they go."""
     if item.rule in {"average", "base"} or method.elementwise:
         return None
-    if item.rule == "layer" and method.row_space:
-        if all(isinstance(e, Adapter) and item.name in e for e in experts.values()):
-            return [Factors(*e.factors(item.name)) for e in experts.values()]
+    adapters = all(isinstance(e, Adapter) and item.name in e for e in experts.values())
+    if item.rule == "layer" and method.row_space and adapters:
+        return [Factors(*e.factors(item.name)) for e in experts.values()]
     return _deltas(base, experts, item.name)
 
 
