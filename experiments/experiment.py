@@ -272,7 +272,7 @@ def load_expert(path: Path) -> Mapping[str, Tensor] | Adapter:
     source = open_checkpoint(path)
     if isinstance(source, Adapter):
         return source
-    return {name: source.read(name) for name in source.keys()}
+    return {name: source.read(name) for name in source.keys()}  # noqa: SIM118
 
 
 def collect(settings: Experiment, suite: Suite, task: str, kind: Statistic) -> tuple[Path, float]:

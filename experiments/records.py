@@ -4,7 +4,8 @@ A record is a dictionary with these fields:
 
     schema      version of this layout
     key         all that determines the scores: suite, experts (the suite's identity of them),
-                method, hyperparameters, finetuning, seed, split, tasks, limit, statistics, selection
+                method, hyperparameters, finetuning, seed, split, tasks, limit, statistics,
+                selection
     family      checkpoint family; figures of different families are never compared
     metric      what "accuracy" is on this suite
     data        what the method saw beside the checkpoints: none, validation, training inputs
@@ -38,23 +39,12 @@ from merging.errors import InputError
 
 SCHEMA = 1
 FIELDS = frozenset(
-    [
-        "schema",
-        "key",
-        "family",
-        "metric",
-        "data",
-        "selection",
-        "scores",
-        "mean",
-        "normalised",
-        "rules",
-        "seconds",
-        "peak_bytes",
-        "versions",
-        "machine",
-    ]
-)
+    {
+        "schema", "key", "family", "metric", "data", "selection", "scores", "mean", "normalised",
+        "rules", "seconds", "peak_bytes", "versions", "machine",
+    }
+)  # fmt: skip
+REMOVE = "remove it and run again"
 Record = dict[str, Any]
 
 
@@ -99,9 +89,7 @@ def _parse(text: str, where: str) -> Record:
     try:
         record = json.loads(text)
     except ValueError as error:
-        raise InputError(
-            f"record {where} is damaged: {error}", "remove it and run again"
-        ) from error
+        raise InputError(f"record {where} is damaged: {error}", REMOVE) from error
     schema = record.get("schema") if isinstance(record, dict) else None
     if schema != SCHEMA:
         raise InputError(
@@ -110,7 +98,7 @@ def _parse(text: str, where: str) -> Record:
         )
     if set(record) != FIELDS:
         wrong = sorted(set(record) ^ FIELDS)[0]
-        raise InputError(f"record {where} is damaged: field {wrong!r}", "remove it and run again")
+        raise InputError(f"record {where} is damaged: field {wrong!r}", REMOVE)
     return record
 
 
@@ -139,9 +127,7 @@ def machine(device: str) -> dict[str, Any]:
     """The hardware, without anything that names the computer or its user."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": os.cpu_count(),
         "ram_gb": round(psutil.virtual_memory().total / 2**30),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "device": device,

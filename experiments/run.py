@@ -44,7 +44,7 @@ def accuracy_table(record: Record, reference: Mapping[str, Record]) -> Table:
     rows = accuracy_rows(record, reference)
     name = key["method"]
     table = Table(
-        title=f"{key['suite']} · {name} · {key['finetuning']} · seed {key['seed']} · {key['split']}",
+        title=f"{key['suite']}: {name}, {key['finetuning']}, seed {key['seed']}, {key['split']}",
         caption=_caption(record),
     )
     table.add_column("task")
