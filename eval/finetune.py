@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from rich.console import Console
-from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_cosine_schedule_with_warmup
 
+from merging.checkpoints import Adapter, open_checkpoint
 from merging.errors import InputError
+from merging.progress import track
 
 RESUME = "resume.pt"
 
@@ -74,7 +74,7 @@ def train(
     )
     stream = iter(batches(first * accumulate))
     with torch.random.fork_rng():
-        for step in track(range(first, steps), label, console=Console(stderr=True)):
+        for step in track(range(first, steps), label):
             torch.manual_seed(seed * 1_000_003 + step)  # dropout is a function of the step alone
             for _ in range(accumulate):
                 with autocast:
@@ -174,3 +174,15 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     factors = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {name: factor.detach().cpu().contiguous() for name, factor in factors.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def expert_state(base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Dense state dict of an expert: a checkpoint as it is, an adapter added to the base."""
+    source = open_checkpoint(path)
+    if not isinstance(source, Adapter):
+        return {name: source.read(name) for name in source.keys()}
+    state = dict(base) | dict(source.dense)
+    for name in source.keys():
+        a, b, scale = source.factors(name)  # (r, d_in), (d_out, r)
+        state[name] = (base[name].float() + scale * b @ a).to(base[name].dtype)
+    return state

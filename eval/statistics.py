@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from eval.cache import digest
 from merging.errors import InputError
 
 if TYPE_CHECKING:
+    from eval.suite import Finetuning, Statistic, Suite
     from merging.layers import Layer
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -212,8 +214,16 @@ def sampled(logits: Tensor, generator: torch.Generator) -> Tensor:
     return log_probabilities[label].squeeze()
 
 
+def about(
+    suite: Suite, task: str, kind: Statistic, *, finetuning: Finetuning, seed: int
+) -> dict[str, Any]:
+    """What a statistics file must say of itself to be used for this suite, task and expert."""
+    identity = digest(suite.identity(finetuning=finetuning, seed=seed))
+    return {"suite": suite.name, "task": task, "kind": kind, "experts": identity}
+
+
 def save(path: Path, statistics: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write statistics with what they are about (suite, task, kind, the expert's identity)."""
+    """Write statistics {weight name: tensor} with what `about` says of them."""
     # clones, as safetensors refuses the matrices that query, key and value share; and one
     # metadata entry, as it writes several in an arbitrary order
     tensors = {name: tensor.clone().contiguous() for name, tensor in statistics.items()}
@@ -235,7 +245,7 @@ def load(path: Path, about: Mapping[str, Any]) -> dict[str, Tensor]:
                         f"expected {expected!r}",
                         hint="collect them anew with: python -m experiments.statistics",
                     )
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise

