@@ -34,15 +34,17 @@ _UNSUPPORTED = (
 # Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(\.(?P<adapter>\w+))?\.weight")
+_ATTENTION = re.compile(r"(.+)\.base_layer\.out_proj\.lora_A")
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.default)\.")
 
 
 class Adapter:
     """LoRA factors by base weight name: the expert's weight is W + scale * B @ A.
 
-    keys() are the base's names ("encoder.layer.0.attention.self.query.weight"). `transposed`
-    (PEFT's fan_in_fan_out) says that the base stores its weights (d_in, d_out), as GPT-2's
-    Conv1D does: `shape` and `factors` are (d_out, d_in) all the same. `dense` holds the tensors
-    saved in full (modules_to_save, trained biases); `base_name` is the base the file names.
+    keys() are names of the base's tensors ("layer.0.query.weight"). `dense` holds the tensors
+    saved in full (modules_to_save, trained biases), by base name too. `transposed` (PEFT's
+    fan_in_fan_out) says that the base stores its weights (d_in, d_out), as GPT-2's Conv1D does:
+    `shape` and `factors` are (d_out, d_in) all the same. `base_name` is the base the file names.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
@@ -51,7 +53,7 @@ class Adapter:
         self.transposed = bool(config.get("fan_in_fan_out"))
         name = config.get("base_model_name_or_path")
         self.base_name = name if isinstance(name, str) and name else None
-        self._factors, dense = _pair(source, self.path)
+        self._factors, dense = _sort_keys(source, self.path)
         self._scales = {name: self._scale(name) for name in self._factors}
         self.dense = {name: source.read(key) for name, key in dense.items()}
 
@@ -64,15 +66,15 @@ class Adapter:
         """Whether `base_name` is an "owner/name" id, comparable between adapters."""
         return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", self.base_name or ""))
 
+    def stamp(self) -> list[tuple]:
+        """Changes whenever the weights or their scales may have."""
+        return [*self._source.stamp(), *sorted(self._scales.items())]
+
     def keys(self) -> list[str]:
         return list(self._factors)
 
     def __contains__(self, name: str) -> bool:
         return name in self._factors
-
-    def stamp(self) -> list[tuple[str, int, int]]:
-        """Path, size and time of change of the weight file."""
-        return self._source.stamp()
 
     def shape(self, name: str) -> tuple[int, int]:
         """(d_out, d_in) of the difference."""
@@ -113,7 +115,7 @@ class Adapter:
         alpha = self._setting("alpha_pattern", module, self.config.get("lora_alpha"))
         if stated != rank:
             raise InputError(f"{self.path}: {name!r} has rank {rank}, the config says {stated!r}")
-        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
             raise InputError(f"{self.path}: lora_alpha is {alpha!r}, expected a number")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
@@ -129,55 +131,44 @@ class Adapter:
 
 
 def _matches(pattern: str, module: str, path: str) -> bool:
-    """peft's `(.*\\.)?(pattern)$`, for patterns that cannot take exponential time."""
-    risky = re.search(r"\)[*+?{]|[{\[]|\(\?|\\[^.d]", pattern)
-    if risky or len(re.findall(r"[*+]", pattern)) > 2 or len(pattern) > 500:
-        raise InputError(
-            f"{path}: the pattern {pattern[:80]!r} is not a module name or simple regex"
-        )
+    """peft's `(.*\\.)?(pattern)$`, for patterns too simple to take exponential time."""
+    risky = re.search(r"[?{\[]|\)[*+]|\\[^.d]", pattern) or pattern.count("(") > 1
+    if risky or len(re.findall(r"[*+]", pattern)) > 2 or max(len(pattern), len(module)) > 500:
+        raise InputError(f"{path}: the pattern {pattern[:80]!r} is no module name or simple regex")
     try:
         return bool(re.match(rf"(.*\.)?({pattern})$", module))
     except re.error as error:
         raise InputError(f"{path}: the pattern {pattern[:80]!r} is invalid: {error}") from None
 
 
-def _pair(source: Source, path: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
+def _sort_keys(source: Source, path: str) -> tuple[dict[str, tuple[str, str]], dict[str, str]]:
     """({base weight name: (key of A, key of B)}, {base name: key of a tensor saved in full})."""
     pairs: dict[str, dict[str, str]] = {}
-    dense, adapters = {}, set()
-    keys = source.keys()
-    names = {key: key.removeprefix("base_model.model.") for key in keys}
-    attention = {
-        m.group(1)
-        for n in names.values()
-        if (m := re.match(r"(.+)\.base_layer\.out_proj\.lora_A", n))
-    }
+    dense: dict[str, str] = {}
+    names = {key: key.removeprefix("base_model.model.") for key in source.keys()}
+    attention = {match[1] for n in names.values() if (match := _ATTENTION.match(n))}
+    adapters = {match["adapter"] for n in names.values() if (match := _FACTOR.fullmatch(n))}
+    if len(adapters) != 1:
+        raise InputError(f"{path} holds {len(adapters)} LoRA adapters, expected one")
     for key, name in names.items():
         if match := _FACTOR.fullmatch(name):
-            adapters.add(match["adapter"])
             # nn.MultiheadAttention is one module with two weights
             leaf = "in_proj_weight" if match["module"] in attention else "weight"
-            module = match["module"].replace(".base_layer.", ".")
-            pairs.setdefault(f"{module}.{leaf}", {})[match["which"]] = key
+            weight = f"{match['module'].replace('.base_layer.', '.')}.{leaf}"
+            pairs.setdefault(weight, {})[match["which"]] = key
         elif "lora_" in name:
             raise InputError(f"{path}: {key!r} is not a LoRA factor of a linear layer")
-        else:
-            plain = re.sub(r"\.(base_layer|modules_to_save(\.\w+(?=\.))?)(?=\.)", "", name)
-            dense[plain] = key
-    if len(adapters) > 1:
-        raise InputError(f"{path} holds several adapters: {sorted(map(str, adapters))}")
-    if not pairs:
-        raise InputError(f"{path} holds no LoRA factors")
+        elif dense.setdefault(_WRAPPED.sub(".", name), key) != key:
+            raise InputError(f"{path} holds {_WRAPPED.sub('.', name)!r} twice")
     for name, pair in pairs.items():
-        if set(pair) != {"A", "B"}:
-            raise InputError(f"{path}: {name!r} has no factor {'AB'.strip(next(iter(pair)))}")
+        if set(pair) != {"A", "B"} or name in dense:
+            raise InputError(f"{path}: {name!r} should have one factor A, one B and nothing else")
         a, b = source.shape(pair["A"]), source.shape(pair["B"])
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or not a[0]:
             raise InputError(
                 f"{path}: the factors of {name!r} have shapes A {list(a)} and B {list(b)}, "
                 "expected (r, d_in) and (d_out, r)"
             )
-        for key in pair.values():
-            if not source.dtype(key).is_floating_point:
-                raise InputError(f"{path}: {key!r} is {source.dtype(key)}, expected floats")
+        if not all(source.dtype(key).is_floating_point for key in pair.values()):
+            raise InputError(f"{path}: the factors of {name!r} are not floating point")
     return {name: (pair["A"], pair["B"]) for name, pair in pairs.items()}, dense

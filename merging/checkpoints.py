@@ -1,4 +1,4 @@
-"""Checkpoints as lazily read, named tensors: safetensors, PyTorch pickles, sharded or not, adapters.
+"""Checkpoints as lazily read, named tensors: safetensors and PyTorch files, shards, adapters.
 
 `open_checkpoint(path)` looks at headers only. Nothing in a file is ever executed, no name in a
 file can point outside its folder, and whatever is wrong is an InputError naming file and tensor.
@@ -7,6 +7,7 @@ file can point outside its folder, and whatever is wrong is an InputError naming
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -42,9 +43,6 @@ WEIGHT_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.bin",
 )
-
-
-VOCABULARY = "has a vocabulary of"  # marks the one problem that a merge may be told to admit
 
 
 class Source(Protocol):
@@ -109,12 +107,19 @@ class StateDict:
 
 
 class Checkpoint:
-    """A `Source` over one or more files, each opened once and mapped tensor by tensor."""
+    """A `Source` over one or more files, each opened once; safe to read from several threads.
+
+    A file that changes after its header was read is an InputError, not silent nonsense.
+    """
 
     def __init__(self, path: Path, slots: Mapping[str, Slot]) -> None:
+        if not slots:
+            raise InputError(f"{path} holds no tensors")
         self.path, self.bytes_read, self._slots = str(path), 0, slots
         self.tied = _tied({k: s for k, s in slots.items() if s.nbytes})
+        self._stamps = {file: _stamp(file) for file in {s.path: None for s in slots.values()}}
         self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
 
     def keys(self) -> list[str]:
         return list(self._slots)
@@ -132,17 +137,20 @@ class Checkpoint:
         """The file that holds the tensor."""
         return self._slots[name].path
 
+    def stamp(self) -> list[tuple[str, int, int]]:
+        """Path, size and time of change of each file: changes whenever the content may have."""
+        return [(str(file.absolute()), *stamp) for file, stamp in sorted(self._stamps.items())]
+
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         slot = self._slots[name].rows(rows)
-        if slot.path not in self._files:
-            self._files[slot.path] = os.open(slot.path, os.O_RDONLY)
-        self.bytes_read += slot.nbytes
-        return slot.map(self._files[slot.path])
-
-    def stamp(self) -> list[tuple[str, int, int]]:
-        """Path, size and time of change of each file: what a partial output depends on."""
-        files = sorted({slot.path for slot in self._slots.values()})
-        return [(str(p), (s := p.stat()).st_size, s.st_mtime_ns) for p in files]
+        with self._lock:
+            if slot.path not in self._files:
+                self._files[slot.path] = os.open(slot.path, os.O_RDONLY)
+            file = self._files[slot.path]
+            self.bytes_read += slot.nbytes
+        if _stamp(file) != self._stamps[slot.path]:
+            raise InputError(f"{slot.path} changed while it was being read")
+        return slot.load(file)
 
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
@@ -150,19 +158,18 @@ class Checkpoint:
             os.close(self._files.popitem()[1])
 
     def __del__(self) -> None:
-        self.close()
+        if hasattr(self, "_files"):
+            self.close()
+
+
+def _stamp(file: Path | int) -> tuple[int, int]:
+    status = os.stat(file)
+    return status.st_size, status.st_mtime_ns
 
 
 def _identity(tensor: Tensor) -> tuple:
-    pointer = tensor.untyped_storage().data_ptr()
-    return (
-        tensor.device,
-        pointer,
-        tensor.storage_offset(),
-        tensor.dtype,
-        tensor.shape,
-        tensor.stride(),
-    )
+    """What two names of one and the same tensor have in common."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _tied(identities: Mapping[str, object]) -> dict[str, str]:
@@ -187,7 +194,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint | Adapter:
             raise InputError(f"{path} does not exist", hint="expected a checkpoint file or folder")
         if path.is_dir() and (path / "adapter_config.json").exists():
             return _open_adapter(path)
-        return Checkpoint(path, _slots(_weight_file(path) if path.is_dir() else path))
+        file = _weight_file(path) if path.is_dir() else path
+        return Checkpoint(path, (_indexed_slots if file.suffix == ".json" else _slots)(file))
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from None
 
@@ -196,9 +204,8 @@ def _weight_file(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    found = [
-        p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".bin", ".pt", ".pth")
-    ]
+    suffixes = (".safetensors", ".bin", ".pt", ".pth")
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in suffixes]
     if len(found) != 1:
         listed = ", ".join(p.name for p in found) or "none"
         raise InputError(
@@ -209,16 +216,14 @@ def _weight_file(folder: Path) -> Path:
 
 
 def _slots(path: Path) -> dict[str, Slot]:
-    if path.suffix == ".json":
-        return _indexed_slots(path)
-    if path.suffix == ".safetensors":
-        return safetensors_slots(path)
-    return pickled_slots(path)
+    if not path.is_file():
+        raise InputError(f"{path} is not a file")
+    return (safetensors_slots if path.suffix == ".safetensors" else pickled_slots)(path)
 
 
 def _indexed_slots(index: Path) -> dict[str, Slot]:
     """The tensors of all shards; index and shards must list the same names."""
-    weight_map = read_json(index.read_bytes(), index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{index} has no weight_map from tensor names to shard files")
     present = {p.name for p in index.parent.iterdir()}
@@ -253,7 +258,7 @@ def _open_adapter(folder: Path) -> Adapter:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
             source = Checkpoint(folder / name, _slots(folder / name))
-            return Adapter(folder, read_json(config.read_bytes(), config), source)
+            return Adapter(folder, read_json(config), source)
     raise InputError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")
 
 
@@ -262,16 +267,15 @@ def problems(
 ) -> list[str]:
     """Everything that keeps the experts from being merged into the base, one sentence each.
 
-    common_rows: vocabularies of different sizes are no problem.
-
     Read from headers only: missing and additional tensors, shapes (vocabulary sizes among them),
     kinds of dtype, adapter targets, adapters of different bases. A tensor that one side saved
-    and the other dropped as a tied copy is no problem. Empty means mergeable.
+    and the other dropped as a tied copy is no problem, nor, with `common_rows`, are embeddings
+    and heads of different vocabularies. Empty means mergeable.
     """
     found = []
     for task, expert in experts.items():
         check = check_adapter if isinstance(expert, Adapter) else _check_dense
-        told = [p for p in check(expert, base) if not (common_rows and VOCABULARY in p)]
+        told = check(expert, base, common_rows)
         found += [f"expert {task!r} ({expert.path}): {problem}" for problem in told]
     hubs = {t: e.base_name for t, e in experts.items() if isinstance(e, Adapter) and e.hub_base}
     if len(set(hubs.values())) > 1:
@@ -280,43 +284,47 @@ def problems(
     return found
 
 
-def _check_dense(expert: Source, base: Source) -> list[str]:
-    ours, theirs = set(base.keys()), set(expert.keys())
+def _check_dense(expert: Source, base: Source, common_rows: bool) -> list[str]:
+    ours, theirs = dict.fromkeys(base.keys()), dict.fromkeys(expert.keys())
+    known = {expert.tied.get(name, name) for name in theirs if name in ours}
     found = [
         f"tensor {name!r} of {base.path} is missing"
-        for name in base.keys()
+        for name in ours
         if name not in theirs and base.tied.get(name) not in theirs
     ]
-    for name in expert.keys():
+    for name in theirs:
         if name not in ours:
-            if expert.tied.get(name) not in ours:
+            if expert.tied.get(name, name) not in known:
                 found.append(f"tensor {name!r} is not in {base.path}")
             continue
-        found += _compare(name, expert.shape(name), base)
+        found += _compare(name, expert.shape(name), base, common_rows)
         if expert.dtype(name).is_floating_point != base.dtype(name).is_floating_point:
             found.append(f"tensor {name!r} is {expert.dtype(name)}, the base's {base.dtype(name)}")
     return found
 
 
-def check_adapter(adapter: Adapter, base: Source) -> list[str]:
+def check_adapter(adapter: Adapter, base: Source, common_rows: bool = False) -> list[str]:
     """What keeps an adapter from being applied to `base`: absent targets and other shapes."""
-    found, names = [], set(base.keys())
     shapes = {n: adapter.shape(n)[:: -1 if adapter.transposed else 1] for n in adapter.keys()}
-    for name, shape in (shapes | {n: tuple(t.shape) for n, t in adapter.dense.items()}).items():
-        if name not in names:
-            found.append(f"the target {name!r} is not in {base.path}")
+    shapes |= {name: tuple(tensor.shape) for name, tensor in adapter.dense.items()}
+    found, ours = [], set(base.keys())
+    for name, shape in shapes.items():
+        if name in ours:
+            found += _compare(name, shape, base, common_rows)
         else:
-            found += _compare(name, shape, base)
+            found.append(f"the target {name!r} is not in {base.path}")
     return found
 
 
-def _compare(name: str, shape: tuple[int, ...], base: Source) -> list[str]:
+def _compare(name: str, shape: tuple[int, ...], base: Source, common_rows: bool) -> list[str]:
     expected = base.shape(name)
     if shape == expected:
         return []
-    vocabulary = len(shape) == len(expected) == 2 and shape[1] == expected[1]
-    if vocabulary and any(word in name for word in ("embed", "head", "wte", "shared")):
-        return [f"tensor {name!r} {VOCABULARY} {shape[0]}, the base's has {expected[0]}"]
+    rows_only = 0 < len(shape) == len(expected) and shape[1:] == expected[1:]
+    if rows_only and any(word in name for word in ("embed", "head", "wte", "shared")):
+        if common_rows:
+            return []
+        return [f"tensor {name!r} has a vocabulary of {shape[0]}, the base's has {expected[0]}"]
     return [f"tensor {name!r} has shape {list(shape)}, the base's has {list(expected)}"]
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor
 from merging.errors import InputError
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
+MAPPED_BYTES = 1 << 20  # below this, copying is faster than setting up pages
+MAPPED_LIMIT = 256  # mappings alive at once: each holds a file descriptor
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -34,11 +37,12 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_mapped: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """The place of one tensor: `offset` in bytes from the start of the file, `strides` in elements."""
+    """The place of one tensor: `offset` in bytes from the file's start, `strides` in elements."""
 
     path: Path
     dtype: torch.dtype
@@ -72,22 +76,27 @@ class Slot:
             return 0
         return 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
 
-    def map(self, file: int) -> Tensor:
-        """The tensor, backed by a private mapping of its own pages of the open `file`.
+    def load(self, file: int) -> Tensor:
+        """The tensor from the open `file`, in memory of its own that goes when the tensor goes.
 
-        The pages go when the tensor goes, so memory is bounded by the tensors alive and not by
-        the files read; writing to the tensor never reaches the file.
+        A large one is a private mapping of its pages: nothing is copied, rows never touched are
+        never read, and writing to the tensor does not reach the file. Small ones are copied.
         """
-        if not self.span:
-            return torch.empty(self.shape, dtype=self.dtype)
         size = self.span * self.dtype.itemsize
-        if os.fstat(file).st_size < self.offset + size:
-            raise InputError(f"{self.path} became shorter while it was being read")
         skip = self.offset % mmap.ALLOCATIONGRANULARITY
-        pages = mmap.mmap(file, skip + size, access=mmap.ACCESS_COPY, offset=self.offset - skip)
-        if skip % self.dtype.itemsize:  # some writers do not align tensors
-            pages, skip = bytearray(pages[skip : skip + size]), 0
-        flat = torch.frombuffer(pages, dtype=self.dtype, count=self.span, offset=skip)
+        if size >= MAPPED_BYTES and skip % self.dtype.itemsize == 0 and len(_mapped) < MAPPED_LIMIT:
+            start = self.offset - skip
+            pages = mmap.mmap(file, skip + size, access=mmap.ACCESS_COPY, offset=start)
+            _mapped.add(pages)
+            flat = torch.frombuffer(pages, dtype=self.dtype, count=self.span, offset=skip)
+        else:
+            flat = torch.empty(self.span, dtype=self.dtype)
+            rest = memoryview(flat.view(torch.uint8).numpy()) if size else b""
+            while rest:
+                count = os.preadv(file, [rest], self.offset + size - len(rest))
+                if not count:
+                    raise InputError(f"{self.path} ends before byte {self.offset + size}")
+                rest = rest[count:]
         return flat.as_strided(self.shape, self.strides)
 
 
@@ -105,8 +114,15 @@ def sizes(value: Any, limit: int = 64) -> tuple[int, ...] | None:
     return tuple(value) if math.prod(max(n, 1) for n in value) < 2**60 else None
 
 
-def read_json(data: bytes, path: Path) -> dict[str, Any]:
-    """A JSON object; a repeated key, which parsers resolve differently, is refused."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    if path.stat().st_size > HEADER_LIMIT:
+        raise InputError(f"{path} is larger than {HEADER_LIMIT} bytes, expected a small JSON file")
+    return parse_json(path.read_bytes(), path)
+
+
+def parse_json(data: bytes, path: Path) -> dict[str, Any]:
+    """A JSON object; a repeated key, of which parsers take one or the other, is refused."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for text in (text for pair in pairs for text in pair if isinstance(text, str)):
@@ -138,7 +154,7 @@ def safetensors_slots(path: Path) -> dict[str, Slot]:
                 f"{path} is no safetensors file or is truncated: "
                 f"its header should have {length} bytes, the file has {size}"
             )
-        header = read_json(file.read(length), path)
+        header = parse_json(file.read(length), path)
     header.pop("__metadata__", None)
     start = 8 + length
     slots = {name: _slot(path, name, entry, start) for name, entry in header.items()}

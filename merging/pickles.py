@@ -9,13 +9,14 @@ function of the file's choice is called, no memory is taken beyond the file's ow
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import os
 import pickle
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,31 @@ _DTYPES = {str(d): d for d in vars(torch).values() if isinstance(d, torch.dtype)
 
 # Of the standard library, what pickled modules and training arguments are known to mention.
 # All of it stays a name; the list is there so that a file that asks for more is refused.
-_STANDARD = {
-    *(f"builtins.{n}" for n in ["getattr", "set", "frozenset", "list", "dict", "tuple", "slice", "complex", "range"]),
-    *(f"builtins.{n}" for n in ["object", "int", "float", "bool", "str", "bytes", "type"]),
-    *(f"collections.{n}" for n in ["OrderedDict", "defaultdict", "deque", "Counter"]),
-    *(f"datetime.{n}" for n in ["date", "datetime", "time", "timedelta", "timezone"]),
-    *(f"pathlib.{n}" for n in ["Path", "PurePath", "PosixPath", "PurePosixPath", "WindowsPath"]),
-    "_codecs.encode",
-    "argparse.Namespace",
-    "copyreg._reconstructor",
-    "functools.partial",
-    "types.SimpleNamespace",
-}
-# Lower-case names that are called in honest files; the call yields a stub.
-_INERT_CALLS = ("torch._utils._rebuild_", "numpy.random._pickle.", "numpy.core.multiarray.")
-_INERT_CALLS += ("numpy._core.multiarray.", "numpy.dtype", "torch.device", *_STANDARD)
+_STANDARD = frozenset(
+    f"{module}.{name}"
+    for module, names in {
+        "_codecs": "encode",
+        "argparse": "Namespace",
+        "builtins": "getattr set frozenset list dict tuple slice complex range object type "
+        "int float bool str bytes",
+        "collections": "OrderedDict defaultdict deque Counter",
+        "copyreg": "_reconstructor",
+        "datetime": "date datetime time timedelta timezone",
+        "functools": "partial",
+        "pathlib": "Path PurePath PosixPath PurePosixPath WindowsPath",
+        "types": "SimpleNamespace",
+    }.items()
+    for name in names.split()
+)
+# Functions that honest files call beside those of `_REBUILD`; here the call yields a stub.
+_INERT_CALLS = (
+    "torch._utils._rebuild_",
+    "torch.device",
+    "numpy.dtype",
+    "numpy.core.multiarray.",
+    "numpy._core.multiarray.",
+    "numpy.random._pickle.",
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +83,7 @@ class _Global:
     name: str
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class _Stub:
     """An object of a class that is never imported; `state` is what its pickle set."""
 
@@ -86,7 +97,7 @@ class _Stub:
         """Entries of dict subclasses are of no use here."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Storage:
     key: str
     dtype: torch.dtype
@@ -94,7 +105,7 @@ class _Storage:
     nbytes: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Tensor:
     storage: _Storage
     dtype: torch.dtype
@@ -119,8 +130,9 @@ def pickled_slots(path: Path) -> dict[str, Slot]:
     except InputError:
         raise
     except Exception as error:  # a malformed pickle can raise anything at all
+        reason = f"{type(error).__name__}: {error}"[:200]
         raise InputError(
-            f"{path} is not a readable PyTorch checkpoint ({type(error).__name__}: {error})",
+            f"{path} is not a readable PyTorch checkpoint ({reason})",
             hint="expected a file written by torch.save; save it again as safetensors",
         ) from None
     slots = {name: _locate(tensor, name, path, places) for name, tensor in entries.items()}
@@ -195,60 +207,56 @@ def _named_entries(root: Any, path: Path) -> dict[str, _Tensor]:
             inner = (root.get(key) for key in WRAPPERS)
             root = next((v for v in inner if isinstance(v, dict) or _is_module(v)), root)
     if _is_module(root):
-        entries = _walk(root, path)
-    elif isinstance(root, dict):
-        entries = root
-    else:
-        kind = root.kind if isinstance(root, _Stub) else type(root).__name__
-        raise InputError(f"{path} holds a {kind}, expected a state dict or an nn.Module")
-    if not entries:
-        raise InputError(f"{path} holds no tensors")
-    if other := [
-        str(n) for n, t in entries.items() if not (isinstance(n, str) and isinstance(t, _Tensor))
-    ]:
+        root = dict(_walk(root, path))
+    if not isinstance(root, dict):
         raise InputError(
-            f"{path}: {len(other)} of {len(entries)} entries are not dense tensors with a name: "
-            f"{', '.join(other[:5])}"
+            f"{path} holds a {_kind(root)}, expected a state dict or an nn.Module",
+            hint="save the model's state_dict() with torch.save or safetensors",
         )
-    if all(name.startswith("module.") for name in entries):  # DistributedDataParallel
-        return {name.removeprefix("module."): tensor for name, tensor in entries.items()}
-    return entries
+    for name, value in root.items():
+        if not isinstance(name, str) or not isinstance(value, _Tensor):
+            label = repr(name) if isinstance(name, str) else f"of a {_kind(name)} as its name"
+            raise InputError(
+                f"{path}: entry {label} is a {_kind(value)}, expected a dense tensor",
+                hint=f"a state dict beside other things is read from under {', '.join(WRAPPERS)}",
+            )
+    if root and all(name.startswith("module.") for name in root):  # DistributedDataParallel
+        return {name.removeprefix("module."): tensor for name, tensor in root.items()}
+    return root
+
+
+def _kind(value: Any) -> str:
+    """What a message calls a value; never its repr, which shared parts can make endless."""
+    kind = value.kind if isinstance(value, _Stub) else type(value).__name__
+    return kind.lstrip("_").lower() if isinstance(value, _Tensor | _Global | _Storage) else kind
 
 
 def _is_module(value: Any) -> bool:
     return isinstance(value, _Stub) and {"_parameters", "_modules"} <= value.state.keys()
 
 
-def _walk(module: _Stub, path: Path) -> dict[str, Any]:
-    """What module.state_dict() would return, by its naming rules."""
-    entries: dict[str, Any] = {}
-    visited = 0
-
-    def visit(module: _Stub, prefix: str, depth: int) -> None:
-        nonlocal visited
-        own = [module.state.get(k) for k in ("_parameters", "_buffers", "_modules")]
-        transient = module.state.get("_non_persistent_buffers_set") or ()
-        own = [table if table is not None else {} for table in own]
-        if not all(isinstance(table, dict) for table in own):
-            raise InputError(f"{path}: the module {prefix or module.kind!r} is not an nn.Module")
-        visited += 1 + sum(map(len, own)) + len(transient)
-        if visited > _WALK_LIMIT or depth > _DEPTH_LIMIT:
-            raise InputError(f"{path}: the module is nested without end")
-        parameters, buffers, children = own
-        transient = {name for name in transient if isinstance(name, str)}
-        kept = {name: tensor for name, tensor in buffers.items() if name not in transient}
-        for name, tensor in (parameters | kept).items():
+def _walk(root: _Stub, path: Path) -> Iterator[tuple[str, Any]]:
+    """The entries of root.state_dict(), by its naming rules."""
+    waiting, visited = [("", root)], 0
+    while waiting:
+        prefix, module = waiting.pop()
+        parameters, buffers, children = (
+            module.state.get(k) or {} for k in ("_parameters", "_buffers", "_modules")
+        )
+        transient = module.state.get("_non_persistent_buffers_set") or []
+        visited += 1 + len(parameters) + len(buffers) + len(children) + len(transient)
+        if visited > _WALK_LIMIT or prefix.count(".") > _DEPTH_LIMIT:
+            raise InputError(f"{path}: its module is nested without end")
+        dropped = {name for name in transient if isinstance(name, str)}
+        kept = {name: buffer for name, buffer in buffers.items() if name not in dropped}
+        for name, tensor in (*parameters.items(), *kept.items()):
             if tensor is not None:
-                if entries.setdefault(f"{prefix}{name}", tensor) is not tensor:
-                    raise InputError(f"{path}: the module has two tensors {prefix + name!r}")
-        for name, child in children.items():
+                yield prefix + name, tensor
+        for name, child in reversed(children.items()):
             if _is_module(child):
-                visit(child, f"{prefix}{name}.", depth + 1)
+                waiting.append((f"{prefix}{name}.", child))
             elif child is not None:
-                raise InputError(f"{path}: the part {prefix}{name} is not an nn.Module")
-
-    visit(module, "", 0)
-    return entries
+                raise InputError(f"{path}: {prefix}{name} is a {_kind(child)}, expected a module")
 
 
 def _locate(tensor: _Tensor, name: str, path: Path, places: Mapping[str, tuple[int, int]]) -> Slot:
@@ -265,45 +273,26 @@ def _locate(tensor: _Tensor, name: str, path: Path, places: Mapping[str, tuple[i
     return slot
 
 
-def _dense(storage: _Storage, offset: int, size: Any, stride: Any, dtype: torch.dtype) -> _Tensor:
+def _rebuild_tensor(
+    storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any
+) -> _Tensor | _Stub:
+    """torch._utils._rebuild_tensor and _v2, whose rest is (requires_grad, hooks, flags)."""
+    if rest[2:] and rest[2]:  # lazily conjugated or negated: the stored numbers are not the values
+        return _Stub("conjugated or negated tensor")
     shape, strides = sizes(size), sizes(stride)
-    if not isinstance(storage, _Storage) or sizes([offset]) is None or None in (shape, strides):
+    if sizes([offset]) is None or shape is None or strides is None or len(shape) != len(strides):
         raise ValueError("a tensor with impossible sizes")
-    if len(shape) != len(strides):
-        raise ValueError("a tensor with more sizes than strides")
-    if 0 in shape or 1 in shape:  # strides that are never used need not make sense
+    if math.prod(shape) <= 1 or 1 in shape:  # strides that are never used need not make sense
         plain = contiguous_strides(shape)
         strides = tuple(p if n <= 1 else s for n, s, p in zip(shape, strides, plain, strict=True))
-    return _Tensor(storage, dtype, offset, shape, strides)
+    return _Tensor(storage, storage.dtype, offset, shape, strides)
 
 
-def _rebuild_tensor(
-    storage: _Storage,
-    offset: int,
-    size: Any,
-    stride: Any,
-    _: Any = None,
-    __: Any = None,
-    flags: Any = None,
-) -> _Tensor | _Stub:
-    if flags:  # lazily conjugated or negated: the stored numbers are not the values
-        return _Stub("conjugated or negated tensor")
-    return _dense(storage, offset, size, stride, storage.dtype)
-
-
-def _rebuild_tensor_v3(
-    storage: _Storage,
-    offset: int,
-    size: Any,
-    stride: Any,
-    _: Any,
-    __: Any,
-    dtype: _Global,
-    flags: Any = None,
-) -> _Tensor | _Stub:
-    if flags:
-        return _Stub("conjugated or negated tensor")
-    return _dense(storage, offset, size, stride, _DTYPES[dtype.name])
+def _rebuild_tensor_v3(storage: _Storage, *args: Any) -> _Tensor | _Stub:
+    """torch._utils._rebuild_tensor_v3: the dtype is given beside an untyped storage."""
+    offset, size, stride, _, hooks, dtype, *flags = args
+    typed = replace(storage, dtype=_DTYPES[dtype.name])
+    return _rebuild_tensor(typed, offset, size, stride, False, hooks, *flags)
 
 
 # The only calls that are carried out, each by a function of this module.
@@ -316,7 +305,6 @@ _REBUILD: dict[str, Callable[..., Any]] = {
     "torch.nn.parameter.Parameter": lambda data, *_: data,
     "torch.Size": lambda size=(): size,
     "collections.OrderedDict": lambda: {},
-    "collections.defaultdict": lambda *_: {},
     "builtins.set": lambda items=(): items,  # a list serves, and cannot be slow to hash
 }
 
@@ -355,8 +343,8 @@ class _Interpreter(pickle._Unpickler):
         if kind == "module":  # old files add the source code of a class, which is not looked at
             return rest[0]
         if kind != "storage":
-            raise ValueError(f"unknown persistent id {kind!r}")
-        kind, key, _, numel, *view = rest
+            raise ValueError("an unknown kind of persistent id")
+        kind, key, _, numel, *view = rest  # the device it was on does not matter
         dtype = _STORAGES[kind.name.split(".")[-1]]
         if not isinstance(key, str) or sizes([numel]) is None:
             raise ValueError("a storage with an impossible size")
@@ -370,16 +358,18 @@ class _Interpreter(pickle._Unpickler):
 
     def call(self, function: Any, args: Any) -> Any:
         """The value of function(*args), without calling what the file names."""
-        if not isinstance(function, _Global) or not isinstance(args, tuple):
-            raise ValueError("a call of something that is no global")
+        if isinstance(function, _Stub):  # functools.partial(...)(), a bound method
+            return _Stub(function.kind)
         name = function.name
         if name in ("torch._tensor._rebuild_from_type_v2", "torch._tensor._rebuild_from_type"):
-            return self.call(args[0], args[2])
+            function, _, args, *_ = args  # a subclass of Tensor, read as a plain one
+            return self.call(function, args)
         if name in _REBUILD:
             return _REBUILD[name](*args)
-        if name == "copyreg._reconstructor" and isinstance(args[0], _Global):
+        if name == "copyreg._reconstructor":  # how protocols 0 and 1 make an object
             return _Stub(args[0].name)
-        if name.split(".")[-1][0].isupper() or name.startswith(_INERT_CALLS):
+        is_class = name.rpartition(".")[2][:1].isupper()
+        if is_class or name in _STANDARD or name.startswith(_INERT_CALLS):
             return _Stub(name)
         return self._refuse(name)
 
@@ -443,8 +433,7 @@ class _Interpreter(pickle._Unpickler):
 
 
 def _key(value: Any) -> Any:
-    """A dictionary key that takes no more than its own length to hash."""
-    parts = value if isinstance(value, tuple) else (value,)
-    if any(isinstance(part, tuple | _Global) for part in parts):
-        raise ValueError("a nested dictionary key")
+    """A dictionary key, unless shared parts could make it endless to hash."""
+    if isinstance(value, tuple) and any(isinstance(part, tuple) for part in value):
+        raise ValueError("a nested tuple as dictionary key")
     return value

@@ -8,6 +8,7 @@ match the journal, so that it may follow a kill or a power cut without trusting 
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -30,6 +31,7 @@ from merging.files import SAFETENSORS_DTYPES
 
 SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs only the tensor being written
 _CHUNK = 16 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -51,7 +53,7 @@ class Writer:
     output: "X.safetensors", or a folder.
     tensors: {name: (shape, dtype)}, in the order they should have in the file; larger dtypes
         come first so that every tensor is aligned.
-    shards: {name: file name} inside the folder; None is one model.safetensors.
+    shards: {name: file name} inside a folder; None is one model.safetensors.
     key: what the output is made from. An unfinished output of the same key and layout is
         continued (`done` tells which tensors it has), any other is started over.
     metadata: strings for the files' headers; must not vary between runs.
@@ -73,13 +75,13 @@ class Writer:
     ) -> None:
         self.output, self._overwrite = Path(output).absolute(), overwrite
         self._folder = self.output.suffix != ".safetensors"
-        if shards is None:
+        if shards is None or not self._folder:
             file = "model.safetensors" if self._folder else self.output.name
             shards = dict.fromkeys(tensors, file)
-        self._shards = dict(shards)
+        self._shards = {name: shards[name] for name in tensors}
         headers, self._places, self._size = _layout(tensors, self._shards, metadata or {})
         self._work = self.output.with_name(f".{self.output.name}.part")
-        self._files = self._work / "files"
+        self._files, self._aside = self._work / "files", self._work / "replaced"
         self._pieces: dict[str, tuple[int, int]] = {}  # name -> (rows written, their CRC-32)
         self._open: dict[str, int] = {}
         self._synced = time.monotonic()
@@ -98,28 +100,27 @@ class Writer:
                 raise
 
     def _start(self, headers: Mapping[str, bytes], key: str) -> None:
-        if self.output.exists() and not self._overwrite:
-            if not self._files.exists():  # killed between the rename and the tidying up
-                shutil.rmtree(self._work, ignore_errors=True)
-            raise InputError(f"{self.output} exists already", hint="remove it or allow overwriting")
+        if self._aside.exists() and not self.output.exists():
+            os.rename(self._aside, self.output)  # killed between the two steps of `_publish`
+        self._refuse_existing()
         layout = zlib.crc32(b"".join(headers.values()) + json.dumps(self._shards).encode())
         first = json.dumps({"key": key, "layout": layout})
         journal = self._work / "journal"
         crcs = _read_journal(journal, first) if self._files.is_dir() else None
         if crcs is None:
-            shutil.rmtree(self._work, ignore_errors=True)
+            _remove(self._work)
             _check_space(self.output, sum(self._size.values()))
             self._files.mkdir(parents=True)
+        for stray in set(os.listdir(self._files)) - set(headers):
+            _remove(self._files / stray)
         for file, header in headers.items():
             self._open[file] = os.open(self._files / file, os.O_RDWR | os.O_CREAT, 0o644)
             _reserve(self._open[file], self._size[file])
             _pwrite(self._open[file], header, 0)
-        crcs = {n: crc for n, crc in (crcs or {}).items() if n in self._places}
-        kept = {name: crc for name, crc in crcs.items() if self._stored_crc(name) == crc}
+        kept = {name: crc for name, crc in (crcs or {}).items() if self._stored_crc(name) == crc}
         lines = [first, *(json.dumps([name, crc]) for name, crc in kept.items())]
         _write_synced(journal, "".join(line + "\n" for line in lines).encode())
-        self._journal = os.open(journal, os.O_WRONLY | os.O_APPEND)
-        self._open["\0journal"] = self._journal
+        self._open["../journal"] = os.open(journal, os.O_WRONLY | os.O_APPEND)
         self.done = set(kept)
 
     def write(self, name: str, tensor: Tensor, rows: slice | None = None) -> None:
@@ -147,7 +148,7 @@ class Writer:
             crc = zlib.crc32(data, crc if start else 0)
             self._pieces[name] = stop, crc
             if stop == count:
-                os.write(self._journal, (json.dumps([name, crc]) + "\n").encode())
+                os.write(self._open["../journal"], (json.dumps([name, crc]) + "\n").encode())
                 self.done.add(name)
                 self._sync(SYNC_SECONDS)
 
@@ -163,9 +164,9 @@ class Writer:
         if extra and not self._folder:
             raise ValueError("extra files need a folder as output")
         files = dict(extra or {})
-        if set(self._shards.values()) - {"model.safetensors", "adapter_model.safetensors"}:
-            if self._folder:
-                files["model.safetensors.index.json"] = self._index()
+        names = set(self._shards.values())
+        if self._folder and (len(names) > 1 or any("-of-" in name for name in names)):
+            files["model.safetensors.index.json"] = self._index()
         with self._told():
             for name, content in files.items():
                 target = self._files / name
@@ -176,18 +177,19 @@ class Writer:
                 _write_synced(target, data)
             self._sync(0)
             _sync_folder(self._files)
-            _publish(self._files if self._folder else self._files / self.output.name, self.output)
-            shutil.rmtree(self._work, ignore_errors=True)
+            self._refuse_existing()
+            whole = self._files if self._folder else self._files / self.output.name
+            _publish(whole, self.output, self._aside)
+            _remove(self._work)
         self.close()
 
     def close(self) -> None:
         """Release files and lock; an unfinished output can be continued later."""
         while self._open:
             os.close(self._open.popitem()[1])
-        if self._lock.is_locked:
-            with suppress(OSError):
-                os.unlink(self._lock.lock_file)
-            self._lock.release()
+        if self._lock.is_locked:  # the file goes while it is held; whoever waits for it notices
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
     def __enter__(self) -> Writer:
         return self
@@ -195,13 +197,17 @@ class Writer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _refuse_existing(self) -> None:
+        if self.output.exists() and not self._overwrite:
+            raise InputError(f"{self.output} exists already", hint="remove it or allow overwriting")
+
     @contextmanager
     def _told(self) -> Iterator[None]:
         """Failures of the file system, as one sentence."""
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            full = error.errno in _FULL
             reason = "the disk is full" if full else error.strerror or str(error)
             raise InputError(
                 f"cannot write {self.output}: {reason}",
@@ -332,7 +338,7 @@ def _reserve(file: int, size: int) -> None:
     try:
         os.posix_fallocate(file, 0, size)
     except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) == errno.ENOSPC:
+        if getattr(error, "errno", None) in _FULL:
             raise
     os.ftruncate(file, size)
 
@@ -380,12 +386,29 @@ def _sync_folder(path: Path) -> None:
         os.close(file)
 
 
-def _publish(source: Path, output: Path) -> None:
-    """Rename into place; an existing folder is first moved aside, then removed."""
-    aside = source.with_name("replaced")
-    if output.is_dir():
-        os.rename(output, aside)
-    os.replace(source, output)
+def _publish(source: Path, output: Path, aside: Path) -> None:
+    """Rename into place, so that at every instant the old output or the new one is there.
+
+    Where the system cannot swap two folders in one step there is an instant without either;
+    the old one is `aside` then, and a rerun puts it back.
+    """
+    if not (output.exists() and _swap(source, output)):
+        if output.is_dir():
+            os.rename(output, aside)
+        os.replace(source, output)
     _sync_folder(output.parent)
-    if aside.exists():
-        shutil.rmtree(aside)
+
+
+def _swap(a: Path, b: Path) -> bool:
+    """Exchange two paths in one step; False where the system cannot (only Linux can)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename) and not rename(here, os.fsencode(a), here, os.fsencode(b), exchange)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
