@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -20,12 +20,27 @@ from merging.errors import InputError
 from merging.progress import track
 
 RESUME = "resume.pt"
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+class Training(NamedTuple):
+    """One fine-tuning, ready to run: `train(model, batches, loss, output=..., **settings)`.
+
+    mask: `mask(batch, weight name)` -> (batch, tokens) booleans, True for the tokens that are no
+        padding, or None where every token counts.
+    """
+
+    model: nn.Module
+    batches: Callable[[int], Iterable[Any]]
+    loss: Loss
+    mask: Callable[[Any, str], Tensor | None] | None
+    settings: dict[str, Any]
 
 
 def train(
     model: nn.Module,
     batches: Callable[[int], Iterable[Any]],
-    loss: Callable[[nn.Module, Any], Tensor],
+    loss: Loss,
     *,
     steps: int,
     lr: float,

@@ -188,8 +188,18 @@ class TextSuite:
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """`model.safetensors` with the encoder's whole state dict, or a PEFT adapter folder."""
-        build = partial(self._finetune, task, finetuning, seed)
         key = self._expert_key(task, finetuning, seed)
+        return self._trained([task], key, finetuning, seed)
+
+    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
+        """Checkpoint of one model fine-tuned on all tasks at once, what merging is measured by."""
+        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
+        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
+
+    def _trained(
+        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
+    ) -> Path:
+        build = partial(self._finetune, tasks, finetuning, seed)
         folder = cached("experts", key, build, resumable=True)
         return folder if finetuning == "lora" else folder / "model.safetensors"
 
@@ -325,7 +335,8 @@ class TextSuite:
 
     def _pretrained(self) -> BertModel:
         model = BertModel(BertConfig.from_pretrained(self._folder))
-        model.load_state_dict(load_file(self._folder / "model.safetensors"), strict=False)
+        stored = load_file(self._folder / "model.safetensors")
+        model.load_state_dict({name: stored[name] for name in model.state_dict()})
         return model.to(self.device)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
@@ -388,14 +399,16 @@ class TextSuite:
             "seed": seed,
         }
 
-    def _finetune(self, task: str, finetuning: Finetuning, seed: int, folder: Path) -> None:
-        recipe, examples, head = (
-            self._recipe(finetuning),
-            self._examples(task, "train"),
-            self._heads[task],
-        )
-        head = head.clone().to(self.device)
-        self._load(self._base)
+    def training(
+        self, tasks: Sequence[str], *, finetuning: Finetuning, seed: int
+    ) -> finetune.Training:
+        """The fine-tuning on one or several tasks, on a model of its own.
+
+        A batch is (task, example numbers); batches of several tasks are shuffled.
+        """
+        recipe = self._recipe(finetuning)
+        examples = {task: self._examples(task, "train") for task in tasks}
+        heads = {task: self._heads[task].clone().to(self.device) for task in tasks}
         model: nn.Module = self._pretrained()
         if finetuning == "lora":
             targets = [name.removesuffix(".weight") for name in self.layers()]
@@ -404,27 +417,43 @@ class TextSuite:
         else:
             names = [name for name, _ in model.named_parameters() if name.startswith("encoder.")]
 
-        def loss(model: nn.Module, batch: Tensor) -> Tensor:
-            ids, mask = self._padded([examples.tokens[i] for i in batch])
-            logits = self.logit_scale * embed(model, ids, mask) @ head.T
-            return F.cross_entropy(logits, examples.labels[batch].to(self.device))
+        def padded(batch: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
+            task, members = batch
+            return self._padded([examples[task].tokens[i] for i in members])
 
-        order = batch_order(examples.tokens, recipe.batch_size, recipe.epochs, seed)
-        finetune.train(
-            model,
-            lambda first: order[first:],
-            loss,
-            steps=len(order),
-            lr=recipe.lr,
-            schedule="onecycle",
-            warmup=recipe.warmup,
-            weight_decay=recipe.weight_decay,
-            parameters=names,
-            output=folder,
-            seed=seed,
-            device=self.device,
-            label=f"{task} ({finetuning}, seed {seed})",
-        )
+        def loss(model: nn.Module, batch: tuple[str, Tensor]) -> Tensor:
+            task, members = batch
+            logits = self.logit_scale * embed(model, *padded(batch)) @ heads[task].T
+            return F.cross_entropy(logits, examples[task].labels[members].to(self.device))
+
+        def mask(batch: tuple[str, Tensor], name: str) -> Tensor | None:
+            return padded(batch)[1] if self.moment_tokens == "sentence" else None
+
+        order = [
+            (task, members)
+            for task, part in examples.items()
+            for members in batch_order(part.tokens, recipe.batch_size, recipe.epochs, seed)
+        ]
+        if len(tasks) > 1:
+            random.Random(seed).shuffle(order)
+        settings = {
+            "steps": len(order),
+            "lr": recipe.lr,
+            "schedule": "onecycle",
+            "warmup": recipe.warmup,
+            "weight_decay": recipe.weight_decay,
+            "parameters": names,
+            "seed": seed,
+            "device": self.device,
+            "label": f"{', '.join(tasks)} ({finetuning}, seed {seed})",
+        }
+        return finetune.Training(model, lambda first: order[first:], loss, mask, settings)
+
+    def _finetune(
+        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
+    ) -> None:
+        model, batches, loss, _, settings = self.training(tasks, finetuning=finetuning, seed=seed)
+        finetune.train(model, batches, loss, output=folder, **settings)
         if finetuning == "lora":
             finetune.save_adapter(model, folder)
         else:
