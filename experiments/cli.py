@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -43,7 +44,8 @@ def command(
 ) -> Callable[[Callable[[Settings], Any]], Callable[[], None]]:
     """Turn `task(settings)` into a command line composed by Hydra from `configs/<config>.yaml`.
 
-    schema: dataclass with the type of every key; other keys and types are refused.
+    schema: dataclass with the type of every key; other keys and types are refused (not frozen:
+        OmegaConf would make the configuration read-only).
     prepare: rewrites the command-line overrides before Hydra parses them.
     """
 
@@ -83,6 +85,7 @@ def command(
 
 
 def _configure_logging() -> None:
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their developers
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for chatty in ("httpx", "httpcore", "transformers", "datasets", "open_clip", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -147,7 +150,7 @@ def check_targets(node: Any, where: str = "config") -> None:
     if isinstance(node, Mapping):
         if "_target_" in node:
             known = {field.name for field in fields(_declared(node["_target_"], where))}
-            if unknown := sorted(set(node) - known - {"_target_"}):
+            if unknown := sorted(set(node) - known - {"_target_", "_convert_"}):
                 raise InputError(
                     f"{where} has no setting {unknown[0]!r}", _did_you_mean(unknown[0], known)
                 )

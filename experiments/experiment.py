@@ -6,11 +6,11 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from filelock import FileLock
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 REFERENCES = ("zero_shot", "experts")  # rows of every table that merge nothing
 
 
-@dataclass(frozen=True)
+@dataclass
 class Selection:
     """A hyperparameter chosen by validation accuracy; None: nothing is chosen."""
 
@@ -38,7 +38,7 @@ class Selection:
     split: str = "validation"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistics:
     """How many training inputs per task a method that needs statistics may see."""
 
@@ -46,7 +46,15 @@ class Statistics:
     batch_size: int = 32
 
 
-@dataclass(frozen=True)
+class HasStatistics(Protocol):
+    """Settings that say through which experts, and how many inputs, statistics are measured."""
+
+    finetuning: str
+    seed: int
+    statistics: Statistics
+
+
+@dataclass
 class Experiment:
     """The keys of configs/experiment.yaml."""
 
@@ -97,7 +105,7 @@ def _suite(config: str) -> Suite:
 def load_suite(config: Mapping[str, Any], device: str) -> Suite:
     """The suite of a configuration; the same object each time, so that a sweep loads data once."""
     own = {"device": resolve_device(device)} if "device" in config else {}
-    return _suite(json.dumps(dict(config) | own, sort_keys=True))
+    return _suite(json.dumps(dict(config) | own))
 
 
 def measure(settings: Experiment) -> Record:
@@ -129,10 +137,24 @@ def _reference(settings: Experiment, name: str) -> Record:
     return measure(replace(settings, **plain))
 
 
-def _check(settings: Experiment) -> None:
+def check_choices(settings: object) -> None:
+    """InputError for settings whose value is none of the few that exist."""
     for name, known in (("finetuning", get_args(Finetuning)), ("split", get_args(Split))):
-        if (value := getattr(settings, name)) not in known:
+        if (value := getattr(settings, name, known[0])) not in known:
             raise InputError(f"{name} is {value!r}, expected one of: {', '.join(known)}")
+
+
+def pick_tasks(suite: Suite, names: Sequence[str] | None) -> list[str]:
+    """The named tasks in the suite's order, all of them for None."""
+    if unknown := sorted(set(names or ()) - set(suite.tasks)):
+        raise InputError(
+            f"suite {suite.name} has no task {unknown[0]!r}", f"known: {', '.join(suite.tasks)}"
+        )
+    return [task for task in suite.tasks if names is None or task in names]
+
+
+def _check(settings: Experiment) -> None:
+    check_choices(settings)
     chosen = settings.selection
     if chosen.parameter is None:
         return
@@ -154,11 +176,6 @@ def _check(settings: Experiment) -> None:
 
 def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
     """All that a run's scores depend on; see experiments/records.py."""
-    tasks = settings.tasks or list(suite.tasks)
-    if unknown := sorted(set(tasks) - set(suite.tasks)):
-        raise InputError(
-            f"suite {suite.name} has no task {unknown[0]!r}", f"known: {', '.join(suite.tasks)}"
-        )
     name, chosen = settings.method["name"], settings.selection
     hyperparameters, needs = {}, None
     if name not in REFERENCES:
@@ -175,7 +192,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         "finetuning": settings.finetuning,
         "seed": settings.seed,
         "split": settings.split,
-        "tasks": sorted(tasks, key=list(suite.tasks).index),
+        "tasks": pick_tasks(suite, settings.tasks),
         "limit": settings.limit,
         "statistics": asdict(settings.statistics) if needs else None,
         "selection": asdict(chosen) if chosen.parameter else None,
@@ -272,10 +289,12 @@ def load_expert(path: Path) -> Mapping[str, Tensor] | Adapter:
     source = open_checkpoint(path)
     if isinstance(source, Adapter):
         return source
-    return {name: source.read(name) for name in source.keys()}  # noqa: SIM118
+    return {name: source.read(name) for name in source.keys()}
 
 
-def collect(settings: Experiment, suite: Suite, task: str, kind: Statistic) -> tuple[Path, float]:
+def collect(
+    settings: HasStatistics, suite: Suite, task: str, kind: Statistic
+) -> tuple[Path, float]:
     """The file of a task's statistics, and the seconds it took when it was collected."""
     start = time.perf_counter()
     path = suite.statistics(

@@ -1,0 +1,42 @@
+# make reproduce   the comparison on real experts, one seed: at most 20 minutes from nothing on 2 cores
+# make test        environment, lint and tests, as CI runs them
+# make sweep       every method, full and LoRA, three seeds: what results/embedded_text is made of
+# make tables      results/ from the records of the runs
+# make bench       time and memory of every method beside textbook code
+PYTHON ?= python3.11
+SUITE ?= embedded_text
+SEEDS ?= 0,1,2
+JOBS ?= 2
+# runs of a sweep in parallel processes, e.g. LAUNCHER="hydra/launcher=joblib hydra.launcher.n_jobs=4"
+LAUNCHER ?=
+RUN := .venv/bin/python -m experiments
+
+.PHONY: reproduce test sweep tables bench clean
+
+# Made anew only when pyproject.toml asks for something else.
+.venv/.ready: pyproject.toml
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+reproduce: .venv/.ready
+	$(RUN).run sweep=core suite=$(SUITE)
+	$(RUN).tables suite=$(SUITE) seeds=[0] output=runs/results
+
+test: .venv/.ready
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS)
+
+sweep: .venv/.ready
+	$(RUN).run sweep=all suite=$(SUITE) seed=$(SEEDS) finetuning=full,lora $(LAUNCHER)
+
+tables: .venv/.ready
+	$(RUN).tables suite=$(SUITE)
+
+bench: .venv/.ready
+	$(RUN).bench
+
+clean:
+	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,161 @@
+"""`python -m experiments.merge base=... experts.NAME=... output=...`: merge your checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+import merging
+from eval.architecture import layers_of
+from eval.cache import file_sha256
+from experiments.cli import command
+from experiments.experiment import resolve_device
+from experiments.markup import markdown
+from experiments.records import versions
+from merging.checkpoints import Adapter, open_checkpoint
+from merging.errors import InputError
+from merging.progress import track
+
+WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
+# What a model folder needs beside weights; trainer states and optimisers stay behind.
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+
+
+PATHS = r"\+*((?:experts|statistics)\.[^=]+|base|output|architecture)=(.*)"
+
+
+@dataclass
+class MergeCheckpoints:
+    """The keys of configs/merge.yaml."""
+
+    base: str
+    experts: dict[str, str]
+    method: dict[str, Any]
+    output: str
+    statistics: dict[str, str] = field(default_factory=dict)
+    architecture: str | None = None
+    split_qkv: bool = True
+    vocabulary: str = "refuse"
+    device: Any = "auto"
+    seed: int = 0
+    overwrite: bool = False
+
+
+def quote_paths(overrides: list[str]) -> list[str]:
+    """Spare users Hydra's grammar: experts and statistics need no `+`, paths no quotes."""
+    prepared = []
+    for override in overrides:
+        match = re.fullmatch(PATHS, override)
+        if match:
+            key, path = match.groups()
+            plus = "++" if "." in key else ""
+            quoted = path[:1] in {"'", '"'} or path == "null"
+            override = f"{plus}{key}=" + (path if quoted else "'" + path.replace("'", r"\'") + "'")
+        prepared.append(override)
+    return prepared
+
+
+@command("merge", MergeCheckpoints, prepare=quote_paths)
+def main(settings: MergeCheckpoints) -> None:
+    """Merge checkpoints into one, and print which rule was applied to how many tensors."""
+    method = merging.create(**settings.method)
+    base, output = Path(settings.base), Path(settings.output)
+    if not settings.experts:
+        raise InputError("no experts were given", hint="add experts.NAME=PATH for each of them")
+    devices = settings.device if isinstance(settings.device, list) else [settings.device]
+    devices = [resolve_device(device) for device in devices]
+    source = open_checkpoint(base)
+    if isinstance(source, Adapter):
+        raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
+    names = source.keys()
+    source.close()
+    described = Path(settings.architecture) if settings.architecture else base
+    layers = layers_of(described if described.is_dir() else described.parent, names)
+    extra = {}
+    if output.suffix != ".safetensors":
+        extra = companions(base) | {"README.md": model_card(settings, method).encode()}
+    report = merging.merge_checkpoints(
+        base,
+        settings.experts,
+        method,
+        output,
+        layers=layers,
+        statistics=settings.statistics or None,
+        device=devices,
+        split_qkv=settings.split_qkv,
+        vocabulary=settings.vocabulary,
+        overwrite=settings.overwrite,
+        extra=extra,
+    )
+    Console().print(summary(report, settings.output))
+
+
+def companions(base: Path) -> dict[str, bytes | Path]:
+    """Configuration and tokenizer files of the base's folder, by name."""
+    if not base.is_dir():
+        return {}
+    left = {"README.md", "trainer_state.json", "adapter_config.json"}
+    return {
+        path.name: path
+        for path in sorted(base.iterdir())
+        if path.is_file()
+        and path.suffix in COPIED
+        and path.name not in left
+        and not path.name.endswith(".index.json")
+    }
+
+
+def model_card(settings: MergeCheckpoints, method: merging.Method) -> str:
+    """What the output is made of: inputs with their SHA-256, method, hyperparameters, versions."""
+    inputs = {"base": settings.base} | settings.experts
+    hashes = {name: weights_sha256(Path(path)) for name, path in track(inputs.items(), "hashing")}
+    rows = [[name, Path(path).name, hashes[name]] for name, path in inputs.items()]
+    own = json.dumps(dict(method.hyperparameters), sort_keys=True)
+    packed = "apart" if settings.split_qkv else "together"
+    return f"""---
+tags: [merge]
+---
+# A merge by {method.name}
+
+Method: {method.name} ({method.source}), hyperparameters `{own}`.
+Data beside the checkpoints: {method.data}. Packed q, k, v were merged {packed}.
+
+{markdown(["role", "checkpoint", "SHA-256 of its weights"], rows)}
+Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.
+"""
+
+
+def weights_sha256(path: Path) -> str:
+    """Of a weight file; of a folder, the SHA-256 over its weight files' own, in order of name."""
+    if path.is_file():
+        return file_sha256(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+    hashes = [file_sha256(file) for file in files]
+    if len(hashes) == 1:
+        return hashes[0]
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+def summary(report: merging.Report, output: str) -> Table:
+    """Tensors by rule, and what the merge cost."""
+    table = Table(
+        title=f"written to {output}",
+        caption=f"{report.seconds:.1f} s, peak {report.peak_bytes / 2**30:.2f} GiB, "
+        f"{report.bytes_read / 2**30:.2f} GiB read",
+    )
+    table.add_column("rule")
+    table.add_column("tensors", justify="right")
+    for rule, count in sorted(report.summary().items(), key=lambda item: -item[1]):
+        table.add_row(rule, str(count))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""A published table beside what was measured here: paper | ours | difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from experiments import records
+from experiments.frames import to_frame
+from experiments.markup import latex, markdown
+from merging.errors import InputError
+
+NOT_MEASURED = "not measured here"
+
+
+@dataclass
+class Paper:
+    """The keys of configs/paper/<name>.yaml: one published table.
+
+    name: of the output files. title: what the table is, with paper and table number.
+    published: file under results/published. where: the rows of it, {column: value}.
+    family: of the published checkpoints; records of another family are refused.
+    suite, finetuning: of the records to put beside it.
+    methods: our row -> published name, where they differ; published methods that are not named
+        keep their own.
+    marks: task (or "mean") -> why its published figures are not to be trusted.
+    """
+
+    name: str
+    title: str
+    published: str
+    where: dict[str, str]
+    family: str
+    suite: str
+    finetuning: str = "full"
+    methods: dict[str, str] = field(default_factory=dict)
+    marks: dict[str, str] = field(default_factory=dict)
+
+
+def render_paper(paper: Paper, published: Path, output: Path) -> Path:
+    """Write results/paper/<name>.{md,csv,tex}; returns the Markdown."""
+    frame = compare(paper, read_published(paper, published), measured(paper, output / paper.suite))
+    folder = output / "paper"
+    folder.mkdir(parents=True, exist_ok=True)
+    frame.to_csv(
+        folder / f"{paper.name}.csv", index=False, float_format="%.4f", lineterminator="\n"
+    )
+    table = cells(frame, paper.marks)
+    notes = [f"‡ {task}: {reason}." for task, reason in paper.marks.items()]
+    sources = "; ".join(frame.source.dropna().unique())
+    text = f"# {paper.title}\n\nCheckpoints: {paper.family}. Figures in percent.\n\n"
+    text += markdown(*table) + "".join(f"\n{note}\n" for note in notes)
+    path = folder / f"{paper.name}.md"
+    path.write_text(
+        text + f"\nPublished figures: {sources} (results/published/{paper.published}).\n"
+    )
+    path.with_suffix(".tex").write_text(latex(*table))
+    return path
+
+
+def read_published(paper: Paper, folder: Path) -> pd.DataFrame:
+    """Columns method, task, value (percent), source; the mean is task "mean"."""
+    path = folder / paper.published
+    if not path.exists():
+        raise InputError(f"{path} does not exist, expected the published figures")
+    table = pd.read_csv(path)
+    if "average" in table:  # a file of averages, already in percent
+        table = table.assign(task="mean", value=table.average)
+    else:
+        table = table.assign(value=100 * table.value, task=table.task.replace("average", "mean"))
+    for column, value in paper.where.items():
+        if column not in table:
+            raise InputError(
+                f"{path} has no column {column!r}, expected {', '.join(table.columns)}"
+            )
+        table = table[table[column] == value]
+    if table.empty:
+        raise InputError(f"{path} has no row with {paper.where}")
+    means = table[table.task != "mean"].groupby("method", sort=False)
+    have = set(table.method[table.task == "mean"])
+    computed = [
+        {
+            "method": method,
+            "task": "mean",
+            "value": part.value.mean(),
+            "source": part.source.iloc[0],
+        }
+        for method, part in means
+        if method not in have
+    ]
+    table = pd.concat([table, pd.DataFrame(computed)], ignore_index=True)
+    return table[["method", "task", "value", "source"]]
+
+
+def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
+    """{row: {task or "mean": percent}}, means over seeds, from the committed records."""
+    path = folder / "records.jsonl"
+    found = records.load_lines(path) if path.exists() else []
+    found = [r for r in found if r["key"]["finetuning"] == paper.finetuning]
+    for record in found:
+        if record["family"] != paper.family:
+            raise InputError(
+                f"{path} holds records of checkpoint family {record['family']!r}, "
+                f"the published figures are of {paper.family!r}",
+                hint="figures of different checkpoints are never compared",
+            )
+    frame = to_frame(found) if found else pd.DataFrame({"row": []})
+    return {
+        row: pd.DataFrame(list(part.accuracy)).mean().to_dict() | {"mean": part["mean"].mean()}
+        for row, part in frame.groupby("row")
+    }
+
+
+def compare(
+    paper: Paper, published: pd.DataFrame, ours: Mapping[str, Mapping[str, float]]
+) -> pd.DataFrame:
+    """One line per method and task: paper, ours, difference in percent; NaN where not measured."""
+    rows = {theirs: row for row, theirs in paper.methods.items()}
+    table = published.rename(columns={"value": "paper"})
+    row = table.method.map(lambda theirs: rows.get(theirs, theirs))
+    pairs = zip(row, table.task, strict=True)
+    table["ours"] = [ours.get(r, {}).get(task, float("nan")) for r, task in pairs]
+    table["difference"] = table.ours - table.paper
+    return table.assign(method=row)[["method", "task", "paper", "ours", "difference", "source"]]
+
+
+def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
+    """Header and text: three lines per method (paper, ours, difference), or one if not measured."""
+    tasks = [*dict.fromkeys(frame.task[frame.task != "mean"]), "mean"]
+    order = frame[frame.task == "mean"].sort_values("paper", ascending=False).method
+    lines = []
+    for method in order:
+        part = frame[frame.method == method].set_index("task")
+        shown = ["paper", "ours", "difference"] if part.ours.notna().any() else ["paper"]
+        for kind in shown:
+            sign = "+" if kind == "difference" else ""
+            values = [part[kind].get(task, float("nan")) for task in tasks]
+            text = ["–" if pd.isna(value) else f"{value:{sign}.1f}" for value in values]
+            if kind != "ours":
+                text = [
+                    x + " ‡" * (t in marks and x != "–") for x, t in zip(text, tasks, strict=True)
+                ]
+            lines.append([method if kind == "paper" else "", kind, *text])
+        if len(shown) == 1:
+            lines.append(["", NOT_MEASURED, *["–"] * len(tasks)])
+    return ["method", "", *tasks], lines

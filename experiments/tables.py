@@ -1,0 +1,209 @@
+"""`python -m experiments.tables suite=...`: tables and figures from records, and nothing else.
+
+Writes results/<suite>/: records.jsonl (the runs' records, sorted), table.{md,csv,tex} (methods as
+they stand or selected on validation, all tasks, every seed), sweeps.csv (runs that deviate from
+that) and figures. With `paper=...` it renders a published table beside what was measured here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.markdown import Markdown
+
+from experiments import figures, records
+from experiments.cli import command
+from experiments.experiment import REFERENCES
+from experiments.frames import curves, summarise, to_frame
+from experiments.markup import latex, markdown
+from experiments.paper import Paper, render_paper
+from experiments.records import Record
+from merging.errors import InputError
+
+
+@dataclass
+class Tables:
+    """The keys of configs/tables.yaml."""
+
+    suite: dict[str, Any]
+    records: str | None = "runs/records"
+    output: str = "results"
+    baseline: str = "actmat"
+    seeds: list[int] | None = None
+    paper: Paper | None = None
+    published: str = "results/published"
+
+
+@command("tables", Tables)
+def main(settings: Tables) -> None:
+    """Rebuild the tables of one suite, or one table of a paper."""
+    if settings.paper is not None:
+        written = render_paper(settings.paper, Path(settings.published), Path(settings.output))
+    else:
+        found = gather(settings)
+        folder = Path(settings.output) / settings.suite["name"]
+        written = render(found, folder, settings.baseline)
+    console = Console()
+    console.print(Markdown(written.read_text()))
+    console.print(f"written to {written.parent}")
+
+
+def gather(settings: Tables) -> list[Record]:
+    """Reportable records of a suite: the committed ones, renewed by those of later runs."""
+    name = settings.suite["name"]
+    committed = Path(settings.output) / name / "records.jsonl"
+    groups = [records.load_lines(committed)] if committed.exists() else []
+    if settings.records is not None:
+        groups.append(records.load_all(Path(settings.records) / name))
+    found = [r for r in records.merged(*groups) if is_reportable(r)]
+    if settings.seeds is not None:
+        found = [r for r in found if r["key"]["seed"] in settings.seeds]
+    if not found:
+        raise InputError(
+            f"there are no records of finished test runs for suite {name!r}",
+            hint=f"make them with: python -m experiments.run suite={name} method=...",
+        )
+    return found
+
+
+def is_reportable(record: Record) -> bool:
+    """On the whole test split; validation runs and trials on part of it are not for tables."""
+    return record["key"]["split"] == "test" and record["key"]["limit"] is None
+
+
+def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> Path:
+    """Write everything under results/<suite> from these records; returns the Markdown table.
+
+    Raises InputError for records that must not stand in one table.
+    """
+    check_comparable(found)
+    frame = to_frame(found)
+    main = frame[frame.departs.map(len) == 0]
+    check_complete(main, baseline)
+    rows = summarise(main, baseline)
+    parts = {finetuning: part for finetuning, part in rows.groupby("finetuning")}
+
+    folder.mkdir(parents=True, exist_ok=True)
+    records.save_lines(folder / "records.jsonl", found)
+    _write_csv(rows, folder / "table.csv")
+    text = f"# {found[0]['key']['suite']}\n\n{_preamble(found, baseline)}\n"
+    for finetuning, part in parts.items():
+        text += f"\n## Fine-tuning: {finetuning}\n\n{markdown(*cells(part, baseline))}"
+    (folder / "table.md").write_text(text)
+    (folder / "table.tex").write_text(
+        "\n".join(f"% fine-tuning: {f}\n{latex(*cells(p, baseline))}" for f, p in parts.items())
+    )
+    for finetuning, part in parts.items():
+        figures.save(figures.accuracy_bars(part), folder / f"accuracy_{finetuning}")
+        figures.save(figures.task_heatmap(part), folder / f"tasks_{finetuning}")
+    _render_sweeps(frame, folder, baseline)
+    return folder / "table.md"
+
+
+def _render_sweeps(frame: pd.DataFrame, folder: Path, baseline: str) -> None:
+    """sweeps.csv with the runs that depart from the defaults, and a line figure per parameter."""
+    if not any(frame.departs):
+        return
+    rows = summarise(frame, baseline)
+    departing = rows[~rows.row.isin(frame.row[frame.departs.map(len) == 0])]
+    _write_csv(departing.drop(columns="constant"), folder / "sweeps.csv")
+    for (parameter, finetuning), part in curves(frame).groupby(["parameter", "finetuning"]):
+        if part.groupby("method").value.nunique().max() >= 3:
+            figure = figures.sweep_lines(part)
+            figures.save(figure, folder / f"sweep_{parameter}_{finetuning}")
+
+
+def _write_csv(rows: pd.DataFrame, path: Path) -> None:
+    rows.to_csv(path, index=False, float_format="%.4f", lineterminator="\n")
+
+
+# --- what may stand in one table ----------------------------------------------------------------
+
+
+def check_comparable(found: Sequence[Record]) -> None:
+    """InputError for mixed families, metrics or experts, and for selection on the test split."""
+    for name in ("family", "metric"):
+        values = sorted({record[name] for record in found})
+        if len(values) > 1:
+            raise InputError(
+                f"records of different {name} cannot share a table: {', '.join(values)}",
+                hint="tabulate each by itself",
+            )
+    experts: dict[tuple[str, int | None], Any] = {}
+    for record in found:
+        key, selection = record["key"], record["selection"]
+        run = f"{key['method']}, {key['finetuning']}, seed {key['seed']}"
+        if selection and selection["split"] != "validation":
+            raise InputError(
+                f"the record of {run} chose its {selection['parameter']} on the "
+                f"{selection['split']} split",
+                hint="remove it; hyperparameters are chosen on validation only",
+            )
+        own, recipe = (key["finetuning"], key["seed"]), (key["finetuning"], None)
+        same = experts.setdefault(own, key["experts"]) == key["experts"]
+        trained_by = key["experts"].get("recipe")  # may not change between seeds either
+        if not same or experts.setdefault(recipe, trained_by) != trained_by:
+            raise InputError(
+                f"the record of {run} was made with other experts than the records beside it",
+                hint="remove the outdated ones, or run them again",
+            )
+
+
+def check_complete(frame: pd.DataFrame, baseline: str) -> None:
+    """InputError when a row lacks a seed that another row has, or a reference row is absent."""
+    for finetuning, part in frame.groupby("finetuning"):
+        seeds = sorted(part.seed.unique())
+        for row in dict.fromkeys([*REFERENCES, baseline, *part.row]):
+            if missing := sorted(set(seeds) - set(part.seed[part.row == row])):
+                raise InputError(
+                    f"there is no record of {row}, {finetuning}, seed {missing[0]}",
+                    hint=f"run it, or tabulate other seeds than {seeds} with seeds=[...]",
+                )
+
+
+# --- rows to text -------------------------------------------------------------------------------
+
+
+def _preamble(found: Sequence[Record], baseline: str) -> str:
+    tasks = len(max((record["key"]["tasks"] for record in found), key=len))
+    return (
+        f"Checkpoints: {found[0]['family']}. {tasks} tasks, {found[0]['metric']} in percent on "
+        f"the whole test split; ± is the standard error over fine-tuning seeds. Normalised: "
+        f"mean over tasks of merged / expert. vs {baseline}: paired difference in the mean over "
+        f"seeds. Data: what the method saw beside the checkpoints."
+    )
+
+
+def cells(rows: pd.DataFrame, baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Header and text of a table; the best merge of each column is marked **bold**."""
+    fixed = list(rows.columns[: rows.columns.get_loc("constant") + 1])
+    tasks = [
+        column for column in rows.columns if column not in fixed and rows[column].notna().any()
+    ]
+    columns = {"mean": "mean", "normalised": "normalised", "difference": f"vs {baseline}"}
+    columns |= {task: task for task in tasks}
+    merges = rows[~rows.method.isin(REFERENCES)]
+    best = {column: merges[column].max() for column in columns}
+    lines = []
+    for _, row in rows.iterrows():
+        line = [row.row, row.data, str(row.seeds)]
+        for column in columns:
+            sign = "+" if column == "difference" else ""
+            text = _figure(row[column], row.get(f"{column}_se"), sign)
+            text += " †" if column in row.constant.split() else ""
+            merge = row.method not in REFERENCES
+            line.append(f"**{text}**" if merge and row[column] == best[column] else text)
+        lines.append(line)
+    return ["method", "data", "seeds", *columns.values()], lines
+
+
+def _figure(value: float, error: float | None, sign: str) -> str:
+    if pd.isna(value):
+        return "–"
+    spread = "" if error is None or pd.isna(error) else f" ± {error:.1f}"
+    return f"{value:{sign}.1f}{spread}"

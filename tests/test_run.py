@@ -1,0 +1,179 @@
+"""One run end to end: what is scored, selected, recorded, found again, refused."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import experiment, run
+from experiments.experiment import Experiment, Selection, measure, references
+from merging.errors import InputError
+from tests.linear_suite import LinearSuite
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    made = LinearSuite(tmp_path)
+    monkeypatch.setattr(experiment, "load_suite", lambda config, device: made)
+    return made
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return Experiment(
+        suite={"name": "linear"},
+        method={"name": "average"},
+        tracker={"name": "none"},
+        device="cpu",
+        records=str(tmp_path / "records"),
+    )
+
+
+def command(*overrides, **popen):
+    """Run the command line in its own process, on the tiny suite."""
+    line = [sys.executable, "-m", "experiments.run", "suite=tiny_text", *overrides]
+    return subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **popen
+    )
+
+
+def test_the_record_holds_scores_worked_out_by_hand(suite, settings):
+    record = measure(settings)
+    # both entries are 0.5, half a unit from the best on test: accuracy 1 - 0.5 / 2
+    assert {t: s["accuracy"] for t, s in record["scores"].items()} == {
+        "first": 0.75,
+        "second": 0.75,
+    }
+    assert record["mean"] == 0.75
+    assert record["normalised"] == 0.75  # each expert is perfect on its own task
+    assert record["rules"] == {"average": 2}
+    assert record["data"] == "none"
+    assert record["selection"] is None
+    assert record["key"]["hyperparameters"]["alpha"] == 1.0
+    assert record["machine"]["device"] == "cpu"
+
+
+def test_references_are_runs_with_records(suite, settings):
+    found = references(settings)
+    assert found["zero_shot"]["mean"] == 0.5  # both entries 0, a whole unit away
+    assert found["experts"]["mean"] == 1.0
+    assert found["zero_shot"]["normalised"] == 0.5
+    assert len(list(Path(settings.records, "linear").glob("*.json"))) == 2
+
+
+def test_a_finished_run_is_found_and_not_done_again(suite, settings):
+    first = measure(settings)
+    suite.evaluated.clear()
+    assert measure(settings) == first
+    assert not suite.evaluated
+    measure(replace(settings, force=True))
+    assert suite.evaluated == [("test", ("first", "second"))]  # the references are still found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"finetuning": "lora"},
+        {"split": "validation"},
+        {"limit": 7},
+        {"tasks": ["second"]},
+        {"method": {"name": "average", "alpha": 0.5}},
+    ],
+)
+def test_whatever_changes_the_scores_makes_another_record(suite, settings, change):
+    measure(settings)
+    before = set(Path(settings.records, "linear").glob("average-*.json"))
+    measure(replace(settings, **change))
+    assert len(set(Path(settings.records, "linear").glob("average-*.json")) - before) == 1
+
+
+def test_a_method_with_needs_gets_statistics_and_says_so(suite, settings):
+    record = measure(replace(settings, method={"name": "regmean"}))
+    assert suite.collected == ["first", "second"]
+    assert record["data"] == "training inputs"
+    assert record["key"]["statistics"] == {"batches": 10, "batch_size": 32}
+    assert record["seconds"]["statistics"] >= 0
+    # with equal second moments RegMean is the average
+    assert record["mean"] == pytest.approx(0.75, abs=1e-6)
+
+
+def test_selection_uses_validation_and_reports_test(suite, settings):
+    # alpha / 2 is the entry: validation is best at 0.4, so 0.8 wins, though test prefers 2
+    chosen = Selection("alpha", [0.2, 0.8, 2.0])
+    record = measure(replace(settings, selection=chosen))
+    assert record["selection"]["chosen"] == 0.8
+    assert record["selection"]["accuracy"] == pytest.approx([0.85, 1.0, 0.7])
+    assert record["mean"] == pytest.approx(1 - 0.6 / 2)  # entry 0.4 on the test split
+    assert record["data"] == "validation"
+    assert "alpha" not in record["key"]["hyperparameters"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"selection": Selection("alpha", [1.0], split="test")}, "chosen on validation only"),
+        ({"selection": Selection("alpha", [1.0]), "split": "validation"}, "already|has used"),
+        ({"selection": Selection("alpha", [])}, "selection.values is empty"),
+        ({"selection": Selection("beta", [1.0])}, "no hyperparameter 'beta'"),
+        ({"finetuning": "half"}, "finetuning is 'half'"),
+        ({"split": "train"}, "split is 'train'"),
+        ({"tasks": ["third"]}, "no task 'third'"),
+        ({"device": "gpu"}, "unknown device 'gpu'"),
+        ({"method": {"name": "avrage"}}, "unknown method 'avrage'"),
+        ({"method": {"name": "experts", "alpha": 1}}, "no hyperparameter 'alpha'"),
+    ],
+)
+def test_wrong_settings_are_refused_before_any_work(suite, settings, change, told):
+    with pytest.raises(InputError, match=told):
+        measure(replace(settings, **change))
+    assert not suite.evaluated
+    assert not list(Path(settings.records).rglob("*.json"))
+
+
+def test_a_failed_run_leaves_no_record_and_earlier_ones_untouched(suite, settings, monkeypatch):
+    measure(settings)
+    before = {p: p.read_bytes() for p in Path(settings.records).rglob("*.json")}
+
+    def broken(*_, **__):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(LinearSuite, "evaluate", broken)
+    with pytest.raises(RuntimeError):
+        measure(replace(settings, method={"name": "task_arithmetic"}))
+    assert {p: p.read_bytes() for p in Path(settings.records).rglob("*.json")} == before
+
+
+def test_a_damaged_record_is_one_clear_sentence(suite, settings):
+    measure(settings)
+    (path,) = Path(settings.records, "linear").glob("average-*.json")
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(InputError, match=f"record {path} is damaged"):
+        measure(settings)
+    assert measure(replace(settings, force=True))["mean"] == 0.75
+
+
+def test_an_expert_that_is_never_right_has_no_ratio(suite, settings):
+    suite.best["test"] = -1.0  # a whole unit below the base, two below the experts
+    assert measure(settings)["normalised"] is None
+
+
+def test_the_printed_table_shows_references_and_ratio(suite, settings, capsys):
+    record, reference = measure(settings), references(settings)
+    run.Console(width=120).print(run.accuracy_table(record, reference))
+    told = capsys.readouterr().out
+    assert "zero shot" in told
+    mean = next(line for line in told.splitlines() if "mean" in line)
+    assert [float(x) for x in mean.replace("│", " ").split()[1:]] == [50.0, 100.0, 75.0, 75.0]
+
+
+def test_constant_predictions_are_marked(suite, settings):
+    record, reference = measure(settings), references(settings)
+    record["scores"]["second"]["constant"] = True
+    table = run.accuracy_table(record, reference)
+    assert list(table.columns[0].cells) == ["first", "second †", "mean"]
+    assert "every prediction equal" in table.caption
