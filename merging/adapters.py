@@ -33,6 +33,9 @@ _UNSUPPORTED = (
 )
 # Initialisations that leave the base weights as they are; PiSSA, OLoRA, CorDA and LoftQ do not.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Up to 0.21 peft adds the difference of an nn.MultiheadAttention's output projection twice, in
+# training as in use (peft pull request 3774), so what such an expert learnt is 2 s B A there.
+_ADDED_ONCE_SINCE = (0, 22)
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<which>[AB])(\.(?P<adapter>\w+))?\.weight")
 _ATTENTION = re.compile(r"(.+)\.base_layer\.out_proj\.lora_A")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.default)\.")
@@ -89,6 +92,12 @@ class Adapter:
         a, b = (self._source.read(key).float() for key in self._factors[name])
         return a, b, self._scales[name]
 
+    def delta(self, name: str) -> Tensor:
+        """scale * B @ A in float32, laid out as the base stores the weight."""
+        a, b, scale = self.factors(name)
+        delta = scale * (b @ a)
+        return delta.mT if self.transposed else delta
+
     def close(self) -> None:
         self._source.close()
 
@@ -110,14 +119,21 @@ class Adapter:
 
     def _scale(self, name: str) -> float:
         """lora_alpha / r, or / sqrt(r) for rsLoRA, after the per-module patterns."""
-        module, rank = name.removesuffix(".weight"), self.rank(name)
-        stated = self._setting("rank_pattern", module, self.config.get("r"))
-        alpha = self._setting("alpha_pattern", module, self.config.get("lora_alpha"))
+        rank, config = self.rank(name), self.config
+        module = self._factors[name][0].removeprefix("base_model.model.").partition(".lora_A")[0]
+        owner = module.removesuffix(".base_layer.out_proj")  # its settings are the attention's
+        stated = self._setting("rank_pattern", owner, config.get("r"))
+        alpha = self._setting("alpha_pattern", owner, config.get("lora_alpha"))
         if stated != rank:
             raise InputError(f"{self.path}: {name!r} has rank {rank}, the config says {stated!r}")
         if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
             raise InputError(f"{self.path}: lora_alpha is {alpha!r}, expected a number")
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        twice = owner != module and self._peft_version() < _ADDED_ONCE_SINCE
+        return (1 + twice) * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    def _peft_version(self) -> tuple[int, ...]:
+        match = re.match(r"(\d{1,4})\.(\d{1,4})", str(self.config.get("peft_version")))
+        return tuple(map(int, match.groups())) if match else (0, 0)
 
     def _setting(self, patterns: str, module: str, default: Any) -> Any:
         """The first pattern that fits the module (peft's rule), else the default."""

@@ -105,13 +105,17 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
 
 
-def sizes(value: Any, limit: int = 64) -> tuple[int, ...] | None:
-    """`value` as a tuple of non-negative integers small enough for torch, or None if it is not."""
-    if not isinstance(value, list | tuple) or len(value) > limit:
+def integers(value: Any) -> tuple[int, ...] | None:
+    """`value` as a short tuple of non-negative 62-bit integers, or None."""
+    if not isinstance(value, list | tuple) or len(value) > 64:
         return None
-    if not all(type(n) is int and 0 <= n < 2**63 for n in value):
-        return None
-    return tuple(value) if math.prod(max(n, 1) for n in value) < 2**60 else None
+    return tuple(value) if all(type(n) is int and 0 <= n < 2**62 for n in value) else None
+
+
+def shape_of(value: Any) -> tuple[int, ...] | None:
+    """`value` as a shape that torch can take, or None."""
+    shape = integers(value)
+    return shape if shape is not None and math.prod(max(n, 1) for n in shape) < 2**60 else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -184,7 +188,7 @@ def _slot(path: Path, name: str, entry: Any, start: int) -> Slot:
     dtype = SAFETENSORS_DTYPES.get(str(entry["dtype"]))
     if dtype is None:
         raise InputError(f"{path}: tensor {name!r} has the unsupported dtype {entry['dtype']!r}")
-    shape, offsets = sizes(entry["shape"]), sizes(entry["data_offsets"])
+    shape, offsets = shape_of(entry["shape"]), integers(entry["data_offsets"])
     if shape is None or offsets is None or len(offsets) != 2:
         raise InputError(f"{path}: tensor {name!r} has an impossible shape or impossible offsets")
     slot = Slot(path, dtype, shape, contiguous_strides(shape), start + offsets[0])

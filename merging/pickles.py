@@ -9,7 +9,6 @@ function of the file's choice is called, no memory is taken beyond the file's ow
 from __future__ import annotations
 
 import io
-import math
 import mmap
 import os
 import pickle
@@ -23,12 +22,13 @@ from typing import Any
 import torch
 
 from merging.errors import InputError
-from merging.files import Slot, contiguous_strides, sizes
+from merging.files import Slot, contiguous_strides, integers, shape_of
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
 _WALK_LIMIT = 2_000_000  # entries visited in a module; sharing could make a small file endless
 _DEPTH_LIMIT = 100
+_NAME_LIMIT = 10_000  # characters
 
 _STORAGES = {
     "DoubleStorage": torch.float64,
@@ -245,7 +245,7 @@ def _walk(root: _Stub, path: Path) -> Iterator[tuple[str, Any]]:
         )
         transient = module.state.get("_non_persistent_buffers_set") or []
         visited += 1 + len(parameters) + len(buffers) + len(children) + len(transient)
-        if visited > _WALK_LIMIT or prefix.count(".") > _DEPTH_LIMIT:
+        if visited > _WALK_LIMIT or prefix.count(".") > _DEPTH_LIMIT or len(prefix) > _NAME_LIMIT:
             raise InputError(f"{path}: its module is nested without end")
         dropped = {name for name in transient if isinstance(name, str)}
         kept = {name: buffer for name, buffer in buffers.items() if name not in dropped}
@@ -279,12 +279,13 @@ def _rebuild_tensor(
     """torch._utils._rebuild_tensor and _v2, whose rest is (requires_grad, hooks, flags)."""
     if rest[2:] and rest[2]:  # lazily conjugated or negated: the stored numbers are not the values
         return _Stub("conjugated or negated tensor")
-    shape, strides = sizes(size), sizes(stride)
-    if sizes([offset]) is None or shape is None or strides is None or len(shape) != len(strides):
+    shape, strides = shape_of(size), integers(stride)
+    if integers([offset]) is None or shape is None or strides is None or len(shape) != len(strides):
         raise ValueError("a tensor with impossible sizes")
-    if math.prod(shape) <= 1 or 1 in shape:  # strides that are never used need not make sense
-        plain = contiguous_strides(shape)
-        strides = tuple(p if n <= 1 else s for n, s, p in zip(shape, strides, plain, strict=True))
+    # strides that are never used need not make sense
+    used = [n > 1 and 0 not in shape for n in shape]
+    plain = contiguous_strides(shape)
+    strides = tuple(s if use else p for use, s, p in zip(used, strides, plain, strict=True))
     return _Tensor(storage, storage.dtype, offset, shape, strides)
 
 
@@ -346,13 +347,13 @@ class _Interpreter(pickle._Unpickler):
             raise ValueError("an unknown kind of persistent id")
         kind, key, _, numel, *view = rest  # the device it was on does not matter
         dtype = _STORAGES[kind.name.split(".")[-1]]
-        if not isinstance(key, str) or sizes([numel]) is None:
+        if not isinstance(key, str) or integers([numel]) is None:
             raise ValueError("a storage with an impossible size")
         self.storages[key] = dtype
         start, length = 0, numel
         if view and view[0] is not None:
             _, start, length = view[0]
-            if sizes([start, length]) is None or start + length > numel:
+            if integers([start, length]) is None or start + length > numel:
                 raise ValueError("a view outside its storage")
         return _Storage(key, dtype, start * dtype.itemsize, length * dtype.itemsize)
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -117,7 +118,8 @@ class Writer:
             self._open[file] = os.open(self._files / file, os.O_RDWR | os.O_CREAT, 0o644)
             _reserve(self._open[file], self._size[file])
             _pwrite(self._open[file], header, 0)
-        kept = {name: crc for name, crc in (crcs or {}).items() if self._stored_crc(name) == crc}
+        crcs = {name: crc for name, crc in (crcs or {}).items() if name in self._places}
+        kept = {name: crc for name, crc in crcs.items() if self._stored_crc(name) == crc}
         lines = [first, *(json.dumps([name, crc]) for name, crc in kept.items())]
         _write_synced(journal, "".join(line + "\n" for line in lines).encode())
         self._open["../journal"] = os.open(journal, os.O_WRONLY | os.O_APPEND)
@@ -161,9 +163,9 @@ class Writer:
             raise ValueError(
                 f"{len(missing)} tensors were not written, among them {min(missing)!r}"
             )
-        if extra and not self._folder:
-            raise ValueError("extra files need a folder as output")
         files = dict(extra or {})
+        if (files and not self._folder) or files.keys() & self._size.keys():
+            raise ValueError("extra files need a folder as output, and names of their own")
         names = set(self._shards.values())
         if self._folder and (len(names) > 1 or any("-of-" in name for name in names)):
             files["model.safetensors.index.json"] = self._index()
@@ -246,29 +248,30 @@ def write_adapter(
 ) -> None:
     """Write a PEFT LoRA adapter folder whose difference is B @ A exactly (scale 1), atomically.
 
-    factors: {base weight name: (A (r, d_in), B (d_out, r))}; the ranks may differ.
+    factors: {base weight name: (A (r, d_in), B (d_out, r))}; smaller ranks are padded with zeros.
     config: taken over into adapter_config.json (base_model_name_or_path, task_type,
         fan_in_fan_out, modules_to_save ...), except what the factors determine.
     dense: tensors saved in full (modules_to_save), by base name.
     """
-    attention = {
-        n.removesuffix(".in_proj_weight") for n in factors if n.endswith(".in_proj_weight")
-    }
-    modules = {name: _module(name, attention) for name in factors}
-    ranks = {name: a.shape[0] for name, (a, _) in factors.items()}
-    rank = max(ranks.values())
-    pattern = {n.rpartition(".")[0]: r for n, r in ranks.items() if r != rank}
+    if packed := [name for name in factors if not name.endswith(".weight")]:
+        raise InputError(
+            f"{output}: an adapter cannot hold {packed[0]!r}: peft versions apply the parts of an "
+            "nn.MultiheadAttention with different factors",
+            hint="write the merged model as a dense checkpoint",
+        )
+    rank = max(len(a) for a, _ in factors.values())
     tensors = {f"base_model.model.{name}": tensor for name, tensor in (dense or {}).items()}
     for name, (a, b) in factors.items():
-        tensors[f"base_model.model.{modules[name]}.lora_A.weight"] = a
-        tensors[f"base_model.model.{modules[name]}.lora_B.weight"] = b
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
+        tensors[f"{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
     settings = dict(config) | {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "target_modules": sorted({name.rpartition(".")[0] for name in factors}),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "target_modules": sorted(name.removesuffix(".weight") for name in factors),
         "use_rslora": False,
         "init_lora_weights": True,
         "bias": "none",
@@ -281,13 +284,6 @@ def write_adapter(
             writer.write(name, tensor)
         content = json.dumps(settings, indent=2, sort_keys=True) + "\n"
         writer.finish({"adapter_config.json": content.encode()})
-
-
-def _module(name: str, attention: set[str]) -> str:
-    """The module as peft names it; it wraps nn.MultiheadAttention as a whole."""
-    module = name.removesuffix(".in_proj_weight").removesuffix(".weight")
-    owner, _, leaf = module.rpartition(".")
-    return f"{owner}.base_layer.out_proj" if leaf == "out_proj" and owner in attention else module
 
 
 def _layout(
