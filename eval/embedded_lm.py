@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -24,11 +23,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval import causal, finetune, judge, statistics, tiny, tiny_lm
+from eval import causal, checkpoints, finetune, judge, recipes, statistics, tiny, tiny_lm
 from eval.cache import cached, digest, file_sha256
 from eval.packages import Package
 from eval.suite import Finetuning, Score, Split, Statistic
-from eval.text import Recipe, batch_order
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 from merging.progress import track
@@ -195,8 +193,7 @@ class EmbeddedLM:
 
     decoder: a name in `DECODERS`.
     lm_tasks: per task the name of its file's task in configs/lm_tasks.
-    recipes: per fine-tuning the fields of `Recipe`; an epoch is repeated until `examples`
-        training examples were seen, so that small tasks get as many steps as large ones.
+    recipes: per fine-tuning the fields of `eval.recipes.Recipe`.
     precision: of forward passes; weights stay float32.
     samples: folder for every prompt and answer of an evaluation; null keeps none.
     """
@@ -206,7 +203,6 @@ class EmbeddedLM:
     decoder: str
     lm_tasks: Mapping[str, str]
     recipes: Mapping[Finetuning, Mapping[str, Any]]
-    examples: int
     precision: Literal["fp32", "bf16"] = "fp32"
     evaluation_batch_size: int = 50
     samples: str | None = None
@@ -232,7 +228,7 @@ class EmbeddedLM:
             "family": self.family,
             "finetuning": finetuning,
             "seed": seed,
-            "recipe": asdict(self._recipe(finetuning)),
+            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
             "experts": experts,
         }
 
@@ -370,13 +366,7 @@ class EmbeddedLM:
         return {name: p.detach() for name, p in model.named_parameters() if id(p) not in fixed}
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._base.items():
-            if name not in state or state[name].shape != tensor.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise InputError(
-                    f"tensor {name!r} of a state for suite {self.name!r} is {found}, "
-                    f"expected shape {tuple(tensor.shape)}"
-                )
+        checkpoints.require_same(state, self._base, self.name)
         self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
 
     def _autocast(self) -> AbstractContextManager[None]:
@@ -385,14 +375,6 @@ class EmbeddedLM:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
     # --- experts and statistics ---------------------------------------------------------------
-
-    def _recipe(self, finetuning: Finetuning) -> Recipe:
-        if finetuning not in self.recipes:
-            raise InputError(
-                f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
-                hint=f"known: {', '.join(self.recipes)}",
-            )
-        return Recipe(**self.recipes[finetuning])
 
     @cached_property
     def _base_sha256(self) -> str:
@@ -405,37 +387,29 @@ class EmbeddedLM:
             "task": task,
             "data": digest({"examples": self._examples(task)}),
             "finetuning": finetuning,
-            "recipe": asdict(self._recipe(finetuning)),
-            "examples": self.examples,
+            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
             "precision": self.precision,
             "seed": seed,
         }
 
     def _finetune(self, task: str, finetuning: Finetuning, seed: int, folder: Path) -> None:
-        recipe, examples = self._recipe(finetuning), self._examples(task)
+        recipe = recipes.resolve(self.recipes, finetuning, self.name)
+        examples = self._examples(task)
         model: nn.Module = self._fresh()
         if finetuning == "lora":
             targets = [name.removesuffix(".weight") for name in self.layers()]
             model = finetune.add_lora(model, targets, recipe.r, recipe.alpha, seed)
-        epochs = math.ceil(recipe.epochs * self.examples / len(examples))
-        steps = recipe.epochs * self.examples // recipe.batch_size
-        tokens = [example.tokens for example in examples]
-        order = batch_order(tokens, recipe.batch_size, epochs, seed)[:steps]
         finetune.train(
             model,
-            lambda first: (self._batch(examples, numbers) for numbers in order[first:]),
+            lambda first: self._batches(examples, recipe.batch_size, seed, first),
             causal.answer_loss,
-            steps=len(order),
-            lr=recipe.lr,
-            schedule="onecycle",
-            warmup=recipe.warmup,
-            weight_decay=recipe.weight_decay,
             parameters=None if finetuning == "lora" else self._base,
             output=folder,
             seed=seed,
             device=self.device,
             precision=self.precision,
             label=f"{task} ({finetuning}, seed {seed})",
+            **recipe.arguments(),
         )
         if finetuning == "lora":
             finetune.save_adapter(model, folder)
@@ -443,6 +417,13 @@ class EmbeddedLM:
             state = model.state_dict()
             moved = {name: state[name].cpu().contiguous() for name in self._base}
             save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+
+    def _batches(
+        self, examples: Sequence[causal.Example], size: int, seed: int, first: int
+    ) -> Iterator[dict[str, Tensor]]:
+        tokens = [example.tokens for example in examples]
+        for numbers in recipes.endless(tokens, size, seed, first):
+            yield self._batch(examples, numbers)
 
     def _batch(self, examples: Sequence[causal.Example], numbers: Tensor) -> dict[str, Tensor]:
         return causal.collate([examples[i] for i in numbers], self.device)

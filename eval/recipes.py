@@ -1,0 +1,65 @@
+"""How a language model is fine-tuned: the settings, and the order in which it sees examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from eval.suite import Finetuning
+from eval.text import batch_order
+from merging.errors import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of one fine-tuning by AdamW; a step is an update of the weights, of
+    `accumulate` batches of `batch_size` examples. `r` and `alpha` are LoRA's."""
+
+    lr: float
+    steps: int
+    batch_size: int
+    accumulate: int = 1
+    schedule: Literal["cosine", "onecycle"] = "onecycle"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    r: int = 0
+    alpha: int = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Those that `finetune.train` takes."""
+        return {
+            "lr": self.lr,
+            "steps": self.steps,
+            "accumulate": self.accumulate,
+            "schedule": self.schedule,
+            "warmup": self.warmup,
+            "weight_decay": self.weight_decay,
+        }
+
+
+def resolve(
+    recipes: Mapping[Finetuning, Mapping[str, Any]], finetuning: Finetuning, suite: str
+) -> Recipe:
+    """The recipe of one kind of fine-tuning; InputError where a suite has none."""
+    if finetuning not in recipes:
+        raise InputError(
+            f"suite {suite!r} has no recipe for finetuning {finetuning!r}",
+            hint=f"known: {', '.join(recipes)}",
+        )
+    return Recipe(**recipes[finetuning])
+
+
+def endless(
+    tokens: Sequence[list[int]], batch_size: int, seed: int, first: int = 0
+) -> Iterator[Tensor]:
+    """Example numbers of training batches from number `first` on, epoch after epoch.
+
+    The same number gives the same batch, whatever `first` was. Batches are of similar lengths.
+    """
+    epoch, skip = divmod(first, -(-len(tokens) // batch_size))
+    while True:
+        yield from batch_order(tokens, batch_size, 1, seed * 1_000_003 + epoch)[skip:]
+        epoch, skip = epoch + 1, 0
