@@ -1,6 +1,12 @@
 """Model merging: several models fine-tuned from one base become one model, layer by layer."""
 
-from merging import interference  # noqa: F401  (fills the registry)
+from merging import (  # noqa: F401  (they fill the registry)
+    ace,
+    baselines,
+    interference,
+    sparse,
+    spectral,
+)
 from merging.engine import Report, merge_checkpoints, merge_state_dicts
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers

@@ -183,7 +183,8 @@ class Method:
             )
         wanted = inspect.signature(self.entry.function).parameters
         given = {k: v for k, v in context.items() if k in wanted and v is not None}
-        if self.row_space and "d_in" not in given and deltas[..., 0].numel() < deltas.shape[-1]:
+        narrower = deltas.ndim == 3 and len(deltas) * deltas.shape[1] < deltas.shape[2]
+        if self.row_space and narrower and "d_in" not in given and not self.elementwise:
             # fewer rows in all than columns: the same problem in their span is smaller
             Q = row_space(deltas.to(working_dtype(deltas)))
             narrow = {"d_in": deltas.shape[-1]} if "d_in" in wanted else {}
