@@ -215,7 +215,7 @@ class TextSuite:
     ) -> Path:
         """Second moments (d_in, d_in) of every layer, or the Fisher diagonal of every encoder
         parameter, over `batches * batch_size` training inputs drawn without replacement."""
-        available = len(self._tokenised[task]["train"].tokens)
+        available = len(self._pairs(task, "train"))
         if batches * batch_size > available:
             raise InputError(
                 f"task {task!r} has {available} training inputs, statistics over "
@@ -227,11 +227,8 @@ class TextSuite:
         key = {"version": VERSION, "about": about, "mode": mode, "size": [batches, batch_size]}
 
         def build(folder: Path) -> None:
-            self._load(
-                finetune.expert_state(
-                    self._base, self.expert(task, finetuning=finetuning, seed=seed)
-                )
-            )
+            expert = self.expert(task, finetuning=finetuning, seed=seed)
+            self._load(finetune.expert_state(self._base, expert))
             measure = self._moments if kind == "covariance" else self._fisher
             found = measure(task, batches, batch_size)
             statistics.save(folder / f"{kind}.safetensors", found, about)
@@ -246,7 +243,8 @@ class TextSuite:
         limit: int | None = None,
     ) -> dict[str, Score]:
         """Accuracy per task; all tasks' sentences share one pass, each batch of one length."""
-        examples = {task: self._examples(task, split, limit) for task in tasks or self.tasks}
+        examples = {task: self._examples(task, split) for task in tasks or self.tasks}
+        examples = {task: Examples(*(x[:limit] for x in part)) for task, part in examples.items()}
         sentences = [tokens for part in examples.values() for tokens in part.tokens]
         self._load(state)
         embeddings = self._embed_all(sentences)
@@ -263,15 +261,19 @@ class TextSuite:
 
     @cached_property
     def _texts(self) -> dict[str, dict[str, Pairs]]:
-        """Per task and split, the (text, label) pairs; no text is in two splits of any task."""
-        splits: dict[str, dict[str, Pairs]] = {}
+        """Per task and split, (text, label) pairs; no task learns from a text any is tested on."""
+        shuffled: dict[str, Pairs] = {}
         for task, corpus in self.corpora.items():
             unique = {_canonical(text): (text, label) for text, label in self._read(task, corpus)}
-            pairs = list(unique.values())
-            random.Random(f"{self.split_seed}/{task}").shuffle(pairs)
-            test, rest = pairs[: self.test], pairs[self.test :]
+            shuffled[task] = list(unique.values())
+            random.Random(f"{self.split_seed}/{task}").shuffle(shuffled[task])
+        tests = {task: pairs[: self.test] for task, pairs in shuffled.items()}
+        tested = {_canonical(text) for pairs in tests.values() for text, _ in pairs}
+        splits = {}
+        for task, pairs in shuffled.items():
+            rest = [pair for pair in pairs[self.test :] if _canonical(pair[0]) not in tested]
             validation, train = rest[: self.validation], rest[self.validation :][: self.train]
-            splits[task] = {"test": test, "validation": validation, "train": train}
+            splits[task] = {"test": tests[task], "validation": validation, "train": train}
         return splits
 
     def _read(self, task: str, corpus: Mapping[str, Any]) -> Pairs:
@@ -294,25 +296,26 @@ class TextSuite:
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
-    @cached_property
-    def _tokenised(self) -> dict[str, dict[str, Examples]]:
-        return {
-            task: {split: self._tokenise(task, pairs) for split, pairs in splits.items()}
-            for task, splits in self._texts.items()
-        }
-
-    def _tokenise(self, task: str, pairs: Pairs) -> Examples:
-        numbers = {label: number for number, label in enumerate(self.corpora[task]["labels"])}
-        tokens = self._tokens([text for text, _ in pairs])
-        return Examples(tokens, torch.tensor([numbers[label] for _, label in pairs]))
-
-    def _examples(self, task: str, split: str, limit: int | None = None) -> Examples:
+    def _pairs(self, task: str, split: str) -> Pairs:
         if task not in self.corpora:
             raise InputError(
                 f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
             )
-        tokens, labels = self._tokenised[task][split]
-        return Examples(tokens[:limit], labels[:limit])
+        return self._texts[task][split]
+
+    @cached_property
+    def _tokenised(self) -> dict[tuple[str, str], Examples]:
+        return {}
+
+    def _examples(self, task: str, split: str) -> Examples:
+        """One split, tokenised the first time it is asked for."""
+        if (task, split) not in self._tokenised:
+            pairs = self._pairs(task, split)
+            numbers = {label: number for number, label in enumerate(self.corpora[task]["labels"])}
+            labels = torch.tensor([numbers[label] for _, label in pairs])
+            tokens = self._tokens([text for text, _ in pairs])
+            self._tokenised[task, split] = Examples(tokens, labels)
+        return self._tokenised[task, split]
 
     # --- model ------------------------------------------------------------------------------
 
@@ -358,7 +361,7 @@ class TextSuite:
             for task, corpus in self.corpora.items()
         }
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _embed_all(self, sentences: Sequence[list[int]], tokens: int = 4096) -> Tensor:
         """Embeddings (n, d) of sentences; batches of one length need no padding and no mask."""
         embeddings = torch.empty(len(sentences), self._model.config.hidden_size)
@@ -386,13 +389,13 @@ class TextSuite:
         return file_sha256(self._folder / "model.safetensors")
 
     def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        train = self._examples(task, "train")
         return {
             "version": VERSION,
             "base": self._base_sha256,
             "task": task,
-            "data": digest({"tokens": train.tokens, "labels": train.labels.tolist()}),
+            "data": digest({"train": self._pairs(task, "train")}),
             "labels": dict(self.corpora[task]["labels"]),
+            "max_tokens": self.max_tokens,
             "logit_scale": self.logit_scale,
             "finetuning": finetuning,
             "recipe": asdict(self._recipe(finetuning)),
@@ -408,7 +411,7 @@ class TextSuite:
         """
         recipe = self._recipe(finetuning)
         examples = {task: self._examples(task, "train") for task in tasks}
-        heads = {task: self._heads[task].clone().to(self.device) for task in tasks}
+        heads = {task: self._heads[task].to(self.device) for task in tasks}
         model: nn.Module = self._pretrained()
         if finetuning == "lora":
             targets = [name.removesuffix(".weight") for name in self.layers()]
@@ -470,9 +473,7 @@ class TextSuite:
     def _sample(self, task: str, count: int) -> Tensor:
         """Numbers of `count` training examples, the same for every expert."""
         generator = torch.Generator().manual_seed(self.split_seed)
-        return torch.randperm(len(self._examples(task, "train").tokens), generator=generator)[
-            :count
-        ]
+        return torch.randperm(len(self._pairs(task, "train")), generator=generator)[:count]
 
     def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
         tokens = self._examples(task, "train").tokens
@@ -487,7 +488,7 @@ class TextSuite:
         )
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        examples, head = self._examples(task, "train"), self._heads[task].clone().to(self.device)
+        examples, head = self._examples(task, "train"), self._heads[task].to(self.device)
         generator = torch.Generator(self.device).manual_seed(self.split_seed)
 
         def log_prob(model: nn.Module, i: Tensor) -> Tensor:
