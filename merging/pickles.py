@@ -14,6 +14,7 @@ import os
 import pickle
 import sys
 import zipfile
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from merging.files import Slot, contiguous_strides, integers, shape_of
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # torch.serialization.MAGIC_NUMBER
-_WALK_LIMIT = 2_000_000  # entries visited in a module; sharing could make a small file endless
+_WALK_LIMIT = 500_000  # entries visited in a module; sharing could make a small file endless
 _DEPTH_LIMIT = 100
 _NAME_LIMIT = 10_000  # characters
 
@@ -68,6 +69,7 @@ _STANDARD = frozenset(
 # Functions that honest files call beside those of `_REBUILD`; here the call yields a stub.
 _INERT_CALLS = (
     "torch._utils._rebuild_",
+    "torch.serialization._get_layout",
     "torch.device",
     "numpy.dtype",
     "numpy.core.multiarray.",
@@ -333,7 +335,9 @@ class _Interpreter(pickle._Unpickler):
         self.storages: dict[str, torch.dtype] = {}
 
     def find_class(self, module: str, name: str) -> _Global:
-        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
+        if (module, name) in NAME_MAPPING:  # protocols up to 2 name things as Python 2 did
+            module, name = NAME_MAPPING[module, name]
+        module = IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
         if module.split(".")[0] in sys.stdlib_module_names and full not in _STANDARD:
             self._refuse(full)
