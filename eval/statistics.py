@@ -162,7 +162,7 @@ def _before_out_proj(weight: str, observe: Callable[[str, Tensor], None]) -> Cal
         twin = copy.copy(module)
         twin._modules = {"out_proj": identity}
         twin._forward_pre_hooks = {}
-        z = twin.forward(*args, **kwargs)[0]
+        z = type(module).forward(twin, *args, **kwargs)[0]
         observe(weight, z if module.batch_first or z.ndim == 2 else z.transpose(0, 1))
 
     return hook

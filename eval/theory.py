@@ -20,8 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -117,6 +119,8 @@ def recording(
     batch: Any = None
 
     def watch(name: str, z: Tensor, out: Tensor) -> None:
+        if not out.requires_grad:  # somebody evaluates the model between two steps
+            return
         keep = mask(batch, name) if mask else None
         select = (lambda x: x[keep]) if keep is not None else (lambda x: x.flatten(0, -2))
         z = z.detach()
@@ -128,8 +132,7 @@ def recording(
                     sums[part] = Sums.zeros(own.shape[-1], rows.shape[-1])
                 sums[part].add(rows, own)
 
-        if out.requires_grad:
-            out.register_hook(book)
+        out.register_hook(book)
 
     def recorded(model: nn.Module, current: Any) -> Tensor:
         nonlocal batch
@@ -233,13 +236,18 @@ def _added(mask: Tensor, heads: Tensor) -> Tensor:
 # --- after the training ---------------------------------------------------------------------------
 
 
-def subspace_overlap(A: Tensor, B: Tensor, k: int) -> float:
-    """|U^T V|^2 / k for the k leading eigenvectors U, V of symmetric A, B (d, d), in [0, 1].
+def leading_directions(A: Tensor, k: int) -> Tensor:
+    """Eigenvectors (d, k) of the k largest eigenvalues of a symmetric matrix (d, d), by Lanczos."""
+    if k >= len(A):
+        return torch.eye(len(A))
+    matrix = (A / A.norm()).float().numpy()
+    start = np.ones(len(A), np.float32)  # a fixed start: same matrix, same directions
+    return torch.from_numpy(eigsh(matrix, k, which="LA", v0=start, tol=1e-5)[1])
 
-    Two random subspaces of that size overlap by k / d.
-    """
-    U, V = (eigh(x.double())[1][:, :k] for x in (A, B))
-    return ((U.mT @ V).square().sum() / k).item()
+
+def subspace_overlap(U: Tensor, V: Tensor) -> float:
+    """|U^T V|^2 / k for orthonormal U, V (d, k), in [0, 1]; k / d for two random subspaces."""
+    return ((U.mT @ V).square().sum() / U.shape[1]).item()
 
 
 def energy_ratio(D: Tensor, C: Tensor) -> float:

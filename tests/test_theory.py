@@ -204,11 +204,20 @@ def test_angular_distance_of_known_angles():
     assert theory.angular_distance(0.5) == pytest.approx(1 / 3)
 
 
+def test_leading_directions_are_those_of_eigh():
+    A = torch.randn(40, 30)
+    A = A.T @ A
+    U = theory.leading_directions(A, 5)
+    V = torch.linalg.eigh(A.double())[1][:, -5:].float()
+    assert theory.subspace_overlap(U, V) == pytest.approx(1, abs=1e-4)
+    torch.testing.assert_close(theory.leading_directions(A, 30), torch.eye(30))
+
+
 def test_subspace_overlap():
-    A = torch.diag(torch.tensor([4.0, 3.0, 0.1, 0.0]))
-    B = torch.diag(torch.tensor([1.0, 0.0, 5.0, 0.0]))
-    assert theory.subspace_overlap(A, A, 2) == pytest.approx(1)
-    assert theory.subspace_overlap(A, B, 2) == pytest.approx(0.5)  # they share the first axis
+    axes = torch.eye(4)
+    assert theory.subspace_overlap(axes[:, :2], axes[:, :2]) == 1
+    assert theory.subspace_overlap(axes[:, :2], axes[:, 1:3]) == 0.5  # one axis shared
+    assert theory.subspace_overlap(axes[:, :2], axes[:, 2:]) == 0
 
 
 def test_interference_is_the_mean_squared_error_of_the_outputs():

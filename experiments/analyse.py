@@ -1,0 +1,380 @@
+"""`python -m experiments.analyse suite=...`: the conditions behind ACTMat on real fine-tuning.
+
+Writes to <output>: conditions.csv (along the training, per task and layer), estimates.csv (how
+near each estimate comes to the true second moment), scale.csv, interference.csv, summary.md with
+the published means beside ours, and the figures.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from safetensors.torch import load_file
+from torch import Tensor
+
+import merging
+from eval import theory
+from eval.cache import cached
+from eval.finetune import Loss, train
+from eval.statistics import second_moments
+from eval.suite import Suite
+from experiments import theory_figures
+from experiments.cli import command
+from experiments.experiment import (
+    Experiment,
+    Statistics,
+    check_choices,
+    load_expert,
+    load_suite,
+    merge_suite,
+    pick_tasks,
+)
+from experiments.figures import save
+from experiments.markup import markdown
+from merging.errors import InputError
+from merging.layers import Layer, cut
+from merging.progress import track
+
+VERSION = 1  # of recordings: raise it when the code below would give others
+CONDITIONS = ("cross_term", "correlation", "drift")
+RHO = "energy_rho"
+
+
+@dataclass
+class Analyse:
+    """The keys of configs/analyse.yaml."""
+
+    suite: dict[str, Any]
+    finetuning: str = "full"
+    seed: int = 0
+    tasks: list[str] | None = None
+    layers: str = ""
+    record: int | None = 2
+    snapshots: int = 6
+    probe: int = 4
+    truth: int = 1000
+    samples: list[int] = field(default_factory=lambda: [1, 10, 100, 500])
+    overlap: float = 0.05
+    methods: list[str] = field(default_factory=list)
+    statistics: Statistics = field(default_factory=Statistics)
+    published: str = "results/published/actmat_theory.csv"
+    output: str = "results/theory"
+    device: str = "auto"
+
+
+@command("analyse", Analyse)
+def main(settings: Analyse) -> None:
+    """Measure, tabulate, draw."""
+    check_choices(settings)
+    suite = load_suite(settings.suite, settings.device)
+    tasks = pick_tasks(suite, settings.tasks)
+    layers = {k: v for k, v in suite.layers().items() if settings.layers in k}
+    if not layers:
+        raise InputError(f"no layer of suite {suite.name} has {settings.layers!r} in its name")
+    for name in settings.methods:
+        merging.create(name)
+    recorded = _spread(tasks, len(tasks) if settings.record is None else settings.record)
+    if recorded and (settings.finetuning != "full" or not hasattr(suite, "training")):
+        raise InputError(
+            f"the {settings.finetuning} fine-tuning of suite {suite.name} cannot be recorded",
+            hint="set record=0 to measure the estimates alone",
+        )
+    frames = {
+        "conditions": along_training(settings, suite, recorded, layers),
+        **after_training(settings, suite, tasks, layers),
+    }
+    folder = Path(settings.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, frame in frames.items():
+        frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g", lineterminator="\n")
+    published = read_published(Path(settings.published))
+    for name, figure in theory_figures.draw(frames, published).items():
+        save(figure, folder / name)
+    (folder / "summary.md").write_text(summary(frames, published, suite))
+    console = Console()
+    console.print(Markdown((folder / "summary.md").read_text()))
+    console.print(f"written to {folder}")
+
+
+def _spread(tasks: list[str], count: int) -> list[str]:
+    """`count` of the tasks, evenly spaced."""
+    return [tasks[i * len(tasks) // count] for i in range(min(count, len(tasks)))]
+
+
+# --- along the training ---------------------------------------------------------------------------
+
+
+def along_training(
+    settings: Analyse, suite: Suite, tasks: list[str], layers: Mapping[str, Layer]
+) -> pd.DataFrame:
+    """Columns task, layer, type, block, step, quantity, cosine, angular; recordings are cached."""
+    frames = []
+    for task in track(tasks, "recording"):
+        key = {
+            "version": VERSION,
+            "experts": suite.identity(finetuning="full", seed=settings.seed),
+            "task": task,
+            "layers": sorted(layers),
+            "snapshots": settings.snapshots,
+            "probe": settings.probe,
+        }
+        folder = cached("recordings", key, partial(_record, settings, suite, task, layers))
+        frames.append(pd.read_csv(folder / "conditions.csv"))
+    columns = ["task", "layer", "step", "quantity", "cosine"]
+    frame = pd.concat(frames) if frames else pd.DataFrame(columns=columns)
+    return _described(frame)
+
+
+def _record(
+    settings: Analyse, suite: Suite, task: str, layers: Mapping[str, Layer], folder: Path
+) -> None:
+    """Fine-tune one task again; write the cosines at every snapshot, and |rho| at the last."""
+    training = suite.training([task], finetuning="full", seed=settings.seed)
+    model, steps = training.model, training.settings["steps"]
+    at = {round(i * steps / settings.snapshots) for i in range(settings.snapshots + 1)}
+    probe = list(islice(training.batches(0), settings.probe))
+    start = {name: model.get_parameter(name).detach().cpu().clone() for name in layers}
+    moments: dict[int, dict[str, Tensor]] = {}
+    rows: list[tuple[str, int, str, float]] = []  # (layer, step, quantity, cosine)
+
+    with theory.recording(model, layers, training.loss, training.mask) as (recorded, sums):
+
+        def snapshot(step: int) -> None:
+            moments[step] = second_moments(
+                model, probe, layers, forward=training.loss, mask=training.mask
+            )
+            for name, layer in layers.items() if step else ():
+                D = cut(model.get_parameter(name).detach().cpu() - start[name], layer)
+                for part, block in zip(theory.part_names(name, layer), D, strict=True):
+                    found = _links(block, sums[part], moments[step][name])
+                    rows.extend((part, step, quantity, value) for quantity, value in found.items())
+
+        loss = _at_steps(recorded, at, snapshot, training.settings.get("accumulate", 1))
+        train(model, training.batches, loss, output=folder, **training.settings)
+        snapshot(steps)
+
+    for name, layer in layers.items():
+        for part in theory.part_names(name, layer):
+            rows += [
+                (part, step, "drift", theory.cosine(C[name], moments[steps][name]))
+                for step, C in moments.items()
+                if step < steps
+            ]
+            rows.append((part, steps, RHO, theory.energy_correlation(sums[part])))
+    frame = pd.DataFrame(rows, columns=["layer", "step", "quantity", "cosine"])
+    frame.insert(0, "task", task)
+    frame.to_csv(folder / "conditions.csv", index=False)
+
+
+def _at_steps(loss: Loss, steps: set[int], act: Callable[[int], None], accumulate: int) -> Loss:
+    """The same loss, with `act(n)` called when n optimiser steps have been made."""
+    batches = 0
+
+    def counted(model: torch.nn.Module, batch: Any) -> Tensor:
+        nonlocal batches
+        step, first = divmod(batches, accumulate)
+        if not first and step in steps:
+            act(step)
+        batches += 1
+        return loss(model, batch)
+
+    return counted
+
+
+def _links(D: Tensor, sums: theory.Sums, C: Tensor) -> dict[str, float]:
+    """The chain from D^T D to C up to this step: each link, and the whole."""
+    own = D.mT @ D
+    return {
+        "optimiser": theory.cosine(own, sums.gradient.mT @ sums.gradient),
+        "cross_term": theory.cross_term(sums),
+        "correlation": theory.correlation(sums),
+        "alignment": theory.cosine(own, C),
+    }
+
+
+# --- after the training ---------------------------------------------------------------------------
+
+
+def after_training(
+    settings: Analyse, suite: Suite, tasks: list[str], layers: Mapping[str, Layer]
+) -> dict[str, pd.DataFrame]:
+    """Frames estimates, scale and interference from finished experts and measured moments."""
+    own = {"finetuning": settings.finetuning, "seed": settings.seed}
+
+    def moments(task: str, count: int) -> dict[str, Tensor]:
+        size = max(b for b in range(1, 33) if count % b == 0)
+        path = suite.statistics(task, "covariance", batches=count // size, batch_size=size, **own)
+        return load_file(path)
+
+    truth = {t: moments(t, settings.truth) for t in track(tasks, "second moments")}
+    estimates, scale, interference = [], [], []
+    for task in track(tasks, "estimates"):
+        fewer = {n: moments(task, n) for n in settings.samples}
+        expert = load_expert(suite.expert(task, **own))
+        for name, part, (D,) in blocks(suite.base(), {task: expert}, layers):
+            C = truth[task][name]
+            sampled = {n: found[name] for n, found in fewer.items()}
+            estimates += [
+                {"task": task, "layer": part, **row}
+                for row in _estimates(D, C, sampled, settings.overlap)
+            ]
+            scale.append({"task": task, "layer": part, "ratio": theory.energy_ratio(D, C)})
+    experts = {task: load_expert(suite.expert(task, **own)) for task in tasks}
+    merges = {
+        name: merge_suite(_experiment(settings), suite, tasks, merging.create(name)).state
+        for name in track(settings.methods, "merging")
+    }
+    merged = {name: blocks(suite.base(), {name: state}, layers) for name, state in merges.items()}
+    for name, part, deltas in blocks(suite.base(), experts, layers):
+        C = torch.stack([truth[task][name] for task in tasks])
+        before = theory.interference(torch.zeros_like(deltas[0]), deltas, C)
+        for method, stream in merged.items():
+            after = theory.interference(next(stream)[2][0], deltas, C)
+            interference += [
+                {"task": task, "layer": part, "method": method, "before": b, "after": a}
+                for task, b, a in zip(tasks, before.tolist(), after.tolist(), strict=True)
+            ]
+    columns = ["task", "layer", "method", "before", "after"]
+    return {
+        "estimates": _described(pd.DataFrame(estimates)),
+        "scale": _described(pd.DataFrame(scale)),
+        "interference": _described(pd.DataFrame(interference, columns=columns)),
+    }
+
+
+def _experiment(settings: Analyse) -> Experiment:
+    return Experiment(
+        suite=settings.suite,
+        method={},
+        tracker={},
+        finetuning=settings.finetuning,
+        seed=settings.seed,
+        statistics=settings.statistics,
+        device=settings.device,
+    )
+
+
+def blocks(
+    base: Mapping[str, Tensor], experts: Mapping[str, Any], layers: Mapping[str, Layer]
+) -> Iterator[tuple[str, str, Tensor]]:
+    """(weight name, part name, differences (T, d_out, d_in)) of every block that is merged."""
+    for name, layer in layers.items():
+        stack = torch.stack([_difference(base[name], expert, name) for expert in experts.values()])
+        for part, deltas in zip(theory.part_names(name, layer), cut(stack, layer), strict=True):
+            yield name, part, deltas
+
+
+def _difference(W0: Tensor, expert: Any, name: str) -> Tensor:
+    if isinstance(expert, Mapping):
+        return expert[name].float() - W0.float()
+    factors = expert.factors(name)
+    return torch.zeros_like(W0) if factors is None else merging.lora.Factors(*factors).dense()
+
+
+def _estimates(
+    D: Tensor, C: Tensor, sampled: Mapping[int, Tensor], share: float
+) -> Iterator[dict[str, Any]]:
+    """How near each estimate of C comes: from D, from nothing, from n samples."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(D.shape, generator=generator)
+    found = {
+        "delta": D.mT @ D,
+        "identity": torch.eye(len(C)),
+        "random": random.mT @ random,
+        **{f"regmean_{n}": estimate for n, estimate in sampled.items()},
+    }
+    k = math.ceil(share * len(C))
+    leading = theory.leading_directions(C, k)
+    for name, estimate in found.items():
+        if name in {"identity", "random"}:
+            overlap = k / len(C)  # in the mean over random subspaces
+        else:
+            own = theory.leading_directions(estimate, k)
+            overlap = theory.subspace_overlap(own, leading)
+        yield {"estimate": name, "cosine": theory.cosine(estimate, C), "overlap": overlap}
+
+
+def _described(frame: pd.DataFrame) -> pd.DataFrame:
+    """With the layer's type and the number of its block, and angles beside cosines."""
+    names = frame.layer.map(lambda name: re.split(r"\.(\d+)\.", f".{name}"))
+    kinds = names.map(lambda pieces: pieces[-1].replace(".weight", "").removeprefix("."))
+    numbers = names.map(lambda pieces: int(pieces[1]) if len(pieces) > 1 else 0)
+    frame.insert(2, "type", kinds)
+    frame.insert(3, "block", numbers.astype(int))
+    if "cosine" in frame:
+        at = frame.columns.get_loc("cosine") + 1
+        angles = frame.cosine.map(theory.angular_distance)
+        if "quantity" in frame:
+            angles = angles.mask(frame.quantity == RHO)  # a correlation, not a cosine
+        frame.insert(at, "angular", angles)
+    return frame
+
+
+# --- beside the paper -----------------------------------------------------------------------------
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """Published means by quantity: columns low, high, source, and what they were measured on."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist, expected the published means")
+    return pd.read_csv(path).set_index("quantity")
+
+
+def summary(frames: Mapping[str, pd.DataFrame], published: pd.DataFrame, suite: Suite) -> str:
+    """The published means beside ours, and the estimates by type of layer, as Markdown."""
+    conditions, estimates = frames["conditions"], frames["estimates"]
+    text = f"# The conditions behind D^T D on {suite.name}\n\nCheckpoints: {suite.family}. "
+    text += "Means over layers and tasks; angular distance is arccos(cosine) / pi.\n\n"
+    lines = []
+    for name, part in [*conditions.groupby("quantity"), *estimates.groupby("estimate")]:
+        if "step" in part and name not in {"drift", RHO}:
+            part = part[part.step == part.groupby("task").step.transform("max")]
+        paper = "–"
+        if name in published.index:
+            low, high = published.loc[name, ["low", "high"]]
+            paper = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        overlap = part.overlap.mean() if "overlap" in part else math.nan
+        figures = [part.cosine.mean(), part.angular.mean(), overlap]
+        lines.append([name, paper, *("–" if math.isnan(x) else f"{x:.3f}" for x in figures)])
+    order = [*CONDITIONS, "optimiser", "alignment", RHO]
+    lines.sort(key=lambda line: order.index(line[0]) if line[0] in order else len(order))
+    on = ", ".join(published.backbone.unique())
+    text += markdown(["quantity", f"paper ({on})", "cosine", "angular", "overlap"], lines)
+    text += "\n" + _by_type(estimates) + "\n" + _scales(frames["scale"])
+    return text
+
+
+def _by_type(estimates: pd.DataFrame) -> str:
+    table = estimates.pivot_table("cosine", "type", "estimate", sort=False)
+    lines = [[str(kind), *(f"{x:.3f}" for x in row)] for kind, *row in table.itertuples()]
+    return "Cosine with the true second moment by type of layer:\n\n" + markdown(
+        ["layer", *table.columns], lines
+    )
+
+
+def _scales(scale: pd.DataFrame) -> str:
+    """How unequal the tasks' factors between D^T D and C are, layer by layer."""
+    by_layer = scale.groupby("layer").ratio
+    spread = by_layer.max() / by_layer.min()
+    deviation = scale.groupby("layer").ratio.apply(lambda x: np.log(x).std())
+    return (
+        f"Scale |D|^2 / tr C between tasks: largest over smallest {spread.median():.2f} in the "
+        f"median layer, {spread.max():.2f} in the worst; standard deviation of its logarithm "
+        f"{deviation.mean():.2f}.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
