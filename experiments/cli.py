@@ -32,6 +32,7 @@ from merging.errors import InputError
 Settings = TypeVar("Settings")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
+MULTIRUN = ("-m", "--multirun")
 TRACEBACK = "MODEL_MERGING_TRACEBACK"
 
 
@@ -68,7 +69,8 @@ def command(
                 os.environ[TRACEBACK] = "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's printer
             try:
-                sys.argv[1:] = prepare(sys.argv[1:])
+                # argparse wants -m before all overrides, people write it anywhere
+                sys.argv[1:] = prepare(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
                 _refuse_foreign_targets(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
             except JobFailed as failed:
@@ -86,9 +88,9 @@ def command(
 
 def _configure_logging() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of libraries, to their developers
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for chatty in ("httpx", "httpcore", "transformers", "datasets", "open_clip", "matplotlib"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for ours in ("merging", "eval", "experiments", "hydra", "__main__"):
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 def report(error: Exception) -> int:

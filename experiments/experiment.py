@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
+from eval.finetune import expert_state
 from eval.suite import Finetuning, Split, Statistic, Suite
 from experiments import cli, records
 from experiments.records import Record
@@ -26,7 +27,8 @@ from merging.errors import InputError
 from merging.progress import track
 
 log = logging.getLogger(__name__)
-REFERENCES = ("zero_shot", "experts")  # rows of every table that merge nothing
+REFERENCES = ("zero_shot", "experts")  # what every run is compared with
+UNMERGED = (*REFERENCES, "multi_task")  # rows of a table that merge nothing
 
 
 @dataclass
@@ -120,7 +122,8 @@ def measure(settings: Experiment) -> Record:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f".{path.stem}.lock")):  # a second process waits and finds it
         if path.exists() and not settings.force:
-            log.info("%s: already done; force=true does it again", path.stem)
+            if key["method"] not in UNMERGED:
+                log.info("%s: already done; force=true does it again", path.stem)
             return records.load(path)
         record = _run(settings, suite, key)
         records.save(path, record)
@@ -170,7 +173,7 @@ def _check(settings: Experiment) -> None:
             "split=validation would report the very examples that the selection has used",
             hint="report on split=test, or set selection=none",
         )
-    if settings.method["name"] in REFERENCES:
+    if settings.method["name"] in UNMERGED:
         raise InputError(f"{settings.method['name']} has no hyperparameter to select")
 
 
@@ -178,7 +181,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
     """All that a run's scores depend on; see experiments/records.py."""
     name, chosen = settings.method["name"], settings.selection
     hyperparameters, needs = {}, None
-    if name not in REFERENCES:
+    if name not in UNMERGED:
         method = _methods(settings)[0]
         hyperparameters, needs = dict(method.hyperparameters), method.needs
         hyperparameters.pop(chosen.parameter, None)
@@ -208,16 +211,17 @@ def _methods(settings: Experiment) -> list[merging.Method]:
 
 def _run(settings: Experiment, suite: Suite, key: dict[str, Any]) -> Record:
     name, tasks = key["method"], key["tasks"]
-    merge, data, selection = Merge(suite.base()), "none", None
-    if name not in REFERENCES:
+    merge, data, selection = Merge({}), "none", None
+    if name in UNMERGED:
+        states = _unmerged(settings, suite, tasks)
+    else:
         method, selection = _select(settings, suite, tasks)
         merge = merge_suite(settings, suite, tasks, method)
         data = _data_use(method, selection)
-    start = time.perf_counter()
-    if name == "experts":
-        scores = _score_experts(settings, suite, tasks)
-    else:
-        scores = _score(settings, suite, merge.state, settings.split, tasks)
+        states = [(merge.state, tasks)]
+    start, scores = time.perf_counter(), {}
+    for state, judged in states:
+        scores |= _score(settings, suite, state, settings.split, judged)
     evaluation = time.perf_counter() - start
     experts = scores if name == "experts" else _reference(settings, "experts")["scores"]
     return {
@@ -310,14 +314,20 @@ def collect(
     return path, float(spent.read_text())
 
 
-def _score_experts(settings: Experiment, suite: Suite, tasks: list[str]) -> dict[str, Any]:
-    """Each expert on its own task."""
-    scores = {}
-    for task in track(tasks, "evaluating experts"):
-        # the merge of one expert is that expert, whether it is stored whole or as an adapter
-        state = merge_suite(settings, suite, [task], merging.create("average")).state
-        scores |= _score(settings, suite, state, settings.split, [task])
-    return scores
+def _unmerged(
+    settings: Experiment, suite: Suite, tasks: list[str]
+) -> Iterator[tuple[Mapping[str, Tensor], list[str]]]:
+    """States that no merge made, each with the tasks it is judged on."""
+    name, own = settings.method["name"], {"finetuning": settings.finetuning, "seed": settings.seed}
+    if name == "zero_shot":
+        yield suite.base(), tasks
+    elif name == "experts":
+        for task in track(tasks, "evaluating experts"):
+            yield expert_state(suite.base(), suite.expert(task, **own)), [task]
+    elif not hasattr(suite, "multi_task"):
+        raise InputError(f"suite {suite.name} has no model trained on all tasks at once")
+    else:
+        yield expert_state(suite.base(), suite.multi_task(**own)), tasks
 
 
 def _score(

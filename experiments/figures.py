@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from PIL import Image
 
 import merging
 from experiments.records import Record
@@ -40,8 +43,8 @@ def family(method: str, data: str) -> str:
     if data.startswith("training"):
         return "with training data"
     module = merging.create(method).entry.function.__module__.rpartition(".")[2]
-    families = {"baselines": "averaging, sparsity", "spectral": "spectral"}
-    return families.get(module, "interference, data-free")
+    families = dict.fromkeys(("baselines", "sparse"), "averaging, sparsity")
+    return (families | {"spectral": "spectral"}).get(module, "interference, data-free")
 
 
 def save(figure: Figure, stem: Path) -> None:
@@ -50,6 +53,14 @@ def save(figure: Figure, stem: Path) -> None:
         figure.savefig(stem.with_name(stem.name + ".png"), metadata={"Software": None})
         undated = {"CreationDate": None, "Producer": None, "Creator": None}
         figure.savefig(stem.with_name(stem.name + ".pdf"), metadata=undated)
+
+
+def as_image(figure: Figure) -> Image.Image:
+    """The figure as pixels."""
+    buffer = BytesIO()
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="png")
+    return Image.open(buffer)
 
 
 def accuracy_bars(rows: pd.DataFrame) -> Figure:
@@ -109,7 +120,7 @@ def sweep_lines(points: pd.DataFrame) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4))
         axes = figure.subplots()
-        styles = zip(LINES, "osD^vPX*", strict=True)
+        styles = cycle(zip(LINES, "osD^vPX*", strict=True))
         for (method, part), (colour, marker) in zip(points.groupby("method"), styles, strict=False):
             by_value = part.groupby("value")[measure]
             mean, error = by_value.mean(), by_value.sem().fillna(0)
@@ -119,7 +130,7 @@ def sweep_lines(points: pd.DataFrame) -> Figure:
         if values.min() > 0 and values.max() > 30 * values.min():
             axes.set_xscale("log")
         axes.set_xlabel(parameter)
-        axes.set_ylabel(f"{measure} accuracy, %".replace("mean", "mean over tasks,"))
+        axes.set_ylabel(f"{measure} accuracy, %")
         axes.legend(frameon=False, fontsize=8)
     return figure
 
@@ -128,7 +139,7 @@ def run_figure(record: Record, references: Mapping[str, Record]) -> Figure:
     """One run beside its references, a group of bars per task."""
     name = record["key"]["method"]
     columns = dict(references) | {name: record}
-    tasks = list(record["scores"])
+    tasks = record["key"]["tasks"]
     with rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 0.9 * len(tasks), 3.0))
         axes = figure.subplots()

@@ -28,7 +28,7 @@ def _line(record: Record, whole: int) -> dict[str, Any]:
     settings = key["hyperparameters"] | (key["statistics"] or {}) | {"tasks": len(key["tasks"])}
     known = key["method"] in merging.methods()
     defaults = dict(merging.create(key["method"]).hyperparameters) if known else {}
-    defaults |= asdict(Statistics()) | {"tasks": whole}
+    defaults |= asdict(Statistics()) | {"tasks": whole, "seed": key["seed"]}
     departs = {k: v for k, v in settings.items() if k not in defaults or v != defaults[k]}
     details = [f"{k}={v}" for k, v in departs.items()]
     details += [f"{selection['parameter']} selected"] if selection else []
@@ -46,7 +46,7 @@ def _line(record: Record, whole: int) -> dict[str, Any]:
         "merge_seconds": record["seconds"]["merge"],
         "statistics_seconds": record["seconds"]["statistics"],
         "peak_gib": record["peak_bytes"] / 2**30,
-        "accuracy": {task: 100 * score["accuracy"] for task, score in record["scores"].items()},
+        "accuracy": {task: 100 * record["scores"][task]["accuracy"] for task in key["tasks"]},
         "constant": {task for task, score in record["scores"].items() if score["constant"]},
     }
 

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.markdown import Markdown
+from rich.table import Table
 
 from experiments import figures, records
 from experiments.cli import command
-from experiments.experiment import REFERENCES
+from experiments.experiment import REFERENCES, UNMERGED
 from experiments.frames import curves, summarise, to_frame
 from experiments.markup import latex, markdown
 from experiments.paper import Paper, render_paper
 from experiments.records import Record
 from merging.errors import InputError
+
+SUMMARY = 7  # columns up to the first task
 
 
 @dataclass
@@ -42,15 +46,31 @@ class Tables:
 @command("tables", Tables)
 def main(settings: Tables) -> None:
     """Rebuild the tables of one suite, or one table of a paper."""
+    console = Console()
     if settings.paper is not None:
         written = render_paper(settings.paper, Path(settings.published), Path(settings.output))
+        console.print(Markdown(written.read_text()))
     else:
-        found = gather(settings)
         folder = Path(settings.output) / settings.suite["name"]
-        written = render(found, folder, settings.baseline)
-    console = Console()
-    console.print(Markdown(written.read_text()))
-    console.print(f"written to {written.parent}")
+        rows = render(gather(settings), folder, settings.baseline)
+        for finetuning, part in rows.groupby("finetuning"):
+            title = f"{settings.suite['name']}, {finetuning}"
+            console.print(_short(part, title, settings.baseline))
+        written = folder / "table.md"
+    console.print(f"written to {written}")
+
+
+def _short(rows: pd.DataFrame, title: str, baseline: str) -> Table:
+    """What fits a terminal: the table without its columns per task."""
+    header, lines = cells(rows, baseline)
+    table = Table(title=title, box=box.SIMPLE)
+    for column in header[:SUMMARY]:
+        table.add_column(column, justify="left" if column in {"method", "data"} else "right")
+    for line in lines:
+        best = line[0] not in UNMERGED and line[header.index("mean")].startswith("**")
+        plain = [cell.replace("**", "") for cell in line[:SUMMARY]]
+        table.add_row(*plain, style="bold" if best else None)
+    return table
 
 
 def gather(settings: Tables) -> list[Record]:
@@ -76,8 +96,8 @@ def is_reportable(record: Record) -> bool:
     return record["key"]["split"] == "test" and record["key"]["limit"] is None
 
 
-def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> Path:
-    """Write everything under results/<suite> from these records; returns the Markdown table.
+def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> pd.DataFrame:
+    """Write everything under results/<suite> from these records; returns the table's rows.
 
     Raises InputError for records that must not stand in one table.
     """
@@ -102,7 +122,7 @@ def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> P
         figures.save(figures.accuracy_bars(part), folder / f"accuracy_{finetuning}")
         figures.save(figures.task_heatmap(part), folder / f"tasks_{finetuning}")
     _render_sweeps(frame, folder, baseline)
-    return folder / "table.md"
+    return rows
 
 
 def _render_sweeps(frame: pd.DataFrame, folder: Path, baseline: str) -> None:
@@ -175,7 +195,8 @@ def _preamble(found: Sequence[Record], baseline: str) -> str:
         f"Checkpoints: {found[0]['family']}. {tasks} tasks, {found[0]['metric']} in percent on "
         f"the whole test split; ± is the standard error over fine-tuning seeds. Normalised: "
         f"mean over tasks of merged / expert. vs {baseline}: paired difference in the mean over "
-        f"seeds. Data: what the method saw beside the checkpoints."
+        f"seeds. Seconds: to merge, statistics included. Data: what the method saw beside the "
+        f"checkpoints."
     )
 
 
@@ -186,9 +207,14 @@ def cells(rows: pd.DataFrame, baseline: str) -> tuple[list[str], list[list[str]]
         column for column in rows.columns if column not in fixed and rows[column].notna().any()
     ]
     columns = {"mean": "mean", "normalised": "normalised", "difference": f"vs {baseline}"}
-    columns |= {task: task for task in tasks}
-    merges = rows[~rows.method.isin(REFERENCES)]
-    best = {column: merges[column].max() for column in columns}
+    columns |= {"seconds": "seconds"} | {task: task for task in tasks}
+    merges = ~rows.method.isin(UNMERGED)
+    rows = rows.assign(
+        data=rows.data.where(merges, "–"),
+        seconds=(rows.merge_seconds + rows.statistics_seconds).where(merges),
+        difference=rows.difference.where(rows.row != baseline),
+    )
+    best = rows.loc[merges, list(columns)].max().to_dict()
     lines = []
     for _, row in rows.iterrows():
         line = [row.row, row.data, str(row.seeds)]
@@ -196,8 +222,9 @@ def cells(rows: pd.DataFrame, baseline: str) -> tuple[list[str], list[list[str]]
             sign = "+" if column == "difference" else ""
             text = _figure(row[column], row.get(f"{column}_se"), sign)
             text += " †" if column in row.constant.split() else ""
-            merge = row.method not in REFERENCES
-            line.append(f"**{text}**" if merge and row[column] == best[column] else text)
+            merge = row.method not in UNMERGED
+            leads = merge and row[column] == best[column] and column != "seconds"
+            line.append(f"**{text}**" if leads else text)
         lines.append(line)
     return ["method", "data", "seeds", *columns.values()], lines
 
@@ -207,3 +234,7 @@ def _figure(value: float, error: float | None, sign: str) -> str:
         return "–"
     spread = "" if error is None or pd.isna(error) else f" ± {error:.1f}"
     return f"{value:{sign}.1f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ def accuracy_rows(record: Record, references: Mapping[str, Record]) -> list[dict
     columns = dict(references) | {record["key"]["method"]: record}
     rows = [
         {"task": task} | {n: 100 * r["scores"][task]["accuracy"] for n, r in columns.items()}
-        for task in record["scores"]
+        for task in record["key"]["tasks"]
     ]
     return [*rows, {"task": "mean"} | {n: 100 * r["mean"] for n, r in columns.items()}]
 
@@ -75,11 +75,11 @@ def to_wandb(record: Record, references: Mapping[str, Record], settings: Mapping
     """A W&B run with config, accuracy table, summary metrics and the rendered figure."""
     import wandb  # seconds of import, for those who asked for it
 
-    from experiments.figures import run_figure
+    from experiments.figures import as_image, run_figure
 
     key = record["key"]
     rows = accuracy_rows(record, references)
-    figure = run_figure(record, references)
+    figure = as_image(run_figure(record, references))
     folder = Path(settings["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     with wandb.init(

@@ -1,0 +1,232 @@
+"""What a person at a terminal sees: one sentence, a hint, an exit code; never a surprise object."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hydra.errors import MissingConfigException
+
+from experiments import cli, experiment, run
+from merging.errors import InputError
+from tests.linear_suite import LinearSuite
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    """Run `python -m experiments.run` in this process: (exit code, stdout, stderr)."""
+    suite = LinearSuite(tmp_path)
+    monkeypatch.setattr(experiment, "load_suite", lambda config, device: suite)
+    monkeypatch.setenv(cli.TRACEBACK, "0")  # and put back what --traceback sets
+
+    def invoke(*overrides, main=run.main):
+        own = [f"records={tmp_path}/records", f"hydra.sweep.dir={tmp_path}/sweep"]
+        monkeypatch.setattr(sys, "argv", ["run", "suite=tiny_text", *own, *overrides])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    invoke.suite = suite
+    invoke.records = tmp_path / "records"
+    return invoke
+
+
+def test_a_run_prints_its_table(call):
+    code, out, err = call("method=actmat", "device=cpu")
+    assert code == 0, err
+    assert "experts" in out
+    assert "mean" in out
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["method=actmta"], "Could not find 'method/actmta'"),
+        (["method.rtoll=1"], "Could not override 'method.rtoll'"),
+        (["+method.rtoll=1"], "method 'actmat' has no hyperparameter 'rtoll'"),
+        (["+colour=red"], "unknown config key 'colour'"),
+        (["+statistics.samples=3"], "samples"),
+        (["seed=first"], "first"),
+        (["suite=imagenet"], "Could not find 'suite/imagenet'"),
+        (["suite._target_=os.system"], "suite._target_ is 'os.system'"),
+        (["+suite.zoom=2"], "suite has no setting 'zoom'"),
+        (["hydra.sweeper._target_=os.system"], "outside this project"),
+        (["method=actmat", "seed==1"], "Error parsing override"),
+        (["device=cuda:99"], "device 'cuda:99' was asked for"),
+        (["tracker.name=tensorboard"], "unknown tracker 'tensorboard'"),
+        (["split=tests"], "split is 'tests'"),
+        (["selection=alpha", "selection.split=test"], "validation only"),
+        (["-m", "hydra/sweeper=optuna", "method.alpha=interval(0,1)"], "by test accuracy"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(call, overrides, told):
+    code, _, err = call(*overrides)
+    assert code == cli.BAD_INPUT, err
+    assert told in err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) >= 1
+    assert "Traceback" not in err
+    assert not list(call.records.rglob("*.json"))
+
+
+def test_a_single_run_says_nothing_else_on_error(call):
+    _, out, err = call("+colour=red")
+    assert out == ""
+    lines = err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["error", "hint"]
+
+
+def test_an_unknown_method_or_key_is_met_with_a_guess(call):
+    assert "did you mean 'statistics'?" in call("+statistic=1")[2]
+
+
+def test_a_fault_of_the_program_is_exit_code_1_and_traceback_on_request(call, monkeypatch):
+    def broken(*_, **__):
+        raise ZeroDivisionError("so much for that")
+
+    monkeypatch.setattr(LinearSuite, "evaluate", broken)
+    code, _, err = call("method=actmat")
+    assert code == cli.FAULT
+    assert "ZeroDivisionError: so much for that" in err
+    assert "--traceback" in err
+    assert "Traceback (most recent call last)" not in err
+    code, _, err = call("method=actmat", "--traceback")
+    assert code == cli.FAULT
+    assert "Traceback (most recent call last)" in err
+
+
+def test_an_interrupt_is_exit_code_130(call, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LinearSuite, "evaluate", interrupted)
+    code, _, err = call("method=actmat")
+    assert code == cli.INTERRUPTED
+    assert "run again to continue" in err
+
+
+def test_a_sweep_goes_on_after_a_failure_and_reports_it(call):
+    code, _, err = call("-m", "method=actmat,ridge", "tasks=[third],[first]")
+    assert code == cli.BAD_INPUT
+    assert err.count("error: suite linear has no task 'third'") == 2
+    made = {json.loads(p.read_text())["key"]["method"] for p in call.records.rglob("*.json")}
+    assert {"actmat", "ridge"} <= made
+
+
+def test_a_sweep_shares_one_suite(monkeypatch):
+    built = []
+    monkeypatch.setattr(cli, "build", lambda config: built.append(config) or object())
+    experiment._suite.cache_clear()
+    config = {"_target_": "eval.text.TextSuite", "name": "x", "device": "auto"}
+    first = experiment.load_suite(config, "cpu")
+    assert experiment.load_suite(dict(config), "cpu") is first
+    assert built == [config | {"device": "cpu"}]
+    experiment._suite.cache_clear()
+
+
+def test_optuna_maximises_the_validation_figure_that_a_run_returns(call):
+    code, _, err = call(
+        "-m",
+        "hydra/sweeper=optuna",
+        "hydra.sweeper.direction=maximize",
+        "hydra.sweeper.n_trials=4",
+        "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.sampler.seed=0",
+        "split=validation",
+        "method=actmat",
+        "method.alpha=choice(0.1,0.4,1.0)",
+    )
+    assert code == 0, err
+    tried = [json.loads(p.read_text()) for p in call.records.rglob("actmat-*.json")]
+    assert {r["key"]["split"] for r in tried} == {"validation"}
+    results = call.records.with_name("sweep") / "optimization_results.yaml"
+    best = max(tried, key=lambda r: r["mean"])
+    assert f"method.alpha: {best['key']['hyperparameters']['alpha']}" in results.read_text()
+
+
+# --- what configs may construct -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "eval.text.torch.hub.load",  # reachable through a module of ours
+        "eval.text.Package",  # ours, but not defined there
+        "eval.text.rated",  # defined there, but a function
+        "eval.nowhere.Suite",
+        "eval.cache.cached",
+        "merging.engine.Report",
+        "subprocess.Popen",
+        17,
+    ],
+)
+def test_foreign_targets_are_refused_wherever_they_hide(target):
+    for node in ({"_target_": target}, {"a": {"b": [{"_target_": target}]}}):
+        with pytest.raises(InputError, match="_target_ is"):
+            cli.check_targets(node)
+        with pytest.raises(InputError):
+            cli.build(node)
+
+
+def test_every_suite_of_the_project_may_be_constructed():
+    cli.check_targets({"_target_": "eval.text.TextSuite", "_convert_": "all", "name": "x"})
+
+
+@pytest.mark.parametrize("key", ["_args_", "_partial_", "_recursive_"])
+def test_hydras_other_doors_are_closed(key):
+    with pytest.raises(InputError, match=f"has no setting '{key}'"):
+        cli.check_targets({"_target_": "eval.text.TextSuite", key: True})
+
+
+# --- errors and settings ------------------------------------------------------------------------
+
+
+def test_an_input_error_survives_being_wrapped(capsys):
+    try:
+        try:
+            raise InputError("file a lacks tensor b", hint="look there")
+        except InputError as error:
+            raise RuntimeError("Error in call to target") from error
+    except RuntimeError as wrapped:
+        assert cli.report(wrapped) == cli.BAD_INPUT
+    assert capsys.readouterr().err == "error: file a lacks tensor b\nhint: look there\n"
+
+
+def test_hydras_messages_lose_their_search_path(capsys):
+    error = MissingConfigException("No x\n\nAvailable:\n\ty\nConfig search path:\n\tz", "x", [])
+    assert cli.report(error) == cli.BAD_INPUT
+    assert capsys.readouterr().err == "error: No x\nhint: Available: y\n"
+
+
+@dataclass
+class Inner:
+    size: int = 1
+
+
+@dataclass
+class Outer:
+    name: str
+    inner: Inner = field(default_factory=Inner)
+
+
+def test_settings_are_typed():
+    composed = cli.OmegaConf.create({"name": "x", "inner": {"size": "3"}})
+    assert cli.read_settings(Outer, composed) == Outer("x", Inner(3))
+
+
+def test_no_traceback_reaches_the_terminal_of_a_real_process(tmp_path):
+    environment = os.environ | {"MODEL_MERGING_CACHE": str(tmp_path)}
+    line = [sys.executable, "-m", "experiments.run", "suite=tiny_text", "finetuning=half"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == ["error: finetuning is 'half', expected one of: full, lora"]
+    assert done.stdout == ""

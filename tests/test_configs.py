@@ -1,0 +1,108 @@
+"""Every file under configs composes, says the defaults that the code has, and names real things."""
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+import merging
+from experiments import cli
+from experiments.experiment import UNMERGED, Experiment, Selection, Statistics
+from experiments.finetune import Finetune
+from experiments.merge import MergeCheckpoints
+from experiments.statistics import Collect
+from experiments.tables import Tables
+from experiments.trackers import TRACKERS
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def names(group):
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+def composed(config, *overrides, hydra=False):
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return compose(config, list(overrides), return_hydra_config=hydra)
+
+
+def test_every_method_has_a_file_and_every_file_a_method():
+    assert names("method") == sorted([*merging.methods(), *UNMERGED])
+
+
+@pytest.mark.parametrize("name", merging.methods())
+def test_a_methods_file_holds_the_defaults_of_the_code(name):
+    config = OmegaConf.to_container(composed("experiment", f"method={name}").method, resolve=True)
+    assert config.pop("name") == name
+    assert config == dict(merging.create(name).hyperparameters)
+    for key, value in merging.create(name).hyperparameters.items():
+        assert type(config[key]) is type(value), key
+
+
+@pytest.mark.parametrize("name", merging.methods())
+def test_a_methods_file_opens_with_its_source(name):
+    text = (CONFIGS / "method" / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+
+
+@pytest.mark.parametrize("suite", names("suite"))
+def test_every_suite_composes_and_may_be_constructed(suite):
+    settings = cli.read_settings(Experiment, composed("experiment", f"suite={suite}"))
+    assert settings.suite["name"] == suite
+
+
+@pytest.mark.parametrize("tracker", names("tracker"))
+def test_every_tracker_has_a_function(tracker):
+    settings = cli.read_settings(Experiment, composed("experiment", f"tracker={tracker}"))
+    assert settings.tracker["name"] == tracker
+    assert set(names("tracker")) == set(TRACKERS)
+
+
+def test_defaults_of_the_schema_and_of_the_file_agree():
+    settings = cli.read_settings(Experiment, composed("experiment"))
+    assert settings.statistics == Statistics()
+    assert settings.selection == Selection()
+    plain = Experiment(settings.suite, settings.method, settings.tracker)
+    assert settings == plain
+
+
+def test_selection_is_made_on_validation():
+    for name in names("selection"):
+        settings = cli.read_settings(Experiment, composed("experiment", f"selection={name}"))
+        assert settings.selection.split == "validation"
+
+
+@pytest.mark.parametrize("sweep", names("sweep"))
+def test_every_sweep_opens_with_a_command_and_names_only_methods(sweep):
+    text = (CONFIGS / "sweep" / f"{sweep}.yaml").read_text()
+    assert f"sweep={sweep}" in text
+    config = composed("experiment", f"sweep={sweep}", hydra=True)
+    params = dict(config.hydra.sweeper.params or {})
+    assert config.hydra.mode.name == "MULTIRUN"
+    known = {*merging.methods(), *UNMERGED}
+    for name in str(params.get("method", config.method.name)).replace(" ", "").split(","):
+        assert name in known
+        own = merging.create(name).hyperparameters if name not in UNMERGED else {}
+        for key in params:
+            if key.startswith("method."):
+                assert key.removeprefix("method.") in own, f"{key} of {name}"
+
+
+@pytest.mark.parametrize(
+    ("config", "schema", "overrides"),
+    [
+        ("finetune", Finetune, []),
+        ("statistics", Collect, []),
+        ("tables", Tables, []),
+        ("merge", MergeCheckpoints, ["base=a", "output=b", "+experts.x=c"]),
+    ],
+)
+def test_every_command_composes(config, schema, overrides):
+    cli.read_settings(schema, composed(config, *overrides))
+
+
+@pytest.mark.parametrize("paper", names("paper"))
+def test_every_paper_table_composes(paper):
+    settings = cli.read_settings(Tables, composed("tables", f"paper={paper}"))
+    assert (CONFIGS.parent / settings.published / settings.paper.published).exists()

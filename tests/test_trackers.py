@@ -1,0 +1,130 @@
+"""A finished run reaches its tracker: a W&B file that can be read back, a CSV line, nothing."""
+
+import csv
+import json
+import struct
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import experiment, trackers
+from experiments.experiment import Experiment, measure, references
+from merging.errors import InputError
+from tests.linear_suite import LinearSuite
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """A record worked out by hand, with its references."""
+    monkeypatch.setattr(experiment, "load_suite", lambda config, device: LinearSuite(tmp_path))
+    settings = Experiment(
+        suite={"name": "linear"},
+        method={"name": "average"},
+        tracker={},
+        device="cpu",
+        records=str(tmp_path / "records"),
+    )
+    return SimpleNamespace(record=measure(settings), references=references(settings))
+
+
+EXPECTED = [
+    ["first", 50.0, 100.0, 75.0],
+    ["second", 50.0, 100.0, 75.0],
+    ["mean", 50.0, 100.0, 75.0],
+]
+
+
+def test_rows_of_the_accuracy_table(finished):
+    rows = trackers.accuracy_rows(finished.record, finished.references)
+    assert list(rows[0]) == ["task", "zero_shot", "experts", "average"]
+    assert [list(row.values()) for row in rows] == EXPECTED
+
+
+def test_an_offline_wandb_run_holds_table_figure_config_and_summary(finished, tmp_path):
+    settings = {
+        "name": "wandb", "mode": "offline", "project": "p", "entity": None, "group": None,
+        "tags": ["trial"], "folder": str(tmp_path),
+    }  # fmt: skip
+    trackers.track_run(finished.record, finished.references, settings)
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    history, summary, config = read_wandb(log)
+
+    table = history["accuracy"]
+    assert table["_type"] == "table-file"
+    stored = json.loads((log.parent / "files" / table["path"]).read_text())
+    assert stored["columns"] == ["task", "zero_shot", "experts", "average"]
+    assert stored["data"] == EXPECTED
+
+    assert history["figure"]["_type"] == "image-file"
+    assert (log.parent / "files" / history["figure"]["path"]).read_bytes()[:4] == b"\x89PNG"
+    assert config["method"] == "average"
+    assert config["hyperparameters"] == {"alpha": 1.0}
+    assert config["versions"]["torch"]
+    assert summary["mean"] == 0.75
+    assert summary["accuracy/first"] == 0.75
+    assert summary["normalised"] == 0.75
+
+
+def read_wandb(path):
+    """(history, summary, config) of a .wandb file, its messages decoded by W&B's own classes."""
+    from wandb.proto import wandb_internal_pb2
+
+    history, summary, config = {}, {}, {}
+    for data in log_entries(path.read_bytes()):
+        message = wandb_internal_pb2.Record()
+        message.ParseFromString(data)
+        for target, items in (
+            (history, message.history.item),
+            (summary, message.summary.update),
+            (config, message.run.config.update),
+            (config, message.config.update),
+        ):
+            for item in items:
+                place = target
+                for key in item.nested_key[:-1]:
+                    place = place.setdefault(key, {})
+                place[item.key or item.nested_key[-1]] = json.loads(item.value_json)
+    return history, summary, config
+
+
+def log_entries(data):
+    """Entries of a LevelDB log, which is what a .wandb file is after 7 bytes of W&B's own.
+
+    Blocks of 32 KiB; a piece of an entry is a CRC-32 (4 bytes), a length (2), and a kind (1):
+    whole, first, middle or last.
+    """
+    assert data[:4] == b":W&B"
+    at, entry = 7, b""
+    while at + 7 <= len(data):
+        if (left := 2**15 - at % 2**15) < 7:
+            at += left
+            continue
+        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        entry = (b"" if kind in (1, 2) else entry) + data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield entry
+
+
+def test_csv_has_one_line_per_run_however_often_it_is_reported(finished, tmp_path):
+    settings = {"name": "csv", "path": str(tmp_path / "sub" / "runs.csv")}
+    for record in (finished.record, finished.references["experts"], finished.record):
+        trackers.track_run(record, finished.references, settings)
+    with open(settings["path"], newline="") as file:
+        lines = {line["method"]: line for line in csv.DictReader(file)}
+    assert set(lines) == {"average", "experts"}
+    assert float(lines["average"]["first"]) == 0.75
+    assert float(lines["average"]["alpha"]) == 1.0
+    assert lines["experts"]["alpha"] == ""
+    assert float(lines["experts"]["mean"]) == 1.0
+
+
+def test_none_does_nothing(finished, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    trackers.track_run(finished.record, finished.references, {"name": "none"})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_unknown_tracker_is_refused_before_the_run():
+    with pytest.raises(InputError, match="unknown tracker 'mlflow'"):
+        trackers.check_tracker({"name": "mlflow"})
