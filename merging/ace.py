@@ -9,8 +9,6 @@ from merging.linalg import gram, solve_positive
 from merging.registry import method
 from merging.spectral import singular_triplets
 
-_TINY = 1e-12  # as in the authors' code, under logarithms and divisions
-
 
 @method("ace", source="arXiv 2603.02945")
 def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Tensor:
@@ -30,10 +28,11 @@ def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3
     work = deltas.double()
     T, d_out, d_in = work.shape
     energy = work.square().sum((1, 2))  # (T,) |D_t|^2
-    log = (energy + _TINY).log()
-    uneven = T > 1 and bool(log.var() > gamma * (log.mean().square() + _TINY))
+    log = energy.log()
+    uneven = T > 1 and bool(log.var() > gamma * log.mean().square())  # not with a delta of 0
     E = work - work.mean(1, keepdim=True)
-    trace = E.square().sum((1, 2)) + _TINY if uneven else torch.ones_like(energy)
+    trace = E.square().sum((1, 2)) if uneven else torch.ones_like(energy)
+    trace = torch.where(trace > 0, trace, 1)  # equal rows leave nothing to normalise
     R = work.new_zeros(d_in, d_in)  # sum_t R_t
     N = work.new_zeros(d_out, d_in)  # sum_t E_t R_t
     residual = work.new_zeros(d_out, d_in)  # sum_t D_t S_t
@@ -43,7 +42,7 @@ def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3
         N += E_t @ S_t + (eps / tr) * E_t
         if uneven:
             residual += D_t @ S_t
-    prior = R.mean(0) / (energy.mean() + _TINY if uneven else 1.0)
+    prior = R.mean(0) / (energy.mean() if uneven else 1.0)
     R.diagonal().add_((eps / trace).sum())
     D = _solve(N, R, prior)
     if uneven:

@@ -86,9 +86,10 @@ def slerp(deltas: Tensor, *, t: float = 0.5) -> Tensor:
         return deltas[0]
     if len(deltas) != 2:
         raise InputError(f"slerp merges 2 experts, got {len(deltas)}", "use method=karcher")
-    theta = torch.acos(_cosines(task_gram(deltas))[0, 1])
-    part = theta.new_tensor([1 - t, t])
-    if theta.sin() > 1e-6:
+    gram = task_gram(deltas)
+    theta = torch.acos(_cosines(gram)[0, 1])
+    part = gram.new_tensor([1 - t, t])
+    if theta.sin() > 1e-6 and gram.diagonal().all():
         part = torch.sin(part * theta) / theta.sin()
     return _combine(part, deltas)
 

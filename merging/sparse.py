@@ -37,7 +37,7 @@ def _magnitude_thresholds(stream: Callable, hyperparameters: Mapping[str, Any]) 
     def magnitudes() -> Iterable[Tensor]:
         return (deltas.abs() for _, deltas in stream())
 
-    return {"thresholds": kth_largest(magnitudes, hyperparameters["k"])}
+    return {"thresholds": kth_largest(magnitudes, _share("k", hyperparameters["k"]))}
 
 
 @method(
@@ -67,7 +67,7 @@ def ties(
 def trim(deltas: Tensor, k: float, thresholds: Tensor | None = None) -> Tensor:
     """(T, *shape) with the entries below each task's threshold set to 0 (default: top share k)."""
     if thresholds is None:
-        thresholds = _kth_largest_entry(deltas.abs(), k)
+        thresholds = _kth_largest_entry(deltas.abs(), _share("k", k))
     return torch.where(deltas.abs() >= _per_task(thresholds, deltas), deltas, 0)
 
 
@@ -220,7 +220,7 @@ def _competition_thresholds(stream: Callable, hyperparameters: Mapping[str, Any]
         return (competition(deltas, low, high) for _, deltas in stream())
 
     top = torch.stack([_range(score)[1] for score in scores()]).amax(0)
-    cut = kth_largest(scores, hyperparameters["ratio"])
+    cut = kth_largest(scores, _share("ratio", hyperparameters["ratio"]))
     return {"thresholds": torch.stack([low, high, cut.to(low), top])}
 
 
@@ -242,7 +242,7 @@ def pcb(
     if thresholds is None:
         low, high = _range(deltas.abs())
         score = competition(deltas, low, high)
-        cut, top = _kth_largest_entry(score, ratio), _range(score)[1]
+        cut, top = _kth_largest_entry(score, _share("ratio", ratio)), _range(score)[1]
     else:
         low, high, cut, top = thresholds.to(deltas)
         score = competition(deltas, low, high)
@@ -272,7 +272,6 @@ def kth_largest(stream: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
     Radix selection on the values' bit patterns, 16 bits a pass: 2 passes over float32, 4 over
     float64 (decided by the first piece).
     """
-    _share("share", share)
     dtype, bits, done = None, _DIGIT, 0
     while done < bits:
         counts = 0
@@ -326,7 +325,7 @@ def _from_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
 def _kth_largest_entry(values: Tensor, share: float) -> Tensor:
     """The same for one tensor (T, *shape) -> (T,)."""
     flat = values.reshape(len(values), -1)
-    k = max(1, int(_share("share", share) * flat.shape[1]))
+    k = max(1, int(share * flat.shape[1]))
     return flat.kthvalue(flat.shape[1] - k + 1).values
 
 

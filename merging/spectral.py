@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merging.baselines import task_gram
 from merging.errors import InputError
 from merging.linalg import eigh, gram
 from merging.registry import create, method
@@ -147,6 +148,8 @@ def knots(
     if merge not in ("ties", "tsv_m", "iso_c"):
         raise InputError(f"unknown merge {merge!r} of knots", "known: ties, tsv_m, iso_c")
     U, _, _ = singular_triplets(torch.cat(list(deltas), dim=1))
+    if not U.shape[1]:
+        return torch.zeros_like(deltas[0])
     blocks = U.mT @ deltas.double()  # (T, r, d_in), diag(s) V_t^T
     if merge == "ties":
         merged = ties(blocks, k=k)
@@ -203,7 +206,7 @@ def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None
     task = U.mT @ deltas.double()  # (T, r, d_in)
     energy = task.square().sum(-1)  # (T, r)
     overlap = s * (task * V.mT).sum(-1)  # <u_r^T D, u_r^T D_t>, as u_r^T D = s_r v_r^T
-    present = energy > RANK_RTOL**2 * energy.amax((0, 1), keepdim=True)
+    present = energy > RANK_RTOL**2 * task_gram(deltas).diagonal().max()
     ratio = torch.where(present, overlap / energy, floor)
     return ((U * (s / ratio.clamp_min(floor).mean(0))) @ V.mT).to(deltas)
 

@@ -1,0 +1,189 @@
+"""What every registered method promises, whichever it is: a new method is covered by its name."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import merging
+
+METHODS = merging.methods()
+
+# Their formulas hold a constant in the units of the weights (a ridge, a step, a time, a tanh), or
+# draw a mask from the weights' values.
+NOT_SCALE_EQUIVARIANT = {
+    "ace", "anchored", "pcb", "ridge", "swudi", "wudi", "dare", "dare_ties", "della",
+}  # fmt: skip
+
+shapes = st.sampled_from([(6, 6), (4, 9), (11, 5)])
+seeds = st.integers(0, 10_000)
+every_method = pytest.mark.parametrize("name", METHODS)
+few = settings(deadline=None, max_examples=5)
+
+
+def tasks(name):
+    return 2 if name == "slerp" else 3
+
+
+def stack(T, shape, seed=0):
+    """Deltas of the size fine-tuning makes, (T, *shape), of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.linspace(0.5, 1.5, T).view(-1, *[1] * len(shape))
+    return 0.02 * lengths * torch.randn(T, *shape, generator=generator)
+
+
+def statistics(deltas, seed=0):
+    """Every statistic a method can need, for deltas (T, d_out, d_in) or (T, *shape)."""
+    generator = torch.Generator().manual_seed(seed)
+    fishers = torch.rand(deltas.shape, generator=generator).to(deltas)
+    if deltas.ndim != 3:
+        return {"fishers": fishers}
+    T, d_in = len(deltas), deltas.shape[-1]
+    inputs = torch.randn(T, 4 * d_in, d_in, generator=generator, dtype=torch.float64)
+    return {"covariances": (inputs.mT @ inputs / (4 * d_in)).to(deltas), "fishers": fishers}
+
+
+def close(merged, expected, tolerance=1e-4):
+    assert (merged - expected).norm() <= tolerance * expected.norm() + 1e-12
+
+
+@every_method
+@few
+@given(shape=shapes, seed=seeds)
+def test_shape_dtype_and_determinism(name, shape, seed):
+    deltas, method = stack(tasks(name), shape, seed), merging.create(name)
+    before, stats = deltas.clone(), statistics(deltas, seed)
+    merged = method(deltas, **stats, depth=0.5)
+    assert merged.shape == shape and merged.dtype == torch.float32
+    assert merged.isfinite().all()
+    assert torch.equal(deltas, before), "the input was changed"
+    assert torch.equal(merged, method(deltas, **stats, depth=0.5))
+    wide = method(deltas.double(), **statistics(deltas.double(), seed), depth=0.5)
+    assert wide.dtype == torch.float64
+    close(merged, wide)
+
+
+@every_method
+@few
+@given(shape=shapes, seed=seeds, data=st.data())
+def test_the_order_of_the_tasks_changes_nothing(name, shape, seed, data):
+    deltas, method = stack(tasks(name), shape, seed), merging.create(name)
+    stats = statistics(deltas, seed)
+    order = data.draw(st.permutations(range(len(deltas))))
+    shuffled = {key: value[order] for key, value in stats.items()}
+    close(method(deltas[order], **shuffled), method(deltas, **stats))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_SCALE_EQUIVARIANT))
+@few
+@given(shape=shapes, seed=seeds, exponent=st.integers(-8, 8))
+def test_scaling_every_delta_scales_the_merge(name, shape, seed, exponent):
+    deltas, method = stack(tasks(name), shape, seed), merging.create(name)
+    stats = statistics(deltas, seed)
+    close(method(2.0**exponent * deltas, **stats), 2.0**exponent * method(deltas, **stats))
+
+
+@every_method
+def test_alpha_scales_the_merge(name):
+    deltas = stack(tasks(name), (5, 7))
+    stats = statistics(deltas)
+    one = merging.create(name, alpha=1.0)(deltas, **stats)
+    close(merging.create(name, alpha=-2.5)(deltas, **stats), -2.5 * one, 1e-6)
+
+
+@every_method
+@pytest.mark.parametrize("shape", [(6, 6), (3, 8), (9, 4)])
+def test_degenerate_deltas_stay_finite(name, shape):
+    T, method = tasks(name), merging.create(name)
+    deltas = stack(T, shape)
+    zero = torch.zeros_like(deltas)
+    rank_one = deltas[:, :, :1] @ deltas[:, :1, :] / 0.02
+    cases = {
+        "zero": zero,
+        "one of them zero": torch.cat([deltas[:-1], zero[:1]]),
+        "equal": deltas[:1].repeat(T, 1, 1),
+        "opposed": torch.cat([deltas[:1], -deltas[:1], zero])[:T],
+        "rank one": rank_one,
+        "one row": deltas * (torch.arange(shape[0]) == 1).view(-1, 1),
+        "one column": deltas * (torch.arange(shape[1]) == 1),
+        "tiny": 1e-18 * deltas,
+    }
+    for case, given_deltas in cases.items():
+        merged = method(given_deltas, **statistics(given_deltas))
+        assert merged.isfinite().all(), case
+    assert torch.equal(method(zero, **statistics(zero)), zero[0])
+
+
+@every_method
+def test_one_expert_alone(name):
+    deltas = stack(1, (5, 7))
+    merged = merging.create(name)(deltas, **statistics(deltas))
+    assert merged.shape == (5, 7) and merged.isfinite().all()
+
+
+# Without trimming, dropping, scaling or a cut, these give a single expert back.
+RETURNS_THE_EXPERT = {
+    "average": {}, "task_arithmetic": {}, "lines": {}, "fisher": {}, "data_free_fisher": {},
+    "slerp": {}, "karcher": {}, "model_stock": {}, "ties": {"k": 1.0}, "dare": {"p": 0.0},
+    "dare_ties": {"p": 0.0}, "della": {"density": 1.0, "eps": 0.0},
+    "breadcrumbs": {"beta": 0.0, "gamma": 0.0}, "consensus_ta": {"agree": 1},
+    "consensus_ties": {"agree": 1, "k": 1.0}, "tsv_m": {}, "knots": {"k": 1.0},
+    "star": {"eta": 1.0}, "subspace_boosting": {"beta": 1.0, "of": "sum"}, "svc": {},
+    "actmat": {}, "wudi": {}, "wudi_closed": {}, "aswudi": {"anchor": "sum"},
+    "ridge": {"lam": 0.0}, "anchored": {}, "ledoit_wolf": {}, "oas": {}, "regmean": {},
+    "regmean_pp": {}, "tact": {"k": 1.0}, "mats": {"start": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(RETURNS_THE_EXPERT))
+def test_one_expert_is_returned_where_the_formula_does_so(name):
+    deltas = stack(1, (9, 6))
+    method = merging.create(name, alpha=1.0, **RETURNS_THE_EXPERT[name])
+    close(method(deltas, **statistics(deltas)), deltas[0])
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).row_space])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(12, 20, 2), (20, 12, 2), (8, 40, 3)])
+def test_a_row_space_method_may_run_in_the_adapters_own_rank(name, d_out, d_in, rank):
+    T, method = tasks(name), merging.create(name)
+    B, A = stack(T, (d_out, rank)), stack(T, (rank, d_in), seed=1) / 0.02
+    Q = torch.linalg.qr(A.reshape(-1, d_in).mT)[0]  # (d_in, T rank)
+    narrow = method(B @ (A @ Q), d_in=d_in, depth=0.5)
+    close(narrow @ Q.mT, method(B @ A, depth=0.5))
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).elementwise])
+def test_an_elementwise_method_may_run_on_blocks_of_rows(name):
+    deltas, method = stack(tasks(name), (10, 7)), merging.create(name)
+    context = method.prepare(lambda: iter([("weight", deltas)])) | {"depth": 0.3}
+    fishers = statistics(deltas)["fishers"]
+    whole = method(deltas, fishers=fishers, **context)
+    blocks = [
+        method(deltas[:, rows], fishers=fishers[:, rows], **context)
+        for rows in (slice(0, 3), slice(3, 4), slice(4, 10))
+    ]
+    assert torch.equal(torch.cat(blocks), whole)
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).rest == "method"])
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (2, 3, 4), (2, 3, 2, 2)])
+def test_a_method_for_the_rest_takes_tensors_of_any_shape(name, shape):
+    deltas, method = stack(tasks(name), shape), merging.create(name)
+    merged = method(deltas, **statistics(deltas))
+    assert merged.shape == shape and merged.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).entry.prepare])
+def test_a_model_of_one_tensor_is_that_tensor(name):
+    deltas, method = stack(tasks(name), (10, 7)), merging.create(name)
+    context = method.prepare(lambda: iter([("weight", deltas)]))
+    assert context
+    assert_close(method(deltas, **context), method(deltas))
+
+
+@every_method
+def test_a_source_is_named_and_the_function_documented(name):
+    entry = merging.create(name).entry
+    assert entry.source
+    assert entry.function.__doc__

@@ -1,0 +1,229 @@
+"""TIES and its relatives: hand-computed cases, plain float64 formulas, exact order statistics."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import merging
+from merging import InputError, sparse
+
+
+def stack(T=3, shape=(6, 8), seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(T, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def plain_ties(deltas, k, merge="mean"):
+    """The paper's three steps, entry by entry."""
+    T = len(deltas)
+    flat = deltas.double().reshape(T, -1)
+    keep = int(k * flat.shape[1])
+    for row in flat:
+        row[row.abs().argsort(descending=True)[keep:]] = 0
+    merged = torch.zeros(flat.shape[1], dtype=torch.float64)
+    for i, column in enumerate(flat.mT):
+        agreeing = column[(column * column.sum()) > 0]
+        if len(agreeing):
+            merged[i] = agreeing.mean() if merge == "mean" else agreeing.sum()
+    return merged.view(deltas.shape[1:])
+
+
+# --- TIES -------------------------------------------------------------------------------------
+
+
+def test_ties_by_hand():
+    deltas = torch.tensor([[5.0, -4.0, 1.0, 0.5], [3.0, 6.0, -0.1, -2.0], [-1.0, 7.0, 8.0, 0.2]])
+    # the two largest of each: [5, -4, 0, 0], [3, 6, 0, 0], [0, 7, 8, 0]; signs + + + none
+    merged = merging.create("ties", k=0.5)(deltas)
+    assert_close(merged, torch.tensor([4.0, 6.5, 8.0, 0.0]))
+    assert_close(merging.create("ties", k=0.5, merge="sum")(deltas), torch.tensor([8.0, 13, 8, 0]))
+
+
+@pytest.mark.parametrize("merge", ["mean", "sum"])
+@pytest.mark.parametrize("k", [0.1, 0.2, 0.7, 1.0])
+def test_ties_agrees_with_the_plain_formula(k, merge):
+    deltas = stack(T=4)
+    merged = merging.create("ties", k=k, merge=merge)(deltas)
+    assert_close(merged, plain_ties(deltas, k, merge).float())
+
+
+def test_an_entry_that_cancels_exactly_elects_no_sign():
+    assert_close(merging.create("ties", k=1.0)(torch.tensor([[1.0, 2], [-1, 1]])),
+                 torch.tensor([0.0, 1.5]))  # fmt: skip
+
+
+def test_ties_election_is_exact_in_any_order_of_tasks():
+    # in float32 the first order sums to 0, the second to 1e-8
+    deltas = torch.tensor([[1e-8], [1.0], [-1.0]])
+    for order in ([0, 1, 2], [1, 2, 0]):
+        merged = merging.create("ties", k=1.0, merge="sum")(deltas[order])
+        assert_close(merged, torch.tensor([1.0]))
+
+
+def test_ties_trims_the_whole_model_unless_told_otherwise():
+    model = {"a": stack(seed=1), "b": 10 * stack(shape=(9,), seed=2), "c": stack(shape=(), seed=3)}
+    flat = torch.cat([x.reshape(3, -1) for x in model.values()], dim=1)
+    expected = plain_ties(flat, 0.2).float()
+    method = merging.create("ties")
+    context = method.prepare(lambda: iter(model.items()))
+    merged = torch.cat([method(x, **context).flatten() for x in model.values()])
+    assert_close(merged, expected)
+
+    by_layer = merging.create("ties", scope="layer")
+    assert by_layer.prepare(lambda: iter(model.items())) == {}
+    assert_close(by_layer(model["a"]), plain_ties(model["a"], 0.2).float())
+    assert method.elementwise and not by_layer.elementwise
+
+
+@pytest.mark.parametrize(
+    ("hyperparameters", "message"),
+    [({"merge": "max"}, "merge function 'max'"), ({"k": 20}, "k = 20 is not a share")],
+)
+def test_ties_refuses_what_it_does_not_know(hyperparameters, message):
+    with pytest.raises(InputError, match=message):
+        merging.create("ties", **hyperparameters)(stack())
+
+
+def test_an_unknown_scope_is_refused():
+    with pytest.raises(InputError, match="scope 'block'"):
+        merging.create("ties", scope="block").prepare(lambda: iter([]))
+
+
+# --- Random masks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties", "della"])
+def test_random_masks_follow_the_delta_and_the_seed_not_the_position(name):
+    deltas = stack(T=4)
+    first = merging.create(name)(deltas)
+    torch.manual_seed(123)
+    torch.rand(7)
+    assert torch.equal(first, merging.create(name)(deltas))
+    assert_close(first, merging.create(name)(deltas[[2, 0, 3, 1]]))
+    assert not torch.equal(first, merging.create(name, seed=1)(deltas))
+    assert_close(first, merging.create(name)(deltas.double()).float())
+
+
+def test_different_deltas_get_different_masks():
+    x, y = stack(T=2, shape=(30, 30))
+    same = sparse.uniform(x, 0) == sparse.uniform(y, 0)
+    assert same.float().mean() < 0.01
+    assert torch.equal(sparse.uniform(x, 0), sparse.uniform(x.clone(), 0))
+
+
+def test_dare_drops_the_share_and_rescales_the_rest():
+    deltas = stack(T=1, shape=(200, 100))
+    merged = merging.create("dare", p=0.7, alpha=1.0)(deltas)
+    kept = merged != 0
+    assert abs(kept.float().mean() - 0.3) < 0.02  # 6 standard deviations
+    assert_close(merged[kept], (deltas[0] / 0.3)[kept])
+
+
+def test_dare_ties_elects_among_what_is_left():
+    deltas = stack(T=3)
+    kept = sparse.drop(deltas, 0.4, 0)
+    assert_close(merging.create("dare_ties", p=0.6)(deltas), plain_ties(kept, 1.0).float())
+
+
+def test_della_keeps_large_entries_more_often():
+    row = torch.arange(1.0, 6.0)
+    deltas = row.repeat(1, 4000, 1)  # keep probabilities .5 .6 .7 .8 .9 along each row
+    merged = merging.create("della", density=0.7, eps=0.2, alpha=1.0)(deltas)
+    probabilities = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])
+    kept = merged != 0
+    assert_close(kept.float().mean(0), probabilities, atol=0.04, rtol=0)
+    assert_close(merged[kept], (row / probabilities).expand(4000, 5)[kept])
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [("dare", {"p": 1.5}), ("della", {"density": 0.05}), ("breadcrumbs", {"gamma": -1})],
+)
+def test_shares_outside_0_to_1_are_refused(name, hyperparameters):
+    with pytest.raises(InputError, match="is not a share between 0 and 1"):
+        merging.create(name, **hyperparameters)(stack())
+
+
+# --- Fixed masks ------------------------------------------------------------------------------
+
+
+def test_breadcrumbs_drops_both_ends():
+    deltas = torch.tensor([[1.0, -2, 3, -4, 5, -6, 7, -8, 9, -10]])
+    merged = merging.create("breadcrumbs", beta=0.5, gamma=0.2, alpha=1.0)(deltas)
+    assert_close(merged, torch.tensor([0.0, 0, 0, 0, 0, -6, 7, -8, 0, 0]))
+
+
+def test_consensus_by_hand():
+    deltas = torch.tensor([[4.0, 4.0, 1.0], [3.1, -4.2, 0.0], [3.5, 0.05, 0.0]])
+    # sums 10.6, -0.15, 1. Entry 0: |D| > .4 |S - D| for all three. Entry 1: 4 > .4 * 4.15 and
+    # 4.2 > .4 * 4.05, two tasks. Entry 2: 1 > 0, one task.
+    method = merging.create("consensus_ta", alpha=1.0)
+    assert_close(method(deltas), torch.tensor([10.6, -0.15, 0.0]))
+    strict = merging.create("consensus_ta", alpha=1.0, agree=3)
+    assert_close(strict(deltas), torch.tensor([10.6, 0.0, 0.0]))
+
+
+def test_consensus_ties_masks_the_ties_merge():
+    deltas = stack(T=4)
+    S = plain_ties(deltas, 0.5, "sum")
+    needed = (deltas.double().abs() > 0.6 * (S - deltas.double()).abs()).sum(0) >= 2
+    merged = merging.create("consensus_ties", k=0.5, lam=0.6, alpha=1.0)(deltas)
+    assert_close(merged, (S * needed).float())
+
+
+# --- PCB --------------------------------------------------------------------------------------
+
+
+def plain_pcb(deltas, ratio):
+    flat = deltas.double().reshape(len(deltas), -1)
+    T, n = flat.shape
+    weights = []
+    for row in flat:
+        size = row.abs()
+        own = ((size - size.min()) / (size.max() - size.min())) ** 2
+        score = torch.exp(T * own) * torch.tanh(row * flat.sum(0))
+        cut = score.sort(descending=True).values[int(ratio * n) - 1]
+        weights.append((score.clamp_min(cut) - cut) / (score.max() - cut))
+    weights = torch.stack(weights)
+    merged = (weights * flat).sum(0) / weights.sum(0).clamp_min(1e-12)
+    return merged.view(deltas.shape[1:])
+
+
+def test_pcb_agrees_with_the_plain_formula_per_tensor_and_over_the_model():
+    a, b = stack(T=3, seed=1), 2 * stack(T=3, shape=(10,), seed=2)
+    method = merging.create("pcb", ratio=0.25, alpha=1.0)
+    assert_close(method(a), plain_pcb(a, 0.25).float(), rtol=1e-4, atol=1e-5)
+    context = method.prepare(lambda: iter([("a", a), ("b", b)]))
+    merged = torch.cat([method(x, **context).flatten() for x in (a, b)])
+    whole = plain_pcb(torch.cat([a.flatten(1), b], dim=1), 0.25)
+    assert_close(merged, whole.float(), rtol=1e-4, atol=1e-5)
+
+
+# --- Order statistics -------------------------------------------------------------------------
+
+entries = st.floats(width=32, allow_nan=False, allow_infinity=False)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(entries, entries), min_size=1, max_size=40),
+    st.floats(0.001, 1.0),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_kth_largest_is_exact_for_any_floats_in_any_pieces(values, share, pieces, wide):
+    values = torch.tensor(values, dtype=torch.float64 if wide else torch.float32).mT  # (2, n)
+    if wide:
+        values = values / 3  # uses all 52 bits
+    found = sparse.kth_largest(lambda: values.tensor_split(pieces, dim=1), share)
+    k = max(1, int(share * values.shape[1]))
+    assert torch.equal(found, values.sort(dim=1, descending=True).values[:, k - 1])
+
+
+def test_kth_largest_looks_at_chunks(monkeypatch):
+    values = stack(T=2, shape=(101,))
+    monkeypatch.setattr(sparse, "_CHUNK", 10)
+    found = sparse.kth_largest(lambda: [values], 0.2)
+    assert torch.equal(found, values.sort(dim=1, descending=True).values[:, 19])

@@ -1,0 +1,307 @@
+"""Spectral methods against the published SVD formulas, written plainly in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+import merging
+from merging import InputError, spectral
+from merging.spectral import orthonormalise, singular_triplets
+
+SPECTRAL = ["tsv_m", "iso_c", "iso_cts", "knots", "star", "subspace_boosting", "svc"]
+SHAPES = [(12, 12), (9, 15), (16, 7)]
+
+
+def stack(T=3, shape=(12, 12), seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(T, *shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def low_rank(T=3, shape=(12, 12), rank=2, seed=0):
+    d_out, d_in = shape
+    return stack(T, (d_out, rank), seed) @ stack(T, (rank, d_in), seed + 1)
+
+
+def rotation(n, seed=0):
+    return torch.linalg.qr(stack(1, (n, n), seed, torch.float64)[0])[0]
+
+
+# --- The published formulas -------------------------------------------------------------------
+
+
+def svd(matrix):
+    U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U, s, Vh.mT
+
+
+def procrustes(matrix):
+    P, _, Qh = torch.linalg.svd(matrix, full_matrices=False)
+    return P @ Qh
+
+
+def plain_tsv_m(deltas):
+    k = min(deltas.shape[1:]) // len(deltas)
+    parts = [(U[:, :k], s[:k], V[:, :k]) for U, s, V in map(svd, deltas)]
+    U, s, V = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+    return procrustes(U) @ s.diag() @ procrustes(V).mT
+
+
+def plain_iso_c(deltas):
+    U, s, V = svd(deltas.double().sum(0))
+    return U @ torch.full_like(s, s.mean()).diag() @ V.mT
+
+
+def plain_iso_cts(deltas, common=0.8):
+    r, T = min(deltas.shape[1:]), len(deltas)
+    k = round(common * r)
+    U, s, V = svd(deltas.double().sum(0))
+    U_c = U[:, :k]
+    parts = [(U_c, s[:k], V[:, :k])]
+    n = (r - k) // T
+    for delta in deltas.double():
+        U, s, V = svd(delta - U_c @ U_c.mT @ delta)
+        parts.append((U[:, :n], s[:n], V[:, :n]))
+    U, s, V = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
+    return procrustes(U) @ torch.full_like(s, s.mean()).diag() @ procrustes(V).mT
+
+
+def plain_knots(deltas, k=0.2):
+    U, s, V = svd(torch.cat(list(deltas), dim=1))
+    blocks = [s[:, None] * block for block in V.mT.chunk(len(deltas), dim=1)]
+    return 0.6 * U @ merging.create("ties", k=k)(torch.stack(blocks))
+
+
+def plain_star(deltas, eta=0.4):
+    total = 0
+    for U, s, V in map(svd, deltas):
+        r = next(r for r in range(1, len(s) + 1) if s[:r].sum() >= eta * s.sum())
+        total = total + U[:, :r] @ (s[:r] * s.sum() / s[:r].sum()).diag() @ V[:, :r].mT
+    return total / len(deltas)
+
+
+def plain_subspace_boosting(deltas, beta=0.01):
+    U, s, V = svd(0.3 * deltas.double().sum(0))
+    floor = next(s[r - 1] for r in range(1, len(s) + 1) if s[:r].sum() >= beta * s.sum())
+    return U @ s.clamp_min(floor).diag() @ V.mT
+
+
+def plain_svc(deltas, floor=1.0):
+    D = deltas.double().sum(0)
+    U, s, V = svd(D)
+    for r in range(len(s)):
+        a = U[:, r] @ D
+        rows = [U[:, r] @ delta for delta in deltas.double()]
+        s[r] /= sum(max((a @ b).item() / (b @ b).item(), floor) for b in rows) / len(rows)
+    return U @ s.diag() @ V.mT
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_full_rank_deltas_give_the_published_formula(name, shape):
+    for T in (2, 3):
+        deltas = stack(T, shape, seed=T)
+        expected = globals()[f"plain_{name}"](deltas)
+        merged = merging.create(name)(deltas)
+        assert merged.dtype == torch.float32
+        assert (merged - expected).norm() < 1e-5 * expected.norm()
+        merged = merging.create(name)(deltas.double())
+        assert (merged - expected).norm() < 1e-9 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters"),
+    [
+        ("iso_cts", {"common": 0.5}),
+        ("knots", {"k": 0.7}),
+        ("star", {"eta": 0.9}),
+        ("subspace_boosting", {"beta": 0.3}),
+        ("svc", {"floor": 0.2}),
+    ],
+)
+def test_hyperparameters_reach_the_formula(name, hyperparameters):
+    deltas = stack(T=2, shape=(10, 14), seed=7)
+    expected = globals()[f"plain_{name}"](deltas, **hyperparameters)
+    assert_close(merging.create(name, **hyperparameters)(deltas), expected.float())
+
+
+# --- By hand ----------------------------------------------------------------------------------
+
+
+def test_two_orthogonal_tasks_by_hand():
+    deltas = torch.zeros(2, 3, 3)
+    deltas[0, 0, 0], deltas[1, 1, 1] = 4.0, 2.0
+    both = torch.diag(torch.tensor([4.0, 2.0, 0.0]))
+    assert_close(merging.create("tsv_m")(deltas), both)
+    assert_close(merging.create("iso_c")(deltas), torch.diag(torch.tensor([3.0, 3.0, 0.0])))
+    assert_close(merging.create("svc")(deltas), both)  # nothing is shared
+    assert_close(merging.create("star")(deltas), both / 2)
+    boosted = merging.create("subspace_boosting", of="sum")(deltas)
+    assert_close(boosted, torch.diag(torch.tensor([4.0, 4.0, 0.0])))
+
+
+def test_svc_counts_a_shared_direction_once():
+    deltas = torch.zeros(2, 2, 2)
+    deltas[:, 0, 0] = torch.tensor([1.0, 1.0])
+    deltas[1, 1, 1] = 5.0
+    # along e_1: <2, 1> / 1 = 2 for both tasks; along e_2: floor 1 and <5, 5> / 25 = 1
+    assert_close(merging.create("svc")(deltas), torch.diag(torch.tensor([1.0, 5.0])))
+
+
+def test_equal_deltas_merge_to_their_truncation_under_tsv_m():
+    delta = stack(T=1)[0]
+    U, s, V = svd(delta)
+    merged = merging.create("tsv_m")(delta.repeat(3, 1, 1))
+    assert_close(merged, (U[:, :4] @ s[:4].diag() @ V[:, :4].mT).float(), rtol=1e-4, atol=1e-5)
+    # the same direction at different lengths is still one direction
+    merged = merging.create("tsv_m")(torch.stack([delta, 2 * delta, -delta]))
+    assert (merged - (2 / 3) * (U[:, :4] @ s[:4].diag() @ V[:, :4].mT)).norm() < 1e-4 * delta.norm()
+
+
+def test_a_single_expert():
+    delta = stack(T=1, shape=(9, 15))
+    for method in (
+        merging.create("tsv_m"),
+        merging.create("knots", k=1.0, alpha=1.0),
+        merging.create("star", eta=1.0),
+        merging.create("subspace_boosting", beta=1.0, of="sum"),
+        merging.create("svc"),
+    ):
+        assert_close(method(delta), delta[0], rtol=1e-4, atol=1e-5)
+
+
+def test_knots_in_a_shared_basis_leaves_tsv_m_and_iso_c_as_they_are():
+    for deltas in (stack(T=3, shape=(9, 15)), low_rank(T=3)):
+        for name in ("tsv_m", "iso_c"):
+            shared = merging.create("knots", merge=name, alpha=1.0)(deltas)
+            assert_close(shared, merging.create(name)(deltas), rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_post_processing_works_on_can_be_chosen():
+    deltas = stack()
+    merged = merging.create("tsv_m")(deltas)
+    U, s, V = svd(merged)
+    boosted = merging.create("subspace_boosting", of="tsv_m", beta=0.5)(deltas)
+    floor = next(s[r - 1] for r in range(1, 13) if s[:r].sum() >= 0.5 * s.sum())
+    assert_close(boosted, (U @ s.clamp_min(floor).diag() @ V.mT).float(), rtol=1e-4, atol=1e-5)
+    assert merging.create("svc", of="tsv_m").row_space
+    assert not merging.create("svc", of="ties").row_space
+
+
+@pytest.mark.parametrize("name", ["star", "subspace_boosting", "svc"])
+def test_an_unknown_merge_to_work_on_is_refused(name):
+    with pytest.raises(InputError, match="unknown method 'tiles'"):
+        merging.create(name, of="tiles")(stack())
+
+
+def test_an_unknown_merge_of_knots_is_refused():
+    with pytest.raises(InputError, match="unknown merge 'sum' of knots"):
+        merging.create("knots", merge="sum")(stack())
+
+
+# --- Low rank ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+@pytest.mark.parametrize("rank", [1, 2])
+def test_low_rank_deltas_do_not_depend_on_their_null_space(name, rank):
+    deltas = low_rank(T=3, shape=(14, 20), rank=rank)
+    merged = merging.create(name)(deltas)
+    # rounding noise far below float32's rounds the null space differently
+    noise = 1e-8 * deltas.abs().amax() * stack(3, (14, 20), seed=5)
+    other = merging.create(name)((deltas + noise).float())
+    assert (merged - other).norm() < 1e-4 * merged.norm()
+    # and what is merged stays in the span of the deltas
+    columns = torch.linalg.qr(torch.cat(list(deltas.double()), dim=1))[0][:, : 3 * rank]
+    U, s, _ = svd(torch.cat(list(deltas), dim=1))
+    U = U[:, s > 1e-5 * s[0]]
+    assert columns.shape[1] == U.shape[1] == 3 * rank
+    assert (merged - U @ (U.mT @ merged.double())).norm() < 1e-4 * merged.norm()
+
+
+@pytest.mark.parametrize("name", [n for n in SPECTRAL if n != "knots"])
+def test_narrow_basis_gives_the_dense_result(name):
+    B, A = stack(3, (14, 2)), stack(3, (2, 10), seed=1)
+    Q = torch.linalg.qr(A.reshape(-1, 10).mT)[0]  # (10, 6)
+    dense = merging.create(name)(B @ A)
+    narrow = merging.create(name)(B @ (A @ Q), d_in=10)
+    assert (dense - narrow @ Q.mT).norm() < 1e-4 * dense.norm()
+    if name == "tsv_m":  # 2 triplets a task by the ambient width and by rank, 2 by the narrow one
+        many = merging.create(name)(torch.cat([B, B]) @ torch.cat([A, A]) @ Q, d_in=10)
+        assert many.shape == (14, 6)
+
+
+@pytest.mark.parametrize("name", SPECTRAL)
+def test_zero_deltas(name):
+    zero = torch.zeros(2, 5, 6)
+    assert torch.equal(merging.create(name)(zero), zero[0])
+    one = torch.cat([stack(1, (5, 6)), zero[:1]])
+    assert merging.create(name)(one).isfinite().all()
+
+
+# --- Equivariance -----------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    name=st.sampled_from([n for n in SPECTRAL if n != "knots"]),
+    shape=st.sampled_from(SHAPES),
+    seed=st.integers(0, 1000),
+    scale=st.floats(1e-4, 1e4),
+)
+def test_rotations_and_scales_pass_through(name, shape, seed, scale):
+    deltas = stack(2, shape, seed, torch.float64)
+    left, right = rotation(shape[0], seed + 1), rotation(shape[1], seed + 2)
+    method = merging.create(name)
+    merged = scale * left @ method(deltas) @ right
+    assert_close(method(scale * left @ deltas @ right), merged, rtol=1e-6, atol=1e-6 * scale)
+
+
+# --- Helpers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_singular_triplets_are_the_svds(shape):
+    matrix = stack(1, shape)[0]
+    U, s, V = singular_triplets(matrix)
+    assert_close(s, svd(matrix)[1])
+    assert_close((U * s) @ V.mT, matrix.double())
+    assert_close(U.mT @ U, torch.eye(min(shape), dtype=torch.float64))
+    assert_close(V.mT @ V, torch.eye(min(shape), dtype=torch.float64))
+    U, s, V = singular_triplets(matrix, 3)
+    assert (U.shape[1], len(s), V.shape[1]) == (3, 3, 3)
+    assert_close(s, svd(matrix)[1][:3])
+
+
+def test_singular_triplets_of_nothing_and_relative_to_something_larger():
+    U, s, V = singular_triplets(torch.zeros(4, 6))
+    assert (U.shape, s.shape, V.shape) == ((4, 0), (0,), (6, 0))
+    assert len(singular_triplets(1e-7 * torch.eye(3))[1]) == 3
+    assert len(singular_triplets(1e-7 * torch.eye(3), largest=1.0)[1]) == 0
+
+
+@pytest.mark.parametrize("smallest", [1e-1, 1e-3, 1e-4, 6e-6, 1e-6, 1e-9])
+def test_orthonormalise_at_any_conditioning(smallest, monkeypatch):
+    s = torch.logspace(0, math.log10(smallest), 8, dtype=torch.float64)
+    matrix = rotation(12, 1)[:, :8] * s @ rotation(8, 2)
+    kept = s > spectral.RANK_RTOL
+    expected = (rotation(12, 1)[:, :8] * kept) @ rotation(8, 2)
+    for tall, wanted in ((matrix, expected), (matrix.mT, expected.mT)):
+        assert_close(orthonormalise(tall), wanted, atol=1e-5, rtol=0)
+        U, found, V = singular_triplets(tall)
+        assert_close(found, s[kept], rtol=1e-5, atol=0)
+        assert_close(U @ V.mT, wanted, atol=1e-5, rtol=0)
+
+
+def test_the_nearest_orthonormal_columns():
+    matrix = stack(1, (9, 4))[0].double()
+    P = orthonormalise(matrix)
+    assert_close(P.mT @ P, torch.eye(4, dtype=torch.float64))
+    best = (P - matrix).norm()
+    for seed in range(20):
+        other = torch.linalg.qr(P + 0.1 * stack(1, (9, 4), seed)[0])[0]
+        other = other * (other * P).sum(0).sign()
+        assert (other - matrix).norm() > best
