@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 
+import merging
 from experiments import records
 from experiments.frames import to_frame
 from experiments.markup import latex, markdown
+from experiments.records import Record
 from merging.errors import InputError
 
 NOT_MEASURED = "not measured here"
@@ -26,6 +30,8 @@ class Paper:
     suite, finetuning: of the records to put beside it.
     methods: our row -> published name, where they differ; published methods that are not named
         keep their own.
+    columns: our task -> {column: value} that picks its published figures, where names differ.
+    unit: "percent", of accuracies, or "seconds" to merge, statistics included.
     marks: task (or "mean") -> why its published figures are not to be trusted.
     """
 
@@ -37,6 +43,8 @@ class Paper:
     suite: str
     finetuning: str = "full"
     methods: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, dict[str, str]] = field(default_factory=dict)
+    unit: str = "percent"
     marks: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,7 +59,8 @@ def render_paper(paper: Paper, published: Path, output: Path) -> Path:
     table = cells(frame, paper.marks)
     notes = [f"‡ {task}: {reason}." for task, reason in paper.marks.items()]
     sources = "; ".join(frame.source.dropna().unique())
-    text = f"# {paper.title}\n\nCheckpoints: {paper.family}. Figures in percent.\n\n"
+    text = f"# {paper.title}\n\nCheckpoints: {paper.family}. Figures in {paper.unit}. Data: what "
+    text += "the method saw beside the checkpoints.\n\n"
     text += markdown(*table) + "".join(f"\n{note}\n" for note in notes)
     path = folder / f"{paper.name}.md"
     path.write_text(
@@ -62,7 +71,7 @@ def render_paper(paper: Paper, published: Path, output: Path) -> Path:
 
 
 def read_published(paper: Paper, folder: Path) -> pd.DataFrame:
-    """Columns method, task, value (percent), source; the mean is task "mean"."""
+    """Columns method, task, value (in the paper's unit), source; the mean is task "mean"."""
     path = folder / paper.published
     if not path.exists():
         raise InputError(f"{path} does not exist, expected the published figures")
@@ -70,33 +79,45 @@ def read_published(paper: Paper, folder: Path) -> pd.DataFrame:
     if "average" in table:  # a file of averages, already in percent
         table = table.assign(task="mean", value=table.average)
     else:
-        table = table.assign(value=100 * table.value, task=table.task.replace("average", "mean"))
-    for column, value in paper.where.items():
-        if column not in table:
-            raise InputError(
-                f"{path} has no column {column!r}, expected {', '.join(table.columns)}"
-            )
-        table = table[table[column] == value]
-    if table.empty:
-        raise InputError(f"{path} has no row with {paper.where}")
-    means = table[table.task != "mean"].groupby("method", sort=False)
+        scale = 100 if paper.unit == "percent" else 1
+        table = table.assign(
+            value=scale * table.value, task=table.task.replace({"average": "mean", "all": "mean"})
+        )
+    table = _pick(table, paper.where, path)
+    if paper.columns:
+        parts = [_pick(table, own, path).assign(task=task) for task, own in paper.columns.items()]
+        table = pd.concat([*parts, table[table.task == "mean"]], ignore_index=True)
+    by_method = table[table.task != "mean"].groupby("method", sort=False)
     have = set(table.method[table.task == "mean"])
-    computed = [
+    means = [
         {
             "method": method,
             "task": "mean",
             "value": part.value.mean(),
             "source": part.source.iloc[0],
         }
-        for method, part in means
+        for method, part in by_method
         if method not in have
     ]
-    table = pd.concat([table, pd.DataFrame(computed)], ignore_index=True)
+    table = pd.concat([table, pd.DataFrame(means)], ignore_index=True)
     return table[["method", "task", "value", "source"]]
 
 
+def _pick(table: pd.DataFrame, where: Mapping[str, str], path: Path) -> pd.DataFrame:
+    """The rows with these values; InputError for a column or for values that are not there."""
+    for column, value in where.items():
+        if column not in table:
+            raise InputError(
+                f"{path} has no column {column!r}, expected {', '.join(table.columns)}"
+            )
+        table = table[table[column] == value]
+    if table.empty:
+        raise InputError(f"{path} has no row with {dict(where)}")
+    return table
+
+
 def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
-    """{row: {task or "mean": percent}}, means over seeds, from the committed records."""
+    """{row: {task or "mean": figure}}, means over seeds, from the committed records."""
     path = folder / "records.jsonl"
     found = records.load_lines(path) if path.exists() else []
     found = [r for r in found if r["key"]["finetuning"] == paper.finetuning]
@@ -107,24 +128,56 @@ def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
                 f"the published figures are of {paper.family!r}",
                 hint="figures of different checkpoints are never compared",
             )
-    frame = to_frame(found) if found else pd.DataFrame({"row": []})
+    if not found:
+        return {}
+    figures = pd.DataFrame([_figures(record, paper.unit) for record in found])
     return {
-        row: pd.DataFrame(list(part.accuracy)).mean().to_dict() | {"mean": part["mean"].mean()}
-        for row, part in frame.groupby("row")
+        row: part.dropna(axis=1, how="all").mean().to_dict()
+        for row, part in figures.groupby(to_frame(found).row)
     }
+
+
+def _figures(record: Record, unit: str) -> dict[str, float]:
+    if unit == "seconds":
+        return {"mean": record["seconds"]["merge"] + record["seconds"]["statistics"]}
+    scores = {name: 100 * score["accuracy"] for name, score in record["scores"].items()}
+    return scores | {"mean": 100 * record["mean"]}
 
 
 def compare(
     paper: Paper, published: pd.DataFrame, ours: Mapping[str, Mapping[str, float]]
 ) -> pd.DataFrame:
-    """One line per method and task: paper, ours, difference in percent; NaN where not measured."""
+    """One line per method and task: data, paper, ours, difference; NaN where not measured.
+
+    The mean of ours is over the published columns, where there are any.
+    """
     rows = {theirs: row for row, theirs in paper.methods.items()}
     table = published.rename(columns={"value": "paper"})
     row = table.method.map(lambda theirs: rows.get(theirs, theirs))
+    if tasks := set(table.task) - {"mean"}:
+        ours = {name: own | {"mean": _mean(own, tasks)} for name, own in ours.items()}
     pairs = zip(row, table.task, strict=True)
-    table["ours"] = [ours.get(r, {}).get(task, float("nan")) for r, task in pairs]
+    table["ours"] = [ours.get(r, {}).get(task, math.nan) for r, task in pairs]
     table["difference"] = table.ours - table.paper
-    return table.assign(method=row)[["method", "task", "paper", "ours", "difference", "source"]]
+    table = table.assign(data=table.method.map(data_use), method=row)
+    return table[["method", "data", "task", "paper", "ours", "difference", "source"]]
+
+
+def _mean(figures: Mapping[str, float], tasks: set[str]) -> float:
+    return fmean(figures[t] for t in tasks) if tasks <= set(figures) else math.nan
+
+
+def data_use(published: str) -> str:
+    """What a published row saw beside the checkpoints, as records put it; "–" if it merges nothing.
+
+    published: its name in results/published: a method's, with what was varied as a suffix.
+    """
+    known = [name for name in merging.methods() if f"{published}_".startswith(f"{name}_")]
+    if not known:
+        return "–"
+    needs = merging.create(max(known, key=len)).needs
+    used = ["training inputs"] * bool(needs) + ["validation"] * published.endswith("_tuned")
+    return ", ".join(used) or "none"
 
 
 def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
@@ -137,13 +190,14 @@ def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], lis
         shown = ["paper", "ours", "difference"] if part.ours.notna().any() else ["paper"]
         for kind in shown:
             sign = "+" if kind == "difference" else ""
-            values = [part[kind].get(task, float("nan")) for task in tasks]
+            values = [part[kind].get(task, math.nan) for task in tasks]
             text = ["–" if pd.isna(value) else f"{value:{sign}.1f}" for value in values]
             if kind != "ours":
                 text = [
                     x + " ‡" * (t in marks and x != "–") for x, t in zip(text, tasks, strict=True)
                 ]
-            lines.append([method if kind == "paper" else "", kind, *text])
+            first = [method, part.data.iloc[0]] if kind == "paper" else ["", ""]
+            lines.append([*first, kind, *text])
         if len(shown) == 1:
-            lines.append(["", NOT_MEASURED, *["–"] * len(tasks)])
-    return ["method", "", *tasks], lines
+            lines.append(["", "", NOT_MEASURED, *["–"] * len(tasks)])
+    return ["method", "data", "", *tasks], lines
