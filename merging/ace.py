@@ -12,7 +12,7 @@ from merging.spectral import singular_triplets
 
 @method("ace", source="arXiv 2603.02945")
 def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Tensor:
-    """ACE-Merging, (T, d_out, d_in) -> (d_out, d_in) (arXiv 2603.02945, section 4, algorithm 1).
+    """ACE-Merging, (T, d_out, d_in) -> (d_out, d_in) (arXiv 2603.02945 and its code).
 
     E_t is D_t without the mean of its rows, S_t = E_t^T E_t. Layers whose tasks differ much in
     size, Var_t[log |D_t|^2] / (mean_t log |D_t|^2)^2 > gamma (the unbiased variance, 0 for one

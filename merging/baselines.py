@@ -16,7 +16,7 @@ _CHUNK = 2**22  # entries per task that are held in float64 at a time
 
 @method("average", source="arXiv 2203.05482", rest="method", row_space=True, elementwise=True)
 def average(deltas: Tensor) -> Tensor:
-    """mean_t D_t, (T, *shape) -> (*shape) (model soups, arXiv 2203.05482, section 2)."""
+    """mean_t D_t, (T, *shape) -> (*shape) (a uniform soup, arXiv 2203.05482)."""
     return deltas.mean(0)
 
 
@@ -25,7 +25,7 @@ def average(deltas: Tensor) -> Tensor:
     row_space=True, elementwise=True,
 )  # fmt: skip
 def task_arithmetic(deltas: Tensor) -> Tensor:
-    """alpha sum_t D_t, (T, *shape) -> (*shape) (arXiv 2212.04089, section 2)."""
+    """alpha sum_t D_t, (T, *shape) -> (*shape) (arXiv 2212.04089)."""
     return deltas.sum(0)
 
 
@@ -33,7 +33,7 @@ def task_arithmetic(deltas: Tensor) -> Tensor:
 def lines(
     deltas: Tensor, *, depth: float = 0.0, start: float | None = None, beta: float = 0.5
 ) -> Tensor:
-    """LiNeS: (start + beta depth) sum_t D_t, (T, *shape) -> (*shape) (arXiv 2410.17146, eq. 3).
+    """LiNeS: (start + beta depth) sum_t D_t, (T, *shape) -> (*shape) (arXiv 2410.17146).
 
     depth: l / (L - 1) of the tensor's block l of L; 0 for what lies before the blocks.
     start: scale of the first block, the paper's alpha; None is its choice 1 / T.
@@ -45,7 +45,7 @@ def lines(
 
 @method("fisher", source="arXiv 2111.09832", needs="fisher", rest="method", elementwise=True)
 def fisher(deltas: Tensor, *, fishers: Tensor) -> Tensor:
-    """sum_t F_t D_t / sum_t F_t entry by entry, (T, *shape) -> (*shape) (arXiv 2111.09832, eq. 4).
+    """sum_t F_t D_t / sum_t F_t entry by entry, (T, *shape) -> (*shape) (arXiv 2111.09832).
 
     fishers: (T, *shape), diagonal Fisher of each expert, non-negative. An entry that no task
     cares about (all F_t = 0) takes the mean, the limit of equally small F_t.
@@ -75,7 +75,7 @@ def _weighted_mean(deltas: Tensor, weights: Tensor) -> Tensor:
 
 @method("slerp", source="Shoemake 1985", rest="method", row_space=True)
 def slerp(deltas: Tensor, *, t: float = 0.5) -> Tensor:
-    """Spherical interpolation of two deltas, (2, *shape) -> (*shape) (Shoemake 1985, section 3.3).
+    """Spherical interpolation of two deltas, (2, *shape) -> (*shape) (Shoemake 1985).
 
     D = sin((1 - t) theta) / sin(theta) D_1 + sin(t theta) / sin(theta) D_2 with theta the angle
     between them; straight interpolation where they are parallel, opposite, or one is 0. The order
@@ -127,7 +127,7 @@ def karcher(deltas: Tensor, *, steps: int = 100) -> Tensor:
 
 @method("model_stock", source="arXiv 2403.19522", rest="method", row_space=True)
 def model_stock(deltas: Tensor) -> Tensor:
-    """r mean_t D_t, r = T cos / (1 + (T - 1) cos), (T, *shape) -> (*shape) (2403.19522, eq. 4).
+    """r mean_t D_t, r = T cos / (1 + (T - 1) cos), (T, *shape) -> (*shape) (2403.19522).
 
     cos is the mean cosine between two experts' deltas (0 with a delta of 0), and at least 0: the
     paper's geometry has r in [0, 1]. One expert is returned as it is.

@@ -91,7 +91,7 @@ def elect(deltas: Tensor, merge: str) -> Tensor:
 
 @method("dare", source="arXiv 2311.03099", rest="method", alpha=0.3)
 def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
-    """sum_t of each delta with a share p dropped and the rest over 1 - p (2311.03099, eq. 2).
+    """sum_t of each delta with a share p dropped and the rest over 1 - p (2311.03099, section 3.2).
 
     p: probability that an entry is dropped; seed: of the masks, see `uniform`.
     """
@@ -116,7 +116,7 @@ def della(
     merge: str = "mean",
     seed: int = 0,
 ) -> Tensor:
-    """MagPrune, then TIES' election and merge, (T, *shape) -> (*shape) (2406.11617, section 3).
+    """MagPrune, then TIES' election and merge, (T, *shape) -> (*shape) (2406.11617).
 
     The i-th smallest of a row's n magnitudes is kept with probability
     density - eps + 2 eps (i - 1) / (n - 1), and divided by it. A vector is one row; equal
@@ -155,7 +155,7 @@ def uniform(delta: Tensor, seed: int) -> Tensor:
 
 @method("breadcrumbs", source="arXiv 2312.06795", rest="method", alpha=0.3)
 def breadcrumbs(deltas: Tensor, *, beta: float = 0.9, gamma: float = 0.01) -> Tensor:
-    """sum_t of each delta without its smallest and its largest entries (2312.06795, section 3).
+    """sum_t of each delta without its smallest and its largest entries (2312.06795).
 
     beta, gamma: shares of a tensor's entries dropped at the small and at the large end. Here
     counts are rounded down (0 drops nothing) and an entry as large as a dropped one is dropped.
@@ -174,9 +174,9 @@ def breadcrumbs(deltas: Tensor, *, beta: float = 0.9, gamma: float = 0.01) -> Te
 
 @method("consensus_ta", source="arXiv 2405.07813", rest="method", alpha=0.3, elementwise=True)
 def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
-    """Task arithmetic on the entries that several tasks need (arXiv 2405.07813, section 4).
+    """Task arithmetic on the entries that several tasks need (arXiv 2405.07813).
 
-    Task t needs an entry when |D_t| > lam |S - D_t|, S = sum_t D_t (eq. 4); entries needed by
+    Task t needs an entry when |D_t| > lam |S - D_t|, S = sum_t D_t; entries needed by
     fewer than `agree` tasks are set to 0, so a single expert needs agree = 1. The paper tunes
     lam in 0.2 .. 0.6 for each task on validation data; here all tasks share one.
     """
@@ -234,7 +234,7 @@ def pcb(
     """Mean weighted by the entries' competition scores, (T, *shape) -> (*shape) (2410.02396).
 
     A task's weight is 0 up to its `ratio`-th largest score and grows linearly to 1 at the largest
-    (section 3.2, and the authors' code, whose clipping of the magnitudes' outermost 1e-4 is left
+    (as in the authors' code, whose clipping of the magnitudes' outermost 1e-4 is left
     out); entries that no task weighs are 0.
     thresholds: (4, T), over the whole model, of the magnitudes their smallest and largest, of
         the scores the cut and the largest. scope: as in `ties`.
@@ -252,7 +252,7 @@ def pcb(
 
 
 def competition(deltas: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """exp(T self) tanh(D_t sum_t D_t), self = ((|D_t| - low) / (high - low))^2 (2410.02396, 3.1).
+    """exp(T self) tanh(D_t sum_t D_t), self = ((|D_t| - low) / (high - low))^2.
 
     deltas: (T, *shape); low, high: (T,), range of each task's magnitudes. Returns (T, *shape).
     """

@@ -100,7 +100,7 @@ def tsv_m(deltas: Tensor, *, k: int | None = None, d_in: int | None = None) -> T
 
 @method("iso_c", source="arXiv 2502.04959", row_space=True)
 def iso_c(deltas: Tensor) -> Tensor:
-    """Iso-C: sum_t D_t with every singular value replaced by their mean (2502.04959, eq. 8).
+    """Iso-C: sum_t D_t with every singular value replaced by their mean (2502.04959, eqs. 7 and 8).
 
     (T, d_out, d_in) -> (d_out, d_in). A single expert is flattened too, not returned.
     """
@@ -137,7 +137,7 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8, d_in: int | None = None) -> 
 def knots(
     deltas: Tensor, *, merge: str = "ties", k: float = 0.2, d_in: int | None = None
 ) -> Tensor:
-    """KnOTS: merge in the shared left basis of all deltas (arXiv 2410.19735, section 4).
+    """KnOTS: merge in the shared left basis of all deltas (arXiv 2410.19735).
 
     (T, d_out, d_in) -> (d_out, d_in). [D_1 .. D_T] = U diag(s) [V_1^T .. V_T^T] side by side, and
     D = U merge_t(diag(s) V_t^T), the singular values with V as in the authors' configurations.
@@ -164,7 +164,7 @@ def knots(
 def star(
     deltas: Tensor, *, eta: float = 0.4, of: str = "average", d_in: int | None = None
 ) -> Tensor:
-    """STAR: truncate each delta's spectrum, keep its nuclear norm, merge (2502.10339, section 3).
+    """STAR: truncate each delta's spectrum, keep its nuclear norm, merge (2502.10339).
 
     (T, d_out, d_in) -> (d_out, d_in). Each delta keeps its first singular values, as many as
     reach the share eta of their sum, scaled up to that sum. of: the merge of the results.
@@ -182,7 +182,7 @@ def star(
 def subspace_boosting(
     deltas: Tensor, *, beta: float = 0.01, of: str = "task_arithmetic", d_in: int | None = None
 ) -> Tensor:
-    """Raise a merge's small singular values to a floor (arXiv 2506.16506, algorithm 1).
+    """Raise a merge's small singular values to a floor (arXiv 2506.16506).
 
     (T, d_out, d_in) -> (d_out, d_in). The floor is the singular value at which their cumulative
     sum reaches the share beta: 0 makes all equal to the largest, 1 changes nothing.
@@ -195,7 +195,7 @@ def subspace_boosting(
 
 @method("svc", source="arXiv 2602.05536", row_space=lambda a: _row_space(a["of"]))
 def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None = None) -> Tensor:
-    """Singular value calibration of a merge D (arXiv 2602.05536, section 4).
+    """Singular value calibration of a merge D (arXiv 2602.05536).
 
     (T, d_out, d_in) -> (d_out, d_in). With u_r, s_r D's singular vectors and values,
     s_r <- s_r / mean_t max(<u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, floor): what several tasks share
