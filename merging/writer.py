@@ -298,6 +298,8 @@ def _layout(
         own = [(name, *tensors[name]) for name in tensors if shards[name] == file]
         end = 0
         for name, shape, dtype in sorted(own, key=lambda item: -item[2].itemsize):
+            if dtype not in _NAMES:
+                raise InputError(f"tensor {name!r} is {dtype}, which safetensors cannot hold")
             place = _Place(file, end, dtype, tuple(shape))
             start, end = end, end + place.nbytes
             header[name] = {
