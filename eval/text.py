@@ -25,6 +25,7 @@ from transformers import BertConfig, BertModel
 
 from eval import finetune, statistics, tiny
 from eval.cache import cached, digest, file_sha256
+from eval.onednn import accelerate
 from eval.packages import Package, read_member
 from eval.suite import Finetuning, Score, Split, Statistic
 from merging.errors import InputError
@@ -330,7 +331,7 @@ class TextSuite:
     @cached_property
     def _model(self) -> BertModel:
         """A working copy whose weights are whatever was loaded last."""
-        return self._pretrained().eval().requires_grad_(False)
+        return accelerate(self._pretrained().eval().requires_grad_(False))
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
