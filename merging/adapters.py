@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -103,18 +104,16 @@ class Adapter:
 
     def _refuse_unsupported(self) -> None:
         config = self.config
-        if config.get("peft_type") != "LORA":
-            raise InputError(
-                f"{self.path} is a {config.get('peft_type')!r} adapter, only LORA can be merged"
-            )
+        if (kind := config.get("peft_type")) != "LORA":
+            raise InputError(f"{self.path} is a {short(kind)} adapter, only LORA can be merged")
         for key in _UNSUPPORTED:
             if config.get(key):
                 raise InputError(f"{self.path}: adapters with {key} are not plain W + s B A")
-        if config.get("init_lora_weights") not in _INITIALISATIONS:
+        if (start := config.get("init_lora_weights")) not in _INITIALISATIONS:
             raise InputError(
-                f"{self.path}: init_lora_weights={config['init_lora_weights']!r} changes the base "
-                "weights, which the file does not hold",
-                hint="convert it to a plain LoRA with peft's save_pretrained(path_initial_...)",
+                f"{self.path}: init_lora_weights={short(start)} changes the base weights, "
+                "which the file does not hold",
+                hint="peft converts it: save_pretrained(path_initial_model_for_weight_conversion=...)",
             )
 
     def _scale(self, name: str) -> float:
@@ -125,9 +124,11 @@ class Adapter:
         stated = self._setting("rank_pattern", owner, config.get("r"))
         alpha = self._setting("alpha_pattern", owner, config.get("lora_alpha"))
         if stated != rank:
-            raise InputError(f"{self.path}: {name!r} has rank {rank}, the config says {stated!r}")
+            raise InputError(
+                f"{self.path}: {name!r} has rank {rank}, the config says {short(stated)}"
+            )
         if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
-            raise InputError(f"{self.path}: lora_alpha is {alpha!r}, expected a number")
+            raise InputError(f"{self.path}: lora_alpha is {short(alpha)}, expected a number")
         twice = owner != module and self._peft_version() < _ADDED_ONCE_SINCE
         return (1 + twice) * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

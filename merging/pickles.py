@@ -193,6 +193,8 @@ def _read_legacy(path: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
         root = interpreter.load()
         places = {}
         for key in _Interpreter(data, path).load():
+            if not isinstance(key, str):  # looking up a nested tuple could take forever
+                raise ValueError("a storage without a name")
             itemsize = interpreter.storages[key].itemsize
             nbytes = int.from_bytes(data.read(8), "little") * itemsize
             places[key] = data.tell(), nbytes
@@ -339,6 +341,8 @@ class _Interpreter(pickle._Unpickler):
             module, name = NAME_MAPPING[module, name]
         module = IMPORT_MAPPING.get(module, module)
         full = f"{module}.{name}"
+        if not full.replace(".", "_").isidentifier():
+            raise ValueError("a global that is no name")
         if module.split(".")[0] in sys.stdlib_module_names and full not in _STANDARD:
             self._refuse(full)
         return _Global(full)
