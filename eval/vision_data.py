@@ -7,9 +7,11 @@ validation is cut from the training split.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,12 +26,14 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from eval import vision_packages
 from eval.cache import cache_root, cached
 from merging.errors import InputError
 from merging.progress import track
 
 # Goes into every cache key: raise it when the code below would give other pixels.
 VERSION = 1
+datasets.disable_progress_bars()  # what takes long here shows its own
 
 Part = Literal["train", "validation", "test"]
 Transform = Callable[[Image.Image], Tensor]
@@ -77,11 +81,10 @@ class ImageSet:
     def source(self) -> str:
         """What `datasets.load_dataset` is given."""
         scheme, _, name = self.path.partition(":")
-        if scheme != "package":
-            return self.path
-        from eval import vision_packages  # reads packages only where one is asked for
-
-        return str(vision_packages.folder(name))
+        if scheme == "package":
+            return str(vision_packages.folder(name))
+        local = Path(os.environ.get("MODEL_MERGING_DATA", "/nonexistent"), self.path)
+        return str(local) if local.is_dir() else self.path
 
     def rows(self, part: Part) -> datasets.Dataset:
         """Undecoded rows of one part, in the published order."""
@@ -129,17 +132,13 @@ class ImageSet:
         for part in ("train", "validation", "test"):
             labels = self.labels(part)
             parts[part] = [len(labels), hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]]
-        return {k: v for k, v in asdict(self).items() if k not in ("classes", "templates")} | parts
+        made = Path(self.source).name if self.path.startswith("package:") else None
+        fields = {k: v for k, v in asdict(self).items() if k not in ("classes", "templates")}
+        return fields | parts | {"made": made}
 
     def _split(self, name: str) -> datasets.Dataset:
         try:
-            rows = datasets.load_dataset(
-                self.source,
-                self.config,
-                revision=self.revision,
-                split=name,
-                cache_dir=str(cache_root() / "datasets"),
-            )
+            rows = _load(self.source, self.config, self.revision, name)
         except (OSError, ValueError, HfHubHTTPError, datasets.exceptions.DatasetsError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(
@@ -156,6 +155,12 @@ class ImageSet:
         return rows.cast_column(self.image, datasets.Image(decode=False))
 
 
+@functools.lru_cache(maxsize=128)
+def _load(path: str, config: str | None, revision: str | None, split: str) -> datasets.Dataset:
+    cache = str(cache_root() / "datasets")
+    return datasets.load_dataset(path, config, revision=revision, split=split, cache_dir=cache)
+
+
 def decode(row: Mapping[str, Any], column: str, where: str) -> Image.Image:
     """The RGB image of an undecoded row; `where` names it in the message if it has none."""
     stored = row[column]
@@ -168,29 +173,50 @@ def decode(row: Mapping[str, Any], column: str, where: str) -> Image.Image:
 
 
 def pixels(data: ImageSet, part: Part, preprocess: PreprocessCfg) -> Pixels:
-    """All images of one part as the model's preprocessing crops them, decoded once and cached.
-
-    Stored before normalisation, as uint8: what ToTensor and Normalize make of them later is
-    exactly what open_clip's transform gives.
-    """
+    """All images of one part as the model's preprocessing crops them, decoded once and cached."""
     rows, labels = data.rows(part), data.labels(part)
-    size = preprocess.size if isinstance(preprocess.size, int) else preprocess.size[0]
-    crop = image_transform_v2(preprocess, is_train=False).transforms[:-2]  # PIL to PIL
-    key = {"version": VERSION, "data": data.identity(), "part": part}
-    key |= {"preprocess": {k: v for k, v in asdict(preprocess).items() if k not in ("mean", "std")}}
+    geometry = {k: v for k, v in asdict(preprocess).items() if k not in ("mean", "std")}
+    key = {"version": VERSION, "data": data.identity(), "part": part, "preprocess": geometry}
 
     def build(folder: Path) -> None:
-        images = np.lib.format.open_memmap(
-            folder / "images.npy", "w+", np.uint8, (len(rows), 3, size, size)
-        )
-        for i, row in enumerate(track(rows, f"decoding {data.path} ({part})", len(rows))):
-            image = decode(row, data.image, f"image {i} of split {part!r} of {data.path}")
-            for step in crop:
-                image = step(image)
-            images[i] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+        shape = (len(rows), 3, *_size(preprocess))
+        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+        everything = range(len(rows))
+        for i in track(everything, f"decoding {data.path} ({part})"):
+            images[i] = cropped(data, part, preprocess, [i])[0]
         images.flush()
 
     return Pixels(np.load(cached("pixels", key, build) / "images.npy", mmap_mode="r"), labels)
+
+
+def cropped(
+    data: ImageSet, part: Part, preprocess: PreprocessCfg, numbers: Iterable[int]
+) -> np.ndarray:
+    """(n, 3, size, size) uint8: some images as the model's preprocessing crops them.
+
+    Before normalisation: what `normalise` makes of them is exactly what open_clip's transform
+    for evaluation gives.
+    """
+    crop = image_transform_v2(preprocess, is_train=False).transforms[:-2]  # PIL to PIL
+    rows, images = data.rows(part), []
+    for i in map(int, numbers):
+        image = decode(rows[i], data.image, f"image {i} of split {part!r} of {data.path}")
+        for step in crop:
+            image = step(image)
+        images.append(np.asarray(image).transpose(2, 0, 1))
+    return np.stack(images)
+
+
+def sample(size: int, count: int | None) -> Tensor:
+    """Numbers of `count` of `size` images, always the same ones (None: all, in order)."""
+    if count is None or count >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
+
+
+def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
+    size = preprocess.size
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def normalise(images: np.ndarray, preprocess: PreprocessCfg, device: str | torch.device) -> Tensor:
@@ -229,7 +255,8 @@ class _Batches(torch.utils.data.Dataset):
 
 
 def training_batches(
-    data: ImageSet,
+    rows: datasets.Dataset,
+    labels: Tensor,
     preprocess: PreprocessCfg,
     *,
     order: Tensor,
@@ -237,22 +264,20 @@ def training_batches(
     crop_scale: tuple[float, float],
     seed: int,
     workers: int = 0,
+    column: str = "image",
+    path: str = "",
 ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
     """`batches(first)` yields (images, labels) from batch number `first` on, always the same.
 
-    order: training row numbers, `batch_size` per batch.
+    order: row numbers, `batch_size` per batch.
     crop_scale: area of the random resized crop as a fraction of the image's.
     """
     transform = image_transform_v2(preprocess, is_train=True, aug_cfg={"scale": crop_scale})
-    rows, labels = data.rows("train"), data.labels("train")
-    items = _Batches(rows, data.image, labels, order, batch_size, transform, seed, data.path)
+    items = _Batches(rows, column, labels, order, batch_size, transform, seed, path)
 
     def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(
-            DataLoader(
-                items, batch_size=None, sampler=range(first, len(items)), num_workers=workers
-            )
-        )
+        numbers = range(first, len(items))
+        return iter(DataLoader(items, batch_size=None, sampler=numbers, num_workers=workers))
 
     return batches
 

@@ -54,7 +54,7 @@ ANIMAL_MNIST = Package(
 )
 DIGITS = tuple("0123456789")
 # In the order of the files' labels, which is alphabetical.
-SILHOUETTES = "bear bird cat cow dog elephant giraffe horse sheep zebra".split()
+SILHOUETTES = "bear bird cat cow dog elephant giraffe horse sheep zebra".split()  # noqa: SIM905
 # scikit-image's photographs, by the function of `skimage.data` that returns each.
 SURFACES = {
     "brick": "brick",
