@@ -214,7 +214,7 @@ def cells(rows: pd.DataFrame, baseline: str) -> tuple[list[str], list[list[str]]
         seconds=(rows.merge_seconds + rows.statistics_seconds).where(merges),
         difference=rows.difference.where(rows.row != baseline),
     )
-    best = rows.loc[merges, list(columns)].max().to_dict()
+    best = rows.loc[merges, ["mean", "normalised", *tasks]].max().to_dict()
     lines = []
     for _, row in rows.iterrows():
         line = [row.row, row.data, str(row.seeds)]
@@ -222,8 +222,7 @@ def cells(rows: pd.DataFrame, baseline: str) -> tuple[list[str], list[list[str]]
             sign = "+" if column == "difference" else ""
             text = _figure(row[column], row.get(f"{column}_se"), sign)
             text += " †" if column in row.constant.split() else ""
-            merge = row.method not in UNMERGED
-            leads = merge and row[column] == best[column] and column != "seconds"
+            leads = row.method not in UNMERGED and row[column] == best.get(column)
             line.append(f"**{text}**" if leads else text)
         lines.append(line)
     return ["method", "data", "seeds", *columns.values()], lines
