@@ -113,7 +113,7 @@ class Adapter:
             raise InputError(
                 f"{self.path}: init_lora_weights={short(start)} changes the base weights, "
                 "which the file does not hold",
-                hint="peft converts it: save_pretrained(path_initial_model_for_weight_conversion=...)",
+                hint="peft can convert it when saving: path_initial_model_for_weight_conversion",
             )
 
     def _scale(self, name: str) -> float:
