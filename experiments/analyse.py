@@ -85,6 +85,7 @@ def main(settings: Analyse) -> None:
         raise InputError(f"no layer of suite {suite.name} has {settings.layers!r} in its name")
     for name in settings.methods:
         merging.create(name)
+    published = read_published(Path(settings.published))
     recorded = _spread(tasks, len(tasks) if settings.record is None else settings.record)
     if recorded and (settings.finetuning != "full" or not hasattr(suite, "training")):
         raise InputError(
@@ -99,7 +100,6 @@ def main(settings: Analyse) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, frame in frames.items():
         frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g", lineterminator="\n")
-    published = read_published(Path(settings.published))
     for name, figure in theory_figures.draw(frames, published).items():
         save(figure, folder / name)
     (folder / "summary.md").write_text(summary(frames, published, suite))

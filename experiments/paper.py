@@ -17,7 +17,7 @@ from experiments.markup import latex, markdown
 from experiments.records import Record
 from merging.errors import InputError
 
-NOT_MEASURED = "not measured here"
+NOT_MEASURED = "Methods without a line of ours were not measured here."
 
 
 @dataclass
@@ -61,7 +61,9 @@ def render_paper(paper: Paper, published: Path, output: Path) -> Path:
     sources = "; ".join(frame.source.dropna().unique())
     text = f"# {paper.title}\n\nCheckpoints: {paper.family}. Figures in {paper.unit}. Data: what "
     text += "the method saw beside the checkpoints.\n\n"
-    text += markdown(*table) + "".join(f"\n{note}\n" for note in notes)
+    text += markdown(*table)
+    notes += [NOT_MEASURED] * bool(frame.ours.isna().any())
+    text += "".join(f"\n{note}\n" for note in notes)
     path = folder / f"{paper.name}.md"
     path.write_text(
         text + f"\nPublished figures: {sources} (results/published/{paper.published}).\n"
@@ -181,7 +183,7 @@ def data_use(published: str) -> str:
 
 
 def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Header and text: three lines per method (paper, ours, difference), or one if not measured."""
+    """Header and text: lines paper, ours, difference of a method, or the first alone."""
     tasks = [*dict.fromkeys(frame.task[frame.task != "mean"]), "mean"]
     order = frame[frame.task == "mean"].sort_values("paper", ascending=False).method
     lines = []
@@ -198,6 +200,4 @@ def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], lis
                 ]
             first = [method, part.data.iloc[0]] if kind == "paper" else ["", ""]
             lines.append([*first, kind, *text])
-        if len(shown) == 1:
-            lines.append(["", "", NOT_MEASURED, *["–"] * len(tasks)])
     return ["method", "data", "", *tasks], lines

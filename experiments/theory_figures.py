@@ -1,8 +1,9 @@
-"""Figures of `experiments.analyse`: violins by task, lines along training, bars by layer type."""
+"""Figures of `experiments.analyse` and `experiments.factorial`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -144,4 +145,42 @@ def interference(frame: pd.DataFrame) -> Figure:
         axes.axhline(1, color="black", linewidth=0.6, linestyle=":")
         axes.set(xlabel="layer", ylabel="interference / before merging", yscale="log")
         axes.legend(frameon=False, fontsize=7, ncols=3)
+    return figure
+
+
+def factorial(table: pd.DataFrame, baseline: str) -> Figure:
+    """Paired difference of every cell to the baseline, with standard errors; colour: estimator."""
+    rows = table.iloc[::-1].reset_index(drop=True)
+    names = [name for name in dict.fromkeys(table.estimator.fillna("")) if name]
+    colours = dict(zip(names, LINES, strict=False)) | {"": "#777777"}
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 0.21 * len(rows) + 0.9), layout="constrained")
+        axes = figure.subplots()
+        for name, colour in colours.items():
+            part = rows[rows.estimator.fillna("") == name]
+            axes.errorbar(part.difference, part.index, xerr=part.difference_se, fmt="o",
+                          color=colour, markersize=4, elinewidth=1,
+                          label=name or "beside the grid")  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_yticks(rows.index, rows.row)
+        axes.set_xlabel(f"validation accuracy, points over {baseline}")
+        axes.legend(frameon=False, fontsize=7)
+    return figure
+
+
+def directions(frame: pd.DataFrame) -> Figure:
+    """Gain and interference of each merge by eigen-direction of S, the smallest on the left."""
+    with rc_context(STYLE):
+        figure, (gain, share) = _panels(2, 2.8)
+        figure.set_figwidth(7.2)
+        for (method, own), colour in zip(frame.groupby("method"), cycle(LINES), strict=False):
+            style = {"color": colour, "marker": ".", "linewidth": 1.2, "label": method}
+            gain.plot(own.eigenvalue, own.gain, **style)
+            share.plot(own.eigenvalue, own.interference, **style)
+        gain.axhline(1, color="black", linewidth=0.6, linestyle=":")
+        gain.set(xscale="log", yscale="log", ylabel="$|D v|^2$ / mean $|D_t v|^2$")
+        share.set(xscale="log", ylabel="interference / before merging")
+        for axes in (gain, share):
+            axes.set_xlabel("eigenvalue of $S$, relative to the largest")
+        gain.legend(frameon=False, fontsize=7)
     return figure

@@ -1,0 +1,184 @@
+"""The analysis on a tiny fine-tuning: every table against its definition, nothing trained twice."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from eval import theory
+from experiments import analyse, cli
+from experiments.experiment import Statistics, load_suite
+from merging.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+LAYER = "encoder.layer.1.output.dense.weight"
+
+
+def suite_config():
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/suite/tiny_text.yaml"))
+    return config | {"recipes": {"full": {"lr": 2.0e-3, "batch_size": 16, "epochs": 3}}}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analysis")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL_MERGING_CACHE", str(folder / "cache"))
+        own = analyse.Analyse(
+            suite_config(), record=1, snapshots=3, probe=2, truth=128, samples=[1, 16],
+            methods=["average", "regmean"], statistics=Statistics(2, 32),
+            published=str(ROOT / "results/published/actmat_theory.csv"), output=str(folder / "out"),
+            device="cpu",
+        )  # fmt: skip
+        analyse.main.__wrapped__(own)
+        yield own
+
+
+def table(settings, name):
+    return pd.read_csv(Path(settings.output) / f"{name}.csv")
+
+
+@pytest.fixture
+def measured(settings):
+    """Of one layer: {task: difference}, {task: true second moment}."""
+    suite = load_suite(settings.suite, "cpu")
+    own = {"finetuning": "full", "seed": 0}
+    deltas = {
+        t: load_file(suite.expert(t, **own))[LAYER] - suite.base()[LAYER] for t in suite.tasks
+    }
+    size = {"batches": 4, "batch_size": 32}
+    moments = {
+        t: load_file(suite.statistics(t, "covariance", **own, **size))[LAYER] for t in suite.tasks
+    }
+    return deltas, moments
+
+
+def test_conditions_cover_every_layer_and_snapshot(settings):
+    frame = table(settings, "conditions")
+    steps = 3 * math.ceil(150 / 16)
+    at = {quantity: sorted(set(part.step)) for quantity, part in frame.groupby("quantity")}
+    inner = [round(steps / 3), round(2 * steps / 3)]
+    assert at == {
+        **{q: [*inner, steps] for q in ("cross_term", "correlation", "optimiser", "alignment")},
+        "drift": [0, *inner],
+        "energy_rho": [steps],
+    }
+    assert (frame.groupby(["quantity", "step"]).layer.nunique() == 12).all()
+    assert frame.task.unique().tolist() == ["animals"]
+    assert frame.cosine.between(-1, 1).all()
+    drift = frame[frame.quantity == "drift"].groupby("step").cosine.mean()
+    assert drift.is_monotonic_increasing  # it nears the end it is compared with
+    own = frame[frame.quantity == "correlation"]
+    assert own.angular.tolist() == pytest.approx(own.cosine.map(math.acos) / math.pi, abs=1e-4)
+    assert frame[frame.quantity == "energy_rho"].angular.isna().all()
+
+
+def test_the_recording_is_the_experts_own_training(settings, measured):
+    """Recorded anew, D^T D at the last step is that of the expert which was trained without."""
+    deltas, _ = measured
+    suite = load_suite(settings.suite, "cpu")
+    training = suite.training(["animals"], finetuning="full", seed=0)
+    probe = [batch for batch, _ in zip(training.batches(0), range(2), strict=False)]
+    state = load_file(suite.expert("animals", finetuning="full", seed=0))
+    training.model.load_state_dict(state)
+    C = analyse.second_moments(
+        training.model, probe, [LAYER], forward=training.loss, mask=training.mask
+    )[LAYER]
+    D = deltas["animals"]
+    frame = table(settings, "conditions")
+    last = frame[(frame.layer == LAYER) & (frame.quantity == "alignment")].cosine.iloc[-1]
+    assert last == pytest.approx(theory.cosine(D.T @ D, C), rel=1e-3)
+
+
+def test_layers_are_described_by_type_and_block(settings):
+    frame = table(settings, "estimates").drop_duplicates("layer").set_index("layer")
+    assert frame.loc[LAYER, ["type", "block"]].tolist() == ["output.dense", 1]
+    assert frame.type.nunique() == 6
+
+
+def test_estimates_against_their_definition(settings, measured):
+    frame = table(settings, "estimates")
+    assert set(frame.estimate) == {"delta", "identity", "random", "regmean_1", "regmean_16"}
+    own = frame[(frame.layer == LAYER) & (frame.task == "meals")].set_index("estimate")
+    D, C = (part["meals"].double() for part in measured)
+    S = D.T @ D
+    assert own.cosine["delta"] == pytest.approx(((S * C).sum() / S.norm() / C.norm()).item(), 1e-4)
+    assert own.cosine["identity"] == pytest.approx((C.trace() / 8 / C.norm()).item(), rel=1e-4)
+    V, U = (torch.linalg.eigh(x)[1][:, -4:] for x in (C, S))  # 5 % of 64, rounded up
+    assert own.overlap["delta"] == pytest.approx((U.T @ V).square().sum().item() / 4, rel=1e-3)
+    assert own.overlap["random"] == pytest.approx(4 / 64)
+    means = frame.groupby("estimate").cosine.mean()
+    assert means["regmean_16"] > means["regmean_1"] > means["random"]
+
+
+def test_scale_and_interference_against_their_definition(settings, measured):
+    deltas, moments = measured
+    scale = table(settings, "scale").set_index(["layer", "task"]).ratio
+    D, C = deltas["weather"].double(), moments["weather"].double()
+    expected = (D.square().sum() / C.trace()).item()
+    assert scale[LAYER, "weather"] == pytest.approx(expected, rel=1e-3)
+    frame = table(settings, "interference").set_index(["layer", "method", "task"])
+    R = torch.stack([*deltas.values()]).double().mean(0) - D
+    after = torch.trace(R @ C @ R.T).item()
+    assert frame.after[LAYER, "average", "weather"] == pytest.approx(after, rel=1e-3)
+    before = torch.trace(D @ C @ D.T).item()
+    assert frame.before[LAYER, "average", "weather"] == pytest.approx(before, rel=1e-3)
+    total = frame.groupby("method").after.sum()
+    assert total["regmean"] < total["average"]  # which is what it minimises
+
+
+def test_the_summary_puts_the_papers_means_beside_ours(settings):
+    text = (Path(settings.output) / "summary.md").read_text()
+    cross = table(settings, "conditions").query("quantity == 'cross_term'")
+    ours = cross[cross.step == cross.step.max()].cosine.mean()
+    assert f"| cross_term | 0.915 | {ours:.3f} |" in text
+    assert "| identity | 0.09 to 0.14 |" in text
+    assert "| attention.self.query |" in text
+    for figure in ("conditions", "training", "estimates", "scale", "interference"):
+        for suffix in ("png", "pdf"):
+            assert (Path(settings.output) / f"{figure}.{suffix}").stat().st_size > 1000
+
+
+def test_nothing_is_trained_twice_and_the_same_is_written_again(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyse, "train", lambda *a, **k: pytest.fail("trained again"))
+    analyse.main.__wrapped__(replace(settings, output=str(tmp_path)))
+    for path in Path(settings.output).iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"layers": "nowhere"}, "has 'nowhere' in its name"),
+        ({"methods": ["acmat"]}, "unknown method 'acmat'"),
+        ({"tasks": ["chess"]}, "has no task 'chess'"),
+        ({"finetuning": "lora"}, "cannot be recorded"),
+        ({"published": "none.csv"}, "none.csv does not exist"),
+    ],
+)
+def test_bad_settings_are_refused_before_any_work(settings, monkeypatch, change, told):
+    for work in ("train", "merge_suite", "second_moments"):
+        monkeypatch.setattr(analyse, work, lambda *a, **k: pytest.fail("too late"))
+    with pytest.raises(InputError, match=told):
+        analyse.main.__wrapped__(replace(settings, **change))
+
+
+def test_snapshots_fall_between_optimiser_steps():
+    seen = []
+    loss = analyse._at_steps(lambda model, batch: batch, {0, 2, 3}, seen.append, accumulate=2)
+    for batch in range(8):
+        assert loss(None, batch) == batch
+    assert seen == [0, 2, 3]
+
+
+def test_the_config_composes():
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        settings = cli.read_settings(analyse.Analyse, compose("analyse"))
+    assert (ROOT / settings.published).exists()
+    assert settings.output == "results/embedded_text/theory"
