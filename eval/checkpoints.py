@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from eval.cache import file_sha256
+from merging.checkpoints import Adapter, Source, open_checkpoint, problems
 from merging.errors import InputError
+from merging.lora import Factors
+from merging.writer import Writer
 
 # What a merge and lm-eval read of a repository; never its code.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -36,10 +41,82 @@ def local(name: str) -> Path:
         ) from error
 
 
-def file_digests(folder: Path) -> dict[str, str]:
+def file_digests(path: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's weight files, by name."""
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    return {file.name: file_sha256(file) for file in files}
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {file.name: _digest(file, file.stat().st_mtime_ns) for file in files}
+
+
+@functools.cache  # a sweep asks for the same 15 GB again and again
+def _digest(file: Path, _modified: int) -> str:
+    return file_sha256(file)
+
+
+def companions(folder: Path) -> dict[str, Path]:
+    """Configuration and tokenizer files of a model folder, by name."""
+    return {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.suffix in {".json", ".jinja", ".model", ".txt"}
+        and not file.name.endswith(".index.json")
+    }
+
+
+def write(state: Mapping[str, Tensor], folder: Path, *, like: Path) -> None:
+    """Write a model folder with the shards, configuration and tokenizer of the folder `like`."""
+    shards = getattr(open_checkpoint(like), "shards", None)
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    with Writer(folder, layout, shards=shards, metadata={"format": "pt"}) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor.cpu())
+        writer.finish(companions(like))
+
+
+def load_into(model: nn.Module, source: Source | Adapter) -> None:
+    """Give a model that holds the base's weights those of an expert."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in source.keys():
+            if name not in parameters:
+                continue
+            weight = parameters[name]
+            if isinstance(source, Adapter):
+                weight += Factors(*source.factors(name)).dense().to(weight)
+            else:
+                weight.copy_(source.read(name)[: len(weight)])
+
+
+def require_mergeable(
+    base: Path, experts: Mapping[str, Path], *, vocabulary: str, name: str
+) -> None:
+    """Everything that headers and tokenizers can tell, before a merge reads any weight.
+
+    name: of the base, as adapters call it. Raises one InputError with every problem found:
+    damaged, missing or superfluous files and tensors, shapes, adapters of another base.
+    """
+    source = open_checkpoint(base)
+    if isinstance(source, Adapter):
+        raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
+    opened = {task: open_checkpoint(path) for task, path in experts.items()}
+    found = problems(source, opened, common_rows=vocabulary == "common_rows")
+    for task, expert in opened.items():
+        named = isinstance(expert, Adapter) and expert.hub_base and not Path(name).exists()
+        if named and expert.base_name != name:
+            found.append(f"expert {task!r} is an adapter of {expert.base_name}, expected {name}")
+    if found:
+        raise InputError("; ".join(found), hint="nothing was merged")
+    require_same_tokenizers(base, experts)
+
+
+def require_chat_template(folder: Path) -> None:
+    """InputError unless the tokenizer of a folder brings a chat template."""
+    from transformers import AutoTokenizer
+
+    if not AutoTokenizer.from_pretrained(folder).chat_template:
+        raise InputError(
+            f"the tokenizer of {folder} has no chat template",
+            hint="use suite.chat_template=false, or add a chat_template.jinja to the folder",
+        )
 
 
 def require_same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], suite: str) -> None:

@@ -214,7 +214,7 @@ class EmbeddedLM:
         return tuple(self.lm_tasks)
 
     def base(self) -> dict[str, Tensor]:
-        """All but the embedding, and the output head tied to it, which no expert moves."""
+        """Every parameter once: the output head is tied to the embedding."""
         return {name: tensor.clone() for name, tensor in self._base.items()}
 
     def layers(self) -> dict[str, Layer]:
@@ -233,7 +233,7 @@ class EmbeddedLM:
         }
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        """`model.safetensors` with the tensors of the base, or a PEFT adapter folder."""
+        """`model.safetensors` with every tensor of the base, or a PEFT adapter folder."""
         build = partial(self._finetune, task, finetuning, seed)
         key = self._expert_key(task, finetuning, seed)
         folder = cached("experts", key, build, resumable=True)
@@ -250,7 +250,7 @@ class EmbeddedLM:
         batch_size: int = 32,
     ) -> Path:
         """Second moments of every layer over all tokens of prompts and answers, or the Fisher
-        diagonal of every tensor, of `batches * batch_size` training examples."""
+        diagonal of every tensor that moved, of `batches * batch_size` training examples."""
         available = len(self._examples(task))
         if batches * batch_size > available:
             raise InputError(
@@ -361,9 +361,12 @@ class EmbeddedLM:
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
-        model = self._fresh()
-        fixed = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-        return {name: p.detach() for name, p in model.named_parameters() if id(p) not in fixed}
+        return {name: p.detach() for name, p in self._fresh().named_parameters()}
+
+    @property
+    def _moved(self) -> list[str]:
+        """What fine-tuning moves: all but the embedding, a fifth of the weights."""
+        return [name for name in self._base if "embed_tokens" not in name]
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         checkpoints.require_same(state, self._base, self.name)
@@ -403,7 +406,7 @@ class EmbeddedLM:
             model,
             lambda first: self._batches(examples, recipe.batch_size, seed, first),
             causal.answer_loss,
-            parameters=None if finetuning == "lora" else self._base,
+            parameters=None if finetuning == "lora" else self._moved,
             output=folder,
             seed=seed,
             device=self.device,
@@ -414,9 +417,8 @@ class EmbeddedLM:
         if finetuning == "lora":
             finetune.save_adapter(model, folder)
         else:
-            state = model.state_dict()
-            moved = {name: state[name].cpu().contiguous() for name in self._base}
-            save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+            state = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _batches(
         self, examples: Sequence[causal.Example], size: int, seed: int, first: int
@@ -454,4 +456,4 @@ class EmbeddedLM:
             return statistics.sampled(causal.answer_logits(model, batch)[0][0, 0], generator)
 
         sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
-        return statistics.diagonal_fisher(self._model, sample, log_prob, self._base)
+        return statistics.diagonal_fisher(self._model, sample, log_prob, self._moved)

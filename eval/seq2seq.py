@@ -361,8 +361,8 @@ class Seq2SeqSuite:
         if finetuning == "lora":
             finetune.save_adapter(model, folder)
         else:
-            moved = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-            save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+            state = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
     def _batches(
         self, examples: Sequence[Example], recipe: recipes.Recipe, seed: int, first: int

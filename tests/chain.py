@@ -1,0 +1,116 @@
+"""A language model's way through the whole library, for every method, against a merge by hand."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import merging
+from eval import checkpoints
+from merging.checkpoints import Adapter, open_checkpoint
+from merging.registry import CONTEXT
+
+# Relative error of the logits. The conjugate gradients of MaTS are stopped before they converge,
+# which lets rounding grow.
+TOLERANCE = {"mats": 2e-2}
+# These draw numbers that follow from the very bits of the differences.
+RANDOM = {"dare", "dare_ties", "della"}
+# What a method may be told of one layer; the others are told of the whole model (a depth, a
+# threshold over all entries, random numbers), which only the engine knows.
+LOCAL = {"covariances", "fishers", "d_in"}
+
+
+def is_local(name: str) -> bool:
+    """Whether a merge by hand must give what the engine gives, layer by layer."""
+    if name in RANDOM:
+        return False
+    entry = merging.create(name).entry
+    asked = CONTEXT & set(inspect.signature(entry.function).parameters)
+    return entry.prepare is None and asked <= LOCAL
+
+
+def dense_expert(base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """An expert's tensors, read without any of the library's readers."""
+    if path.is_file():
+        return load_file(path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    factors = load_file(path / "adapter_model.safetensors")
+    state = dict(base)
+    for key, a in factors.items():
+        if key.endswith(".lora_A.weight"):
+            name = key.removeprefix("base_model.model.").replace(".lora_A.weight", ".weight")
+            b = factors[key.replace("lora_A", "lora_B")]
+            state[name] = base[name] + config["lora_alpha"] / config["r"] * b @ a
+    return state
+
+
+def by_hand(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor]],
+    method: merging.Method,
+    layers: Mapping[str, merging.Layer],
+    statistics: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, Tensor]:
+    """W + method(differences) for every tensor, all in memory at once."""
+    merged = {}
+    for name, weight in base.items():
+        deltas = torch.stack([expert[name] - weight for expert in experts.values()])
+        given = {}
+        if method.needs and all(name in own for own in statistics.values()):
+            given = {f"{method.needs}s": torch.stack([own[name] for own in statistics.values()])}
+        rule = "method" if name in layers else method.rest
+        if rule == "method" and method.needs and not given:
+            rule = "average"
+        if rule == "method":
+            merged[name] = weight + method(deltas, **given)
+        else:
+            merged[name] = weight + deltas.mean(0) if rule == "average" else weight
+    return merged
+
+
+def check_methods(
+    folder: Path,
+    experts: Mapping[str, Path],
+    layers: Mapping[str, merging.Layer],
+    statistics: Callable[[str, str], Path],
+    load: Callable[[Path], torch.nn.Module],
+    logits: Callable[[torch.nn.Module], Tensor],
+    output: Path,
+) -> None:
+    """Merge by every method, write, load with `from_pretrained`, and compare the logits."""
+    base = load_file(folder / "model.safetensors")
+    reference, wrong = load(folder), {}
+    for name in merging.methods():
+        method = merging.create(name)
+        tasks = list(experts)[: 2 if name == "slerp" else None]
+        files = {task: statistics(task, method.needs) for task in tasks} if method.needs else None
+        merging.merge_checkpoints(
+            folder,
+            {task: experts[task] for task in tasks},
+            method,
+            output / name,
+            layers=layers,
+            statistics=files,
+            extra=checkpoints.companions(folder),
+        )
+        dense = {task: dense_expert(base, experts[task]) for task in tasks}
+        tensors = {task: load_file(path) for task, path in (files or {}).items()}
+        if is_local(name):
+            expected = by_hand(base, dense, method, layers, tensors)
+        else:
+            opened = {t: open_checkpoint(experts[t]) for t in tasks}
+            given = {t: e if isinstance(e, Adapter) else dense[t] for t, e in opened.items()}
+            expected = merging.merge_state_dicts(
+                base, given, method, layers=layers, statistics=tensors or None
+            )
+        reference.load_state_dict(expected, strict=False)
+        given, wanted = logits(load(output / name)), logits(reference)
+        if not (error := (given - wanted).norm() / wanted.norm()) < TOLERANCE.get(name, 1e-4):
+            wrong[name] = error.item()
+    assert not wrong, wrong
