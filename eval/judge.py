@@ -144,6 +144,7 @@ def load_lm(
     for hf or {"pretrained": folder, "tensor_parallel_size": 4} for vllm.
     Raises InputError for a backend that lm-eval lacks or that is not installed.
     """
+    import lm_eval.models  # noqa: F401  (fills the registry)
     from lm_eval.api.registry import get_model, model_registry
 
     if backend not in model_registry.keys():
