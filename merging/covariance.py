@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.linalg import gram
 
 
 class Estimate(NamedTuple):
@@ -81,9 +82,9 @@ class _Moments(NamedTuple):
 def _moments(deltas: Tensor) -> _Moments:
     n, wide = deltas.shape[1], deltas.shape[1] < deltas.shape[2]
     # tr((D^T D)^2) = tr((D D^T)^2): take the smaller Gram matrix
-    small = deltas @ deltas.mT if wide else deltas.mT @ deltas
+    square = torch.stack([gram(x.mT if wide else x).square().sum() for x in deltas])
     trace = deltas.square().sum((1, 2))
-    return _Moments(trace / n, small.square().sum((1, 2)) / n**2)
+    return _Moments(trace / n, square / n**2)
 
 
 def _shrunk(deltas: Tensor, shrinkage: Tensor, mean_eigenvalue: Tensor) -> Estimate:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from merging import covariance
 from merging.errors import InputError
-from merging.linalg import eigh, gram, solve_positive, working_dtype
+from merging.linalg import eigh, gram, product, solve_positive, working_dtype
 from merging.registry import create, method
 
 
@@ -100,11 +100,15 @@ def interference(
     else:
         S, N = _normal_equations(work, covariance.estimate(estimator, work, width, k), weights)
     A = _anchor(anchor, work, d_in)
-    if filter in {"ridge", "none"}:
+    D = None
+    if filter == "cut":
+        # |S| >= max l: where nothing lies below this, nothing is cut and S is inverted
+        D = solve_positive(N, S, above=_cut(rtol, width) * S.norm())
+    elif filter in {"ridge", "none"}:
         scale = S.diagonal().sum() / width if relative else 1.0
         ridge = lam * scale if filter == "ridge" else 0.0
         D = _damped(S, N, A, ridge, width)
-    else:
+    if D is None:
         D = _filtered(
             S, N, A, partial(spectral_filter, filter, rtol=rtol, t=t, rho=rho, d_in=width)
         )
@@ -129,17 +133,20 @@ def _normal_equations(
     d_out, d_in = deltas.shape[1:]
     if E.shape[1] < d_in:
         # (D E^T) E costs d_out n d_in; forming E^T E first would cost n d_in^2 more
-        rows = (a.sqrt().view(-1, 1, 1) * E).reshape(-1, d_in)  # (T n, d_in)
-        S = gram(rows)
-        cross = torch.cat([x @ e.mT * w for x, e, w in zip(deltas, E, a, strict=True)], dim=1)
-        N = cross @ E.reshape(-1, d_in)  # (d_out, T n) (T n, d_in)
+        rows = E if (a == 1).all() else a.sqrt().view(-1, 1, 1) * E
+        S = gram(rows.reshape(-1, d_in))  # of (T n, d_in)
+        cross = [
+            (gram(x.mT) if E is deltas else product(x, e.mT)) * w
+            for x, e, w in zip(deltas, E, a, strict=True)
+        ]
+        N = product(torch.cat(cross, dim=1), E.reshape(-1, d_in))  # (d_out, T n) (T n, d_in)
     else:
         S = deltas.new_zeros(d_in, d_in)
         N = deltas.new_zeros(d_out, d_in)
         for x, e, w in zip(deltas, E, a, strict=True):
             C = gram(e) * w
             S += C
-            N += x @ C
+            N += product(x, C)
     if b.any():
         S.diagonal().add_(b.sum())
         N = N + torch.einsum("t,tij->ij", b, deltas)
@@ -159,7 +166,7 @@ def _measured_normal_equations(
     for x, C, w in zip(deltas, covariances, weights, strict=True):
         C = w * C.to(deltas)
         C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()
-        S, N = S + C, N + x @ C
+        S, N = S + C, N + product(x, C)
     return S, N
 
 
@@ -174,7 +181,6 @@ def _anchor(name: str, deltas: Tensor, d_in: int | None) -> Tensor | None:
 def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width: int) -> Tensor:
     """(N + ridge A)(S + ridge I)^-1 by Cholesky; by a cut where S is singular and ridge 0."""
     if ridge:
-        S = S.clone()
         S.diagonal().add_(ridge)
         N = N if A is None else N + ridge * A
     D = solve_positive(N, S)
@@ -185,11 +191,15 @@ def _filtered(S: Tensor, N: Tensor, A: Tensor | None, filter: Callable) -> Tenso
     """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0."""
     values, vectors = eigh(S)  # (d,), (d, d)
     F = filter(values)
-    kept = F > 0
-    V, l, F = vectors[:, kept], values[kept], F[kept]
+    kept = int((F > 0).sum())  # the first: no filter prefers a smaller eigenvalue
+    V, l, F = vectors[:, :kept], values[:kept], F[:kept]
     if A is None:
-        return (N @ V) * (F / l) @ V.mT
-    return A + ((N @ V) / l - A @ V) * F @ V.mT
+        return product(product(N, V) * (F / l), V.mT)
+    return A + product((product(N, V) / l - product(A, V)) * F, V.mT)
+
+
+def _cut(rtol: float | None, d_in: int) -> float:
+    return d_in * torch.finfo(torch.float32).eps if rtol is None else rtol
 
 
 def spectral_filter(
@@ -203,9 +213,7 @@ def spectral_filter(
     """
     index = torch.arange(len(l), device=l.device)
     if name == "cut":
-        threshold = d_in * torch.finfo(torch.float32).eps if rtol is None else rtol
-        kept = l > threshold * l.max()
-        return kept.to(l)
+        return (l > _cut(rtol, d_in) * l.max()).to(l)
     if name == "exponential":
         return -torch.expm1(-l * t) * (index < math.ceil(rho * d_in)) * (l > 0)
     if name == "effective_rank":

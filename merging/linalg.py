@@ -1,16 +1,20 @@
 """Symmetric linear algebra: Gram matrices, eigendecompositions, and the cheapest route to each.
 
-On a CPU in float32 and float64, BLAS' symmetric rank-k update and LAPACK's divide and conquer,
-called through SciPy, take half the time of the general routines behind torch; elsewhere torch's
-own are used. Both compute the same quantities.
+On a CPU in float32 and float64 BLAS and LAPACK are called through SciPy, which has routines for
+symmetric matrices that torch has not (half the work for a Gram matrix) and faster ones for the
+rest; elsewhere torch's own are used. Both compute the same quantities.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import scipy.linalg
 import torch
 from torch import Tensor
+
+from merging.openblas import fastest_kernels
+
+with fastest_kernels():
+    import scipy.linalg
 
 # Up to this width, float64 costs next to nothing and removes every question of conditioning.
 # Wider layers are solved in float32, whose error is about eps times the condition number.
@@ -23,16 +27,43 @@ def working_dtype(stack: Tensor) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+_MIRROR = 256  # side of the square blocks in which a triangle is copied
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, (m, k) (k, n) -> (m, n)."""
+    if not (_on_cpu(left) and left.numel() and right.numel()):
+        return left @ right
+    # Fortran's order: what is computed is (left right)^T = right^T left^T
+    (a, trans_a), (b, trans_b) = _transpose(right), _transpose(left)
+    gemm = scipy.linalg.get_blas_funcs("gemm", (a, b))
+    return torch.from_numpy(gemm(1.0, a, b, trans_a=trans_a, trans_b=trans_b).T)
+
+
 def gram(rows: Tensor) -> Tensor:
     """rows^T rows, (n, d) -> (d, d), exactly symmetric."""
-    if rows.device.type != "cpu":
+    if not (_on_cpu(rows) and rows.numel()):
         return rows.mT @ rows
-    if rows.shape[0] == 0:
-        return rows.new_zeros(rows.shape[1], rows.shape[1])
-    syrk = scipy.linalg.blas.dsyrk if rows.dtype == torch.float64 else scipy.linalg.blas.ssyrk
-    # a C-ordered (n, d) array is the Fortran-ordered (d, n) that syrk multiplies by its transpose
-    half = torch.from_numpy(syrk(1.0, rows.contiguous().numpy().T, lower=0).T)
-    return half.tril() + half.tril(-1).mT
+    array, transposed = _transpose(rows)
+    syrk = scipy.linalg.get_blas_funcs("syrk", (array,))
+    # the upper triangle in Fortran's order is the lower one of the row-major matrix
+    matrix = torch.from_numpy(syrk(1.0, array, trans=transposed).T)
+    for i in range(0, len(matrix), _MIRROR):
+        block = slice(i, i + _MIRROR)
+        matrix[:i, block] = matrix[block, :i].mT
+        matrix[block, block] += matrix[block, block].tril(-1).mT
+    return matrix
+
+
+def _on_cpu(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu" and matrix.dtype in {torch.float32, torch.float64}
+
+
+def _transpose(matrix: Tensor) -> tuple[np.ndarray, bool]:
+    """matrix^T for BLAS: an array in Fortran's order and whether it is still to be transposed."""
+    if matrix.mT.is_contiguous() and not matrix.is_contiguous():
+        return matrix.numpy(), True
+    return matrix.contiguous().numpy().T, False
 
 
 def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,30 +71,56 @@ def eigh(symmetric: Tensor) -> tuple[Tensor, Tensor]:
 
     For positive semi-definite matrices: what is negative is rounding.
     """
-    if symmetric.device.type == "cpu":
-        values, vectors = scipy.linalg.eigh(symmetric.numpy(), driver="evd", check_finite=False)
-        values, vectors = torch.from_numpy(values), torch.from_numpy(np.asarray(vectors))
+    if _on_cpu(symmetric):
+        # Divide and conquer ("evd") is a quarter faster, but in float32 its eigenvectors of small
+        # eigenvalues are so inexact that a merge of real experts was 1e-2 off; this is 1e-4.
+        values, vectors = map(
+            torch.from_numpy, scipy.linalg.eigh(symmetric.numpy(), driver="evr", check_finite=False)
+        )
     else:
         values, vectors = torch.linalg.eigh(symmetric)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
+    return values.flip(0).clamp_min(0), vectors.mT.flip(0).mT
 
 
-def solve_positive(right: Tensor, matrix: Tensor) -> Tensor | None:
+def solve_positive(right: Tensor, matrix: Tensor, above: float | Tensor = 0.0) -> Tensor | None:
     """right @ matrix^-1 by Cholesky, (d_out, d) and (d, d) -> (d_out, d).
 
-    None where the matrix is not safely positive definite in its dtype, so that a caller can take
-    the spectral route instead.
+    None where not all eigenvalues of the matrix exceed `above`, or it is not safely positive
+    definite in its dtype, so that a caller can take the spectral route instead.
     """
-    factor, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:
+    if above and _cholesky(matrix, -above) is None:
+        return None  # matrix - above I has a negative pivot for each eigenvalue below
+    factor = _cholesky(matrix)
+    if factor is None:
         return None
     diagonal = factor.diagonal()
     # the squared ratio of the factor's diagonal bounds the condition number from below
     if (diagonal.min() / diagonal.max()).square() < matrix.shape[0] * torch.finfo(matrix.dtype).eps:
         return None
-    return torch.cholesky_solve(right.mT.contiguous(), factor).mT
+    if not _on_cpu(matrix):
+        return torch.cholesky_solve(right.mT, factor).mT
+    potrs = scipy.linalg.get_lapack_funcs("potrs", (factor.numpy(),))
+    return torch.from_numpy(potrs(factor.numpy(), right.mT.numpy(), lower=True)[0]).mT
+
+
+def _cholesky(matrix: Tensor, shift: float | Tensor = 0.0) -> Tensor | None:
+    """Lower factor of matrix + shift I (above its diagonal: anything); None if not positive."""
+    shifted = matrix.clone()
+    shifted.diagonal().add_(shift)
+    if not _on_cpu(matrix):
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+    else:
+        potrf = scipy.linalg.get_lapack_funcs("potrf", (shifted.numpy(),))
+        factor, failed = potrf(shifted.mT.numpy(), lower=True, clean=False, overwrite_a=True)
+        factor = torch.from_numpy(factor)
+    return None if failed else factor
 
 
 def row_space(stack: Tensor) -> Tensor:
     """Orthonormal basis Q (d_in, k) of the span of all rows of (..., d_in), k <= rows <= d_in."""
-    return torch.linalg.qr(stack.reshape(-1, stack.shape[-1]).mT)[0]
+    columns = stack.reshape(-1, stack.shape[-1]).mT
+    if not _on_cpu(columns):
+        return torch.linalg.qr(columns)[0]
+    return torch.from_numpy(
+        scipy.linalg.qr(columns.numpy(), mode="economic", check_finite=False)[0]
+    )

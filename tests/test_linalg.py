@@ -1,0 +1,84 @@
+"""The routines behind the solvers, in every layout and at their limits."""
+
+import pytest
+import torch
+
+from merging.linalg import eigh, gram, product, row_space, solve_positive
+from merging.openblas import _amd_with_avx512
+
+
+def draw(*shape, dtype=torch.float32, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+LAYOUTS = {
+    "rows": lambda x: x,
+    "columns": lambda x: x.mT.contiguous().mT,
+    "strided": lambda x: torch.cat([x, x], dim=1)[:, : x.shape[1]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("left", LAYOUTS)
+@pytest.mark.parametrize("right", LAYOUTS)
+def test_product_in_every_layout(left, right, dtype):
+    a, b = draw(5, 7, dtype=dtype), draw(7, 3, dtype=dtype, seed=1)
+    found = product(LAYOUTS[left](a), LAYOUTS[right](b))
+    assert found.dtype == dtype and torch.allclose(found, a @ b, atol=1e-6)
+
+
+@pytest.mark.parametrize("m, k, n", [(0, 3, 2), (2, 0, 3), (2, 3, 0), (1, 1, 1)])
+def test_product_of_nothing(m, k, n):
+    assert torch.equal(
+        product(torch.ones(m, k), torch.ones(k, n)), torch.ones(m, k) @ torch.ones(k, n)
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("n, d", [(9, 5), (3, 600), (600, 3), (0, 4)])
+def test_gram_is_exactly_symmetric(n, d, layout):
+    x = LAYOUTS[layout](draw(n, d, dtype=torch.float64))
+    assert torch.equal(gram(x), gram(x).T)
+    assert torch.allclose(gram(x), x.T @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_positive_solve_only_where_all_eigenvalues_are_above_the_cut():
+    Q = torch.linalg.qr(draw(6, 6, dtype=torch.float64))[0]
+    matrix = Q * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]).double() @ Q.T
+    right = draw(4, 6, dtype=torch.float64, seed=1)
+    solved = solve_positive(right, matrix, above=0.99)
+    assert torch.allclose(solved, right @ torch.linalg.inv(matrix), rtol=1e-10)
+    assert solve_positive(right, matrix, above=1.01) is None
+    before = matrix.clone()
+    solve_positive(right, matrix)
+    assert torch.equal(matrix, before)  # factored in a copy
+
+
+def test_small_eigenvalues_keep_their_vectors_in_float32():
+    d = 128  # spectrum over six decades, of which divide and conquer makes an error of 2e-3
+    rows = draw(3 * d, d) * torch.arange(1, d + 1).pow(-1.3)
+    values, V = eigh(gram(rows))
+    assert (values.diff() <= 0).all() and values[0] / values[-1] > 1e5
+    right = rows[:d] @ gram(rows)
+    solved = (right @ V) / values @ V.T
+    assert (solved - rows[:d]).norm() < 8e-4 * rows[:d].norm()
+
+
+def test_row_space_is_an_orthonormal_basis():
+    x = draw(2, 3, 20)
+    Q = row_space(x)
+    assert Q.shape == (20, 6) and torch.allclose(Q.T @ Q, torch.eye(6), atol=1e-6)
+    assert torch.allclose(x @ Q @ Q.T, x, atol=1e-5)
+
+
+def test_only_amd_cpus_with_avx512_get_its_kernels(tmp_path):
+    flags = "flags\t: fpu avx2 avx512f avx512bw avx512cd avx512dq avx512vl sse2\n"
+    cases = {
+        "vendor_id\t: AuthenticAMD\n" + flags: True,
+        "vendor_id\t: GenuineIntel\n" + flags: False,
+        "vendor_id\t: AuthenticAMD\nflags\t: fpu avx2\n": False,
+    }
+    for text, expected in cases.items():
+        (tmp_path / "cpuinfo").write_text(text + "\nprocessor\t: 1\n")
+        assert _amd_with_avx512(tmp_path / "cpuinfo") is expected
+    assert not _amd_with_avx512(tmp_path / "absent")
