@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 
 log = logging.getLogger(__name__)
@@ -63,7 +62,7 @@ def _transformers(path: Path) -> nn.Module:
     (name, *_) = config.architectures or ["AutoModel"]
     architecture = getattr(transformers, name, None)
     if architecture is None:
-        raise InputError(f"{path} names the architecture {name!r}, which transformers lacks")
+        raise ValueError(f"transformers has no architecture {name!r}")
     if hasattr(architecture, "from_config"):
         return architecture.from_config(config)
     return architecture(config)

@@ -71,13 +71,11 @@ def main(settings: MergeCheckpoints) -> None:
         raise InputError("no experts were given", hint="add experts.NAME=PATH for each of them")
     devices = settings.device if isinstance(settings.device, list) else [settings.device]
     devices = [resolve_device(device) for device in devices]
-    source = open_checkpoint(base)
+    source, *_ = [open_checkpoint(path) for path in (base, *settings.experts.values())]
     if isinstance(source, Adapter):
         raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
-    names = source.keys()
-    source.close()
     described = Path(settings.architecture) if settings.architecture else base
-    layers = layers_of(described if described.is_dir() else described.parent, names)
+    layers = layers_of(described if described.is_dir() else described.parent, source.keys())
     extra = {}
     if output.suffix != ".safetensors":
         extra = companions(base) | {"README.md": model_card(settings, method).encode()}

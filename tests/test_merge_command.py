@@ -1,0 +1,149 @@
+"""`python -m experiments.merge`: checkpoints in, one checkpoint out, with all that it needs."""
+
+import hashlib
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoTokenizer
+
+import merging
+from eval import tiny
+from experiments import cli, merge
+
+LAYER = "encoder.layer.0.attention.self.query.weight"
+WORDS = "embeddings.word_embeddings.weight"
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path / "cache"))
+    return tiny.encoder()
+
+
+@pytest.fixture
+def experts(base, tmp_path):
+    """Two experts whose every tensor moved."""
+    state, paths = load_file(base / "model.safetensors"), {}
+    for seed, name in enumerate(["sun", "rain"]):
+        generator = torch.Generator().manual_seed(seed)
+        moved = {
+            k: v + 0.01 * torch.randn(v.shape, generator=generator) if v.is_floating_point() else v
+            for k, v in state.items()
+        }
+        folder = tmp_path / f"expert lr=1e-3, {name}"  # a name that Hydra's grammar trips over
+        folder.mkdir()
+        save_file(moved, folder / "model.safetensors", metadata={"format": "pt"})
+        paths[name] = folder
+    return paths
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def invoke(*overrides):
+        monkeypatch.setattr(sys, "argv", ["merge", *map(str, overrides)])
+        monkeypatch.setenv(cli.TRACEBACK, "0")
+        code = 0
+        try:
+            merge.main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return invoke
+
+
+def arguments(base, experts, output, *more):
+    named = [f"experts.{name}={path}" for name, path in experts.items()]
+    return [f"base={base}", *named, f"output={output}", "device=cpu", *more]
+
+
+def test_the_output_is_a_whole_model_folder(call, base, experts, tmp_path):
+    output = tmp_path / "merged"
+    code, out, err = call(*arguments(base, experts, output, "method=actmat"))
+    assert code == 0, err
+    assert "actmat" in out
+    AutoTokenizer.from_pretrained(output)
+    model = AutoModel.from_pretrained(output)
+
+    deltas = {
+        k: torch.stack([load_file(e / "model.safetensors")[k] - v for e in experts.values()])
+        for k, v in load_file(base / "model.safetensors").items()
+        if v.is_floating_point()
+    }
+    merged, start = model.state_dict(), AutoModel.from_pretrained(base).state_dict()
+    own = merging.create("actmat")(deltas[LAYER])
+    torch.testing.assert_close(merged[LAYER], start[LAYER] + own)
+    # an embedding is a matrix, but no linear layer
+    torch.testing.assert_close(merged[WORDS], start[WORDS] + deltas[WORDS].mean(0))
+
+
+def test_the_card_names_inputs_hashes_and_method(call, base, experts, tmp_path):
+    output = tmp_path / "merged"
+    call(*arguments(base, experts, output, "method=ridge", "method.lam=0.5"))
+    card = (output / "README.md").read_text()
+    for path in (base, *experts.values()):
+        assert hashlib.sha256((path / "model.safetensors").read_bytes()).hexdigest() in card
+    assert '"lam": 0.5' in card
+    assert "A merge by ridge" in card
+    assert torch.__version__.split("+")[0] in card
+    assert str(tmp_path) not in card
+
+
+def test_the_same_merge_gives_the_same_bytes(call, base, experts, tmp_path):
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        assert call(*arguments(base, experts, folder, "method=dare"))[0] == 0
+    names = sorted(path.name for path in folders[0].iterdir())
+    assert names == sorted(path.name for path in folders[1].iterdir())
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+def test_a_single_file_is_just_that(call, base, experts, tmp_path):
+    output = tmp_path / "merged.safetensors"
+    code, _, err = call(*arguments(base, experts, output, "method=average"))
+    assert code == 0, err
+    assert load_file(output).keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_statistics_are_keyed_by_expert(call, base, experts, tmp_path):
+    layers = merging.linear_layers(AutoModel.from_pretrained(base))
+    state = load_file(base / "model.safetensors")
+    moments = {name: torch.eye(state[name].shape[1]) for name in layers}
+    save_file(moments, tmp_path / "moments.safetensors")
+    given = [f"statistics.{name}={tmp_path}/moments.safetensors" for name in experts]
+    output = tmp_path / "merged"
+    code, _, err = call(*arguments(base, experts, output, "method=regmean", *given))
+    assert code == 0, err
+    # equal second moments: the average
+    average = sum(load_file(e / "model.safetensors")[LAYER] for e in experts.values()) / 2
+    torch.testing.assert_close(load_file(output / "model.safetensors")[LAYER], average)
+
+
+def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_path):
+    output = tmp_path / "merged"
+    good = arguments(base, experts, output)
+    lost = [*good, f"experts.snow={tmp_path}/nowhere"]
+    for line, told in [
+        ([good[0], good[-2]], "no experts were given"),
+        (good[1:], "base"),
+        (lost, f"{tmp_path}/nowhere does not exist"),
+        ([*good, "method=regmean"], "statistics of task 'sun'"),
+        ([*good, "method=nothing"], "method/nothing"),
+        ([*good, "precision=low"], "precision"),
+    ]:
+        code, _, err = call(*line)
+        assert code == cli.BAD_INPUT, (line, err)
+        assert told in err
+        assert not output.exists()
+
+
+def test_paths_are_quoted_for_hydra():
+    assert merge.quote_paths(["experts.a=x=1, y", "method=ties", "base='q'", "output=it's"]) == [
+        "++experts.a='x=1, y'",
+        "method=ties",
+        "base='q'",
+        r"output='it\'s'",
+    ]
