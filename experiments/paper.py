@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import pandas as pd
 
 import merging
 from experiments import records
+from experiments.experiment import UNMERGED
 from experiments.frames import to_frame
 from experiments.markup import latex, markdown
 from experiments.records import Record
@@ -89,6 +91,8 @@ def read_published(paper: Paper, folder: Path) -> pd.DataFrame:
     if paper.columns:
         parts = [_pick(table, own, path).assign(task=task) for task, own in paper.columns.items()]
         table = pd.concat([*parts, table[table.task == "mean"]], ignore_index=True)
+    again = table.duplicated(["method", "task"])  # a second source of the same row
+    table.loc[again, "method"] += " (" + table.source + ")"
     by_method = table[table.task != "mean"].groupby("method", sort=False)
     have = set(table.method[table.task == "mean"])
     means = [
@@ -161,7 +165,7 @@ def compare(
     pairs = zip(row, table.task, strict=True)
     table["ours"] = [ours.get(r, {}).get(task, math.nan) for r, task in pairs]
     table["difference"] = table.ours - table.paper
-    table = table.assign(data=table.method.map(data_use), method=row)
+    table = table.assign(method=row, data=row.map(data_use))
     return table[["method", "data", "task", "paper", "ours", "difference", "source"]]
 
 
@@ -169,16 +173,20 @@ def _mean(figures: Mapping[str, float], tasks: set[str]) -> float:
     return fmean(figures[t] for t in tasks) if tasks <= set(figures) else math.nan
 
 
-def data_use(published: str) -> str:
-    """What a published row saw beside the checkpoints, as records put it; "–" if it merges nothing.
+def data_use(row: str) -> str:
+    """What the method of a row saw beside the checkpoints, as records put it.
 
-    published: its name in results/published: a method's, with what was varied as a suffix.
+    row: our name or the published one: a method's, then what was varied. "–" for rows that merge
+        nothing, empty for methods that are not known here.
     """
-    known = [name for name in merging.methods() if f"{published}_".startswith(f"{name}_")]
-    if not known:
+    if row in UNMERGED:
         return "–"
+    known = [name for name in merging.methods() if re.match(rf"{name}(?![a-z0-9])", row)]
+    if not known:
+        return ""
     needs = merging.create(max(known, key=len)).needs
-    used = ["training inputs"] * bool(needs) + ["validation"] * published.endswith("_tuned")
+    used = ["training inputs"] * bool(needs)
+    used += ["validation"] * row.endswith(("selected)", "_tuned"))
     return ", ".join(used) or "none"
 
 
