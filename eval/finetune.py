@@ -121,7 +121,7 @@ def _scheduler(
         total = steps + 1
         # the rise takes at least one step, or OneCycleLR divides by zero
         return OneCycleLR(
-            optimiser, lr, total_steps=total, pct_start=min(1, max(warmup, 2 / total))
+            optimiser, lr, total_steps=total, pct_start=min(1.0, max(warmup, 2 / total))
         )
     return get_cosine_schedule_with_warmup(optimiser, round(warmup * steps), steps)
 

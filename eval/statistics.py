@@ -159,8 +159,9 @@ def _before_out_proj(weight: str, observe: Callable[[str, Tensor], None]) -> Cal
 
     def hook(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         width, given = module.embed_dim, module.out_proj.weight
-        identity = nn.Linear(width, width, bias=False, device=given.device, dtype=given.dtype)
+        identity = nn.Linear(width, width, device=given.device, dtype=given.dtype)
         identity.weight = nn.Parameter(torch.eye(width).to(given))
+        nn.init.zeros_(identity.bias)  # the fused kernel insists on one
         twin = copy.copy(module)
         twin._modules = {"out_proj": identity}
         twin._forward_pre_hooks = {}

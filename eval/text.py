@@ -266,7 +266,7 @@ class TextSuite:
         examples = {task: Examples(*(x[:limit] for x in part)) for task, part in examples.items()}
         sentences = [tokens for part in examples.values() for tokens in part.tokens]
         self._load(state)
-        embeddings = self._embed_all(sentences)
+        embeddings = self._embed_all(self._model, sentences)
         scores, start = {}, 0
         for task, part in examples.items():
             stop = start + len(part.tokens)
@@ -380,23 +380,25 @@ class TextSuite:
     @cached_property
     def _heads(self) -> dict[str, Tensor]:
         """Per task the normalised embeddings of its label descriptions, (classes, d)."""
-        self._load(self._base)
+        model = self._pretrained().eval()
         return {
-            task: self._embed_all(self._tokens(corpus["labels"].values()))
+            task: self._embed_all(model, self._tokens(corpus["labels"].values()))
             for task, corpus in self.corpora.items()
         }
 
     @torch.no_grad()
-    def _embed_all(self, sentences: Sequence[list[int]], tokens: int = 4096) -> Tensor:
+    def _embed_all(
+        self, model: BertModel, sentences: Sequence[list[int]], tokens: int = 4096
+    ) -> Tensor:
         """Embeddings (n, d) of sentences; batches of one length need no padding and no mask."""
-        embeddings = torch.empty(len(sentences), self._model.config.hidden_size)
+        embeddings = torch.empty(len(sentences), model.config.hidden_size)
         lengths: dict[int, list[int]] = {}
         for i, sentence in enumerate(sentences):
             lengths.setdefault(len(sentence), []).append(i)
         for length, members in sorted(lengths.items()):
             for batch in torch.tensor(members).split(max(1, tokens // length)):
                 ids = torch.tensor([sentences[i] for i in batch], device=self.device)
-                embeddings[batch] = embed(self._model, ids).cpu()
+                embeddings[batch] = embed(model, ids).cpu()
         return embeddings
 
     # --- experts and statistics ---------------------------------------------------------------
