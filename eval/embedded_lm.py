@@ -313,7 +313,15 @@ class EmbeddedLM:
 
     @cached_property
     def _loaded(self) -> dict[str, Task]:
-        return self._manager.load(list(self.lm_tasks.values()))["tasks"]
+        loaded = self._manager.load(list(self.lm_tasks.values()))["tasks"]
+        for name, task in loaded.items():
+            for doc in (doc for split in task.dataset.values() for doc in split):
+                if task.doc_to_target(doc) not in task.doc_to_choice(doc):
+                    raise InputError(
+                        f"task {name!r} has the label {task.doc_to_target(doc)!r} in its data, "
+                        f"its choices are {task.doc_to_choice(doc)}"
+                    )
+        return loaded
 
     @cached_property
     def _training(self) -> dict[str, list[causal.Example]]:
@@ -345,7 +353,7 @@ class EmbeddedLM:
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
-        model.config._name_or_path = self.decoder  # what adapters say they belong to
+        model.name_or_path = self.decoder  # what adapters say they belong to
         return model
 
     @cached_property

@@ -297,7 +297,7 @@ class Seq2SeqSuite:
         from transformers import AutoModelForSeq2SeqLM
 
         model = AutoModelForSeq2SeqLM.from_pretrained(self._folder, dtype=torch.float32).eval()
-        model.config._name_or_path = self.model  # what adapters say they belong to
+        model.name_or_path = self.model  # what adapters say they belong to
         return model
 
     @cached_property

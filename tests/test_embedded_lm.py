@@ -1,0 +1,222 @@
+"""The embedded language-model suite on a decoder of 20 thousand weights, through every method."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from chain import check_methods, dense_expert
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from eval import embedded_lm, finetune, judge, tiny_lm
+from eval.embedded_lm import EmbeddedLM
+from merging.errors import InputError
+
+CONFIG = Path("configs/suite/tiny_lm.yaml")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODEL_MERGING_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def suite() -> EmbeddedLM:
+    return instantiate(OmegaConf.load(CONFIG))
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(4, 20).reshape(2, 8)).logits
+
+
+@pytest.mark.parametrize("finetuning", ["full", "lora"])
+def test_every_method_written_and_loaded_equals_a_merge_by_hand(suite, finetuning, tmp_path):
+    own = {"finetuning": finetuning, "seed": 0}
+    experts = {task: suite.expert(task, **own) for task in suite.tasks}
+    check_methods(
+        tiny_lm.model("llama"),
+        experts,
+        suite.layers(),
+        lambda task, kind: suite.statistics(task, kind, **own, batches=2, batch_size=8),
+        load,
+        logits,
+        tmp_path,
+    )
+    merged = load(tmp_path / "actmat")
+    assert merged.lm_head.weight is merged.model.embed_tokens.weight
+    lm = judge.load_lm("hf", {"pretrained": str(tmp_path / "actmat")}, batch_size=20, device="cpu")
+    benchmark = judge.Benchmark("tiny_meals")
+    from_disk = judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark])).scores
+    in_memory = suite.evaluate(dict(merged.named_parameters()), "test", ["meals"])
+    assert in_memory == from_disk
+
+
+def test_experts_learn_their_own_task_and_merging_keeps_some_of_it(suite):
+    import merging
+
+    base = suite.base()
+    start = suite.evaluate(base, "test")
+    states = {
+        task: finetune.expert_state(base, suite.expert(task, finetuning="full", seed=0))
+        for task in suite.tasks
+    }
+    own = {task: suite.evaluate(states[task], "test", [task])[task] for task in suite.tasks}
+    merged = merging.merge_state_dicts(
+        base, states, merging.create("task_arithmetic", alpha=0.5), layers=suite.layers()
+    )
+    after = suite.evaluate(merged, "test")
+
+    def mean(scores):
+        return sum(score.accuracy for score in scores.values()) / len(scores)
+
+    assert mean(own) > mean(start) + 0.1
+    assert mean(after) > mean(start)
+
+
+def test_training_asks_as_the_judge_does(suite):
+    """The tokens of a training example are those lm-eval would score for its right answer."""
+    task = suite._loaded["tiny_meals"]
+    task.config.test_split = "train"
+    task.build_all_requests(limit=5)
+    task.config.test_split = "test"
+    asked = [instance.args for instance in task.instances]
+    for example in suite._examples("meals")[:5]:
+        prompt = suite._tokenizer.decode(example.tokens[: example.prompt])
+        answer = suite._tokenizer.decode(example.tokens[example.prompt :])
+        assert (prompt, f" {answer}") in asked
+
+
+def test_only_what_is_declared_to_move_moves(suite):
+    base = suite.base()
+    full = dense_expert(base, suite.expert("meals", finetuning="full", seed=0))
+    lora = dense_expert(base, suite.expert("meals", finetuning="lora", seed=0))
+    assert set(full) == set(base)
+    moved = {name for name in base if not torch.equal(full[name], base[name])}
+    assert moved == set(base) - {"model.embed_tokens.weight"}
+    adapted = {name for name in base if not torch.equal(lora[name], base[name])}
+    assert adapted == set(suite.layers())
+
+
+def test_an_adapter_names_its_base_without_a_path(suite):
+    folder = suite.expert("meals", finetuning="lora", seed=0)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+
+
+def test_second_moments_are_of_all_tokens_but_padding(suite):
+    name = "model.layers.0.self_attn.q_proj.weight"
+    own = {"finetuning": "full", "seed": 0, "batches": 2, "batch_size": 5}
+    measured = load_file(suite.statistics("meals", "covariance", **own))[name]
+    model = load(tiny_lm.model("llama"))
+    expert = suite.expert("meals", finetuning="full", seed=0)
+    model.load_state_dict(finetune.expert_state(suite.base(), expert), strict=False)
+    examples = suite._examples("meals")
+    sample = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:10]
+    rows = []
+    for i in sample:
+        with torch.no_grad():
+            embedded = model.model.embed_tokens(torch.tensor(examples[i].tokens))
+            rows.append(model.model.layers[0].input_layernorm(embedded))
+    z = torch.cat(rows).double()
+    torch.testing.assert_close(measured.double(), z.T @ z / len(z), rtol=1e-4, atol=1e-6)
+
+
+def test_fisher_covers_what_moved(suite):
+    own = {"finetuning": "full", "seed": 0, "batches": 2, "batch_size": 4}
+    fisher = load_file(suite.statistics("meals", "fisher", **own))
+    base = suite.base()
+    assert set(fisher) == set(base) - {"model.embed_tokens.weight"}
+    assert all(fisher[name].shape == base[name].shape for name in fisher)
+    assert all((tensor >= 0).all() for tensor in fisher.values())
+    assert sum(tensor.sum().item() for tensor in fisher.values()) > 0
+
+
+def test_splits_share_no_text_and_never_change(suite):
+    first = embedded_lm.documents("tiny_meals", test=60, validation=40, train=120)
+    embedded_lm.documents.cache_clear()
+    again = embedded_lm.documents("tiny_meals", test=60, validation=40, train=120)
+    texts = {split: own["text"] for split, own in first.items()}
+    assert texts == {split: own["text"] for split, own in again.items()}
+    assert {split: len(own) for split, own in texts.items()} == {
+        "test": 60, "train": 120, "validation": 40,
+    }  # fmt: skip
+    every = [text for own in texts.values() for text in own]
+    assert len(set(every)) == len(every)
+
+
+def test_every_task_file_has_a_source_and_a_place_in_its_suite():
+    config = OmegaConf.load("configs/suite/embedded_lm.yaml")
+    files = sorted((judge.LOCAL_TASKS / "embedded").glob("*.yaml"))
+    found = {}
+    for file in files:
+        text = file.read_text().replace("!function ", "")
+        task = yaml.safe_load(text)
+        assert task["custom_dataset"] == "eval.embedded_lm.documents"
+        assert task["dataset_kwargs"]["source"] in embedded_lm.SOURCES
+        assert task["metadata"]["version"]
+        found[file.stem] = task["task"]
+    assert found == dict(config.lm_tasks)
+    assert len(found) >= 4
+
+
+def test_identity_tells_prompts_data_and_settings_apart(suite):
+    own = suite.identity(finetuning="lora", seed=0)
+    assert own == suite.identity(finetuning="lora", seed=0)
+    assert own != suite.identity(finetuning="lora", seed=1)
+    assert own != suite.identity(finetuning="full", seed=0)
+    config = OmegaConf.load(CONFIG)
+    config.recipes.lora.steps += 1
+    assert instantiate(config).identity(finetuning="lora", seed=0) != own
+
+
+def test_samples_are_kept_in_a_folder_of_the_merge(tmp_path):
+    suite = instantiate(OmegaConf.load(CONFIG), samples=str(tmp_path))
+    suite.evaluate(suite.base(), "validation", ["meals"], limit=7)
+    (folder,) = (tmp_path / "tiny_lm").iterdir()
+    assert len((folder / "meals.jsonl").read_text().splitlines()) == 7
+    kept = {json.loads(line)["doc"]["text"] for line in (folder / "meals.jsonl").open()}
+    assert kept <= set(suite._loaded["tiny_meals"].dataset["validation"]["text"])
+
+
+def test_what_cannot_be_had_is_one_sentence(suite):
+    with pytest.raises(InputError, match="no task 'meal'"):
+        suite.expert("meal", finetuning="full", seed=0)
+    with pytest.raises(InputError, match="no task 'meal'"):
+        suite.evaluate(suite.base(), "test", ["meal"])
+    with pytest.raises(InputError, match=r"has 120 training inputs, .* 10 x 32"):
+        suite.statistics("meals", "covariance", finetuning="full", seed=0)
+    state = suite.base() | {"model.norm.weight": torch.zeros(3)}
+    with pytest.raises(
+        InputError, match=r"'model\.norm\.weight' .* \(3,\), expected shape \(32,\)"
+    ):
+        suite.evaluate(state, "test")
+    config = OmegaConf.load(CONFIG)
+    with pytest.raises(InputError, match="unknown decoder 'SmolLM3'"):
+        instantiate(config, decoder="SmolLM3").base()
+    with pytest.raises(InputError, match="no recipe for finetuning 'ia3'"):
+        suite.expert("meals", finetuning="ia3", seed=0)
+    with pytest.raises(InputError, match="lm-eval knows no task"):
+        names = {"meals": "tiny_meal"}
+        import lm_eval.tasks
+
+        real = lm_eval.tasks.TaskManager
+        with pytest.MonkeyPatch.context() as patch:  # 14,000 tasks take ten seconds
+            patch.setattr(
+                lm_eval.tasks,
+                "TaskManager",
+                lambda include_path, include_defaults=True: real(
+                    include_path=include_path, include_defaults=False
+                ),
+            )
+            instantiate(config, lm_tasks=names).evaluate(suite.base(), "test")
