@@ -282,6 +282,7 @@ def merge_suite(
         layers=suite.layers(),
         statistics=collected or None,
         device=resolve_device(settings.device),
+        vocabulary=getattr(suite, "vocabulary", "refuse"),  # of language models only
         report=report,
     )
     return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
@@ -333,18 +334,24 @@ def _unmerged(
 def _score(
     settings: Experiment, suite: Suite, state: Mapping[str, Tensor], split: str, tasks: list[str]
 ) -> dict[str, Any]:
-    """{task: {accuracy, count, constant}}"""
+    """{task, or benchmark of a task: {accuracy, count, constant}}"""
     scores = suite.evaluate(state, split, tasks, settings.limit)
-    return {task: scores[task]._asdict() for task in tasks}
+    return {column: score._asdict() for column, score in scores.items()}
 
 
 def _mean_accuracy(scores: Mapping[str, Any]) -> float:
-    return fmean(score["accuracy"] for score in scores.values())
+    return fmean(score["accuracy"] for score in _single(scores).values())
+
+
+def _single(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the columns "name@k", which repeat a benchmark with k attempts."""
+    return {column: score for column, score in scores.items() if "@" not in column}
 
 
 def _normalised(scores: Mapping[str, Any], experts: Mapping[str, Any]) -> float | None:
     """Mean over tasks of accuracy / expert's accuracy; None where an expert is never right."""
-    pairs = [(score["accuracy"], experts[task]["accuracy"]) for task, score in scores.items()]
+    own = _single(scores)
+    pairs = [(score["accuracy"], experts[task]["accuracy"]) for task, score in own.items()]
     return fmean(a / e for a, e in pairs) if all(e for _, e in pairs) else None
 
 

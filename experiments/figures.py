@@ -139,7 +139,7 @@ def run_figure(record: Record, references: Mapping[str, Record]) -> Figure:
     """One run beside its references, a group of bars per task."""
     name = record["key"]["method"]
     columns = dict(references) | {name: record}
-    tasks = record["key"]["tasks"]
+    tasks = list(record["scores"])
     with rc_context(STYLE):
         figure = Figure(figsize=(1.6 + 0.9 * len(tasks), 3.0))
         axes = figure.subplots()

@@ -46,7 +46,7 @@ def _line(record: Record, whole: int) -> dict[str, Any]:
         "merge_seconds": record["seconds"]["merge"],
         "statistics_seconds": record["seconds"]["statistics"],
         "peak_gib": record["peak_bytes"] / 2**30,
-        "accuracy": {task: 100 * record["scores"][task]["accuracy"] for task in key["tasks"]},
+        "accuracy": {task: 100 * score["accuracy"] for task, score in record["scores"].items()},
         "constant": {task for task, score in record["scores"].items() if score["constant"]},
     }
 
