@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ from merging.checkpoints import Adapter, open_checkpoint
 from merging.errors import InputError
 from merging.progress import track
 
-RESUME = "resume.pt"
+RESUME, PARTIAL = "resume.pt", ".partial"
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
@@ -106,7 +107,8 @@ def train(
             optimiser.zero_grad()
             if (step + 1) % save_every == 0 and step + 1 < steps:
                 _save(resume, run, step + 1, moving, optimiser, scheduler)
-    resume.unlink(missing_ok=True)
+    for leftover in (resume, resume.with_suffix(PARTIAL)):
+        leftover.unlink(missing_ok=True)
     model.eval()
 
 
@@ -142,7 +144,7 @@ def _save(
         "scheduler": scheduler.state_dict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(PARTIAL)
     torch.save(state, partial)
     flush(partial)
     partial.replace(path)
@@ -178,7 +180,8 @@ def add_lora(
     config = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=sorted(targets)
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, not ours to heed
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
