@@ -31,6 +31,7 @@ from merging.checkpoints import (
 from merging.errors import InputError
 from merging.layers import Layer, cut, join, resolve_layers
 from merging.lora import Factors, in_joint_basis
+from merging.packed import unpack
 from merging.progress import track
 from merging.registry import Method
 
@@ -417,19 +418,7 @@ def _statistics(
     tensors = [options.statistics[task][item.name] for task in experts]
     if method.needs == "fisher":
         return {"fishers": torch.stack([t if rows is None else t[rows] for t in tensors])}
-    return {"covariances": torch.stack([_unpacked(t) for t in tensors])}
-
-
-def _unpacked(moment: Tensor) -> Tensor:
-    """A symmetric matrix from its upper triangle stored row by row (d (d + 1) / 2,)."""
-    if moment.ndim == 2:
-        return moment
-    d = (int((8 * moment.numel() + 1) ** 0.5) - 1) // 2
-    full = moment.new_zeros(d, d)
-    i, j = torch.triu_indices(d, d)
-    full[i, j] = moment
-    full[j, i] = moment
-    return full
+    return {"covariances": torch.stack([t if t.ndim == 2 else unpack(t) for t in tensors])}
 
 
 def _on(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ import merging
 from eval import causal, checkpoints, finetune, packed, statistics, tiny_lm
 from eval.causal import IGNORED, CausalSuite, Example
 from merging.errors import InputError
+from merging.packed import pack, unpack
 
 BENCHMARKS = {
     "animals": {"expert": "first", "task": "tiny_animals"},
@@ -97,15 +98,15 @@ def test_a_packed_triangle_unpacks_to_the_same_matrix(d, seed):
     z = torch.randn(d + 2, d, generator=torch.Generator().manual_seed(seed))
     matrix = z.mT @ z
     matrix = (matrix + matrix.mT) / 2
-    assert packed.pack(matrix).shape == (d * (d + 1) // 2,)
-    assert torch.equal(packed.unpack(packed.pack(matrix)), matrix)
+    assert pack(matrix).shape == (d * (d + 1) // 2,)
+    assert torch.equal(unpack(pack(matrix)), matrix)
     expected = matrix[torch.triu_indices(d, d).unbind()]
-    assert torch.equal(packed.pack(matrix), expected)  # the order in which merges unpack it
+    assert torch.equal(pack(matrix), expected)  # the order in which merges unpack it
 
 
 def test_a_length_that_is_no_triangle_is_refused():
     with pytest.raises(InputError, match="5 numbers are no upper triangle"):
-        packed.unpack(torch.zeros(5))
+        unpack(torch.zeros(5))
 
 
 def batches():
@@ -122,7 +123,7 @@ def test_streamed_moments_equal_those_held_in_memory(tmp_path, memory):
     found = load_file(path)
     assert set(found) == set(layers)
     for name in layers:
-        torch.testing.assert_close(packed.unpack(found[name]), expected[name])
+        torch.testing.assert_close(unpack(found[name]), expected[name])
     halves = sum(4 * d * (d + 1) // 2 for d in (len(expected[name]) for name in layers))
     assert halves <= cost.bytes <= halves + 4096
     assert cost.passes == {0: 14, 20_000: 8, 1 << 30: 1}[memory]  # q k | v o | gate up | down
@@ -159,7 +160,7 @@ def test_a_merge_reads_packed_moments_as_it_reads_full_ones(models, tmp_path):
     merged = {}
     for kind, tensors in (
         ("full", {n: t.clone() for n, t in full.items()}),
-        ("packed", {n: packed.pack(t) for n, t in full.items()}),
+        ("packed", {n: pack(t) for n, t in full.items()}),
     ):
         save_file(tensors, tmp_path / f"{kind}.safetensors")
         files = dict.fromkeys(experts, tmp_path / f"{kind}.safetensors")
@@ -258,7 +259,7 @@ def test_second_moments_are_streamed_from_texts_with_their_cost(models, tmp_path
     z = torch.cat(rows).double()
     name = "model.layers.0.self_attn.q_proj.weight"
     with safe_open(path, "pt") as found:
-        moment = packed.unpack(found.get_tensor(name))
+        moment = unpack(found.get_tensor(name))
     torch.testing.assert_close(moment.double(), z.T @ z / len(z), rtol=1e-4, atol=1e-6)
     with pytest.raises(InputError, match="no texts for the second moments of 'second'"):
         own.statistics("second", "covariance", **sizes)
@@ -287,6 +288,30 @@ def test_rows_of_a_larger_vocabulary_follow_the_named_rule(models, copy):
     rows = [states[task][name][: len(base[name])].float() for task in own.tasks]
     expected = base[name].float() + torch.stack([r - base[name].float() for r in rows]).mean(0)
     torch.testing.assert_close(merged[name], expected.bfloat16())
+
+
+def test_a_run_records_every_column_and_averages_single_attempts(models, tmp_path):
+    from experiments.experiment import Experiment, measure
+
+    sampled = {"attempts": 2, "k": [1, 2], "generation": {"do_sample": True}}
+    config = {
+        "_target_": "eval.causal.CausalSuite",
+        "_convert_": "all",
+        "name": "decoders",
+        "family": "random",
+        "model": str(models / "base"),
+        "experts": {name: str(models / name) for name in ("first", "second")},
+        "benchmarks": BENCHMARKS | {"animals": BENCHMARKS["animals"] | sampled},
+        "batch_size": 20,
+        "device": "cpu",
+    }
+    method, tracker = {"name": "actmat"}, {"name": "none"}
+    record = measure(Experiment(config, method, tracker, limit=8, records=str(tmp_path)))
+    scores = {column: score["accuracy"] for column, score in record["scores"].items()}
+    assert set(scores) == {"animals", "animals@2", "meals"}
+    assert scores["animals"] == scores["animals@2"]  # nothing is drawn in a choice
+    assert record["mean"] == pytest.approx((scores["animals"] + scores["meals"]) / 2)
+    assert record["key"]["tasks"] == ["first", "second"]
 
 
 # --- bad input, told before any merging -----------------------------------------------------------
