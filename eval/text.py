@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -234,13 +234,7 @@ class TextSuite:
     ) -> Path:
         """Second moments (d_in, d_in) of every layer, or the Fisher diagonal of every encoder
         parameter, over `batches * batch_size` training inputs drawn without replacement."""
-        available = len(self._pairs(task, "train"))
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training inputs, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
+        self._check_available(task, batches, batch_size)
         about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
         mode = self.moment_tokens if kind == "covariance" else self.fisher_labels
         key = {"version": VERSION, "about": about, "mode": mode, "size": [batches, batch_size]}
@@ -253,6 +247,29 @@ class TextSuite:
             statistics.save(folder / f"{kind}.safetensors", found, about)
 
         return cached("statistics", key, build) / f"{kind}.safetensors"
+
+    def second_moments(
+        self,
+        task: str,
+        state: Mapping[str, Tensor],
+        names: Iterable[str],
+        *,
+        batches: int,
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        """Second moments of the named layers' inputs through a model with any state; not cached."""
+        self._check_available(task, batches, batch_size)
+        self._load(state)
+        return self._moments(task, batches, batch_size, names)
+
+    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
+        available = len(self._pairs(task, "train"))
+        if batches * batch_size > available:
+            raise InputError(
+                f"task {task!r} has {available} training inputs, statistics over "
+                f"{batches} x {batch_size} of them were asked for",
+                hint="ask for fewer batches",
+            )
 
     def evaluate(
         self,
@@ -502,14 +519,16 @@ class TextSuite:
         generator = torch.Generator().manual_seed(self.split_seed)
         return torch.randperm(len(self._pairs(task, "train")), generator=generator)[:count]
 
-    def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+    def _moments(
+        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         tokens = self._examples(task, "train").tokens
         sample = self._sample(task, batches * batch_size).split(batch_size)
         padded = (self._padded([tokens[i] for i in batch]) for batch in sample)
         return statistics.second_moments(
             self._model,
             padded,
-            self.layers(),
+            self.layers() if names is None else names,
             forward=lambda model, batch: embed(model, *batch),
             mask=(lambda batch, name: batch[1]) if self.moment_tokens == "sentence" else None,
         )

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import merging
 from eval.finetune import expert_state
+from eval.sequential import merge_blocks
 from eval.suite import Finetuning, Split, Statistic, Suite
 from experiments import cli, records
 from experiments.records import Record
@@ -267,7 +268,10 @@ def merge_suite(
 ) -> Merge:
     """Merge the experts of some tasks, with the statistics that the method needs."""
     own = {"finetuning": settings.finetuning, "seed": settings.seed}
-    experts = {task: load_expert(suite.expert(task, **own)) for task in tasks}
+    paths = {task: suite.expert(task, **own) for task in tasks}
+    if method.sequential:
+        return _merge_sequentially(settings, suite, paths, method)
+    experts = {task: load_expert(path) for task, path in paths.items()}
     collected, seconds = {}, 0.0
     if method.needs:
         for task in track(tasks, f"{method.needs} statistics"):
@@ -283,6 +287,27 @@ def merge_suite(
         statistics=collected or None,
         device=resolve_device(settings.device),
         vocabulary=getattr(suite, "vocabulary", "refuse"),  # of language models only
+        report=report,
+    )
+    return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
+
+
+def _merge_sequentially(
+    settings: Experiment, suite: Suite, paths: Mapping[str, Path], method: merging.Method
+) -> Merge:
+    if not hasattr(suite, "second_moments"):
+        raise InputError(
+            f"suite {suite.name} cannot measure through a half-merged model, "
+            f"which method {method.name!r} needs"
+        )
+    base, report = suite.base(), merging.Report()
+    state, seconds = merge_blocks(
+        suite,
+        base,
+        {task: expert_state(base, path) for task, path in paths.items()},
+        method,
+        **asdict(settings.statistics),
+        device=resolve_device(settings.device),
         report=report,
     )
     return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)

@@ -1,0 +1,105 @@
+"""RegMean++: each block's moments come through the merged blocks below it."""
+
+from collections.abc import Mapping
+
+import pytest
+import torch
+
+import merging
+from eval.sequential import blocks, merge_blocks
+from eval.statistics import second_moments
+from merging.layers import Layer
+
+WIDTH, SAMPLES = 4, 50
+
+
+class TwoBlocks:
+    """y = W_1 tanh(W_0 x), its inputs drawn anew for each task."""
+
+    NAMES = ("layer.0.weight", "layer.1.weight")
+
+    def layers(self):
+        return dict.fromkeys(self.NAMES, Layer())
+
+    def inputs(self, task):
+        generator = torch.Generator().manual_seed(ord(task))
+        return torch.randn(SAMPLES, WIDTH, generator=generator)
+
+    def second_moments(self, task, state: Mapping, names, *, batches, batch_size):
+        model = torch.nn.Module()
+        model.layer = torch.nn.ModuleList(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in "01")
+        model.load_state_dict({name: state[name] for name in self.NAMES})
+        return second_moments(
+            model,
+            [self.inputs(task)],
+            names,
+            forward=lambda m, x: m.layer[1](torch.tanh(m.layer[0](x))),
+        )
+
+
+@pytest.fixture
+def states():
+    torch.manual_seed(0)
+    base = {name: torch.randn(WIDTH, WIDTH) for name in TwoBlocks.NAMES} | {"scale": torch.ones(1)}
+    experts = {
+        task: {k: v + 0.3 * torch.randn(v.shape) for k, v in base.items()} for task in ("a", "b")
+    }
+    return base, experts
+
+
+def test_moments_pass_through_what_is_merged(states):
+    base, experts = states
+    suite = TwoBlocks()
+    method = merging.create("regmean_pp")
+    merged, seconds = merge_blocks(suite, base, experts, method, batches=1, batch_size=1)
+    assert seconds > 0
+
+    # the same, written out in float64: block 0 as RegMean, block 1 on the merged block 0's outputs
+    expected, first, second = {}, *TwoBlocks.NAMES
+    inputs = {task: suite.inputs(task).double() for task in experts}
+    expected[first] = regmean(experts, first, inputs)
+    passed = {task: torch.tanh(x @ expected[first].T) for task, x in inputs.items()}
+    expected[second] = regmean(experts, second, passed)
+    for name, value in expected.items():
+        torch.testing.assert_close(merged[name].double(), value, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(merged["scale"], (experts["a"]["scale"] + experts["b"]["scale"]) / 2)
+    assert list(merged) == list(base)
+
+
+def regmean(experts, name, inputs):
+    """argmin_W sum_t |W x_t - W_t x_t|^2"""
+    grams = {task: x.T @ x / len(x) for task, x in inputs.items()}
+    numerator = sum(experts[task][name].double() @ grams[task] for task in experts)
+    return numerator @ torch.linalg.inv(sum(grams.values()))
+
+
+def test_it_differs_from_regmean_from_the_second_block_on(states):
+    base, experts = states
+    suite = TwoBlocks()
+    sequential, _ = merge_blocks(
+        suite, base, experts, merging.create("regmean_pp"), batches=1, batch_size=1
+    )
+    own = {
+        task: suite.second_moments(task, state, TwoBlocks.NAMES, batches=1, batch_size=1)
+        for task, state in experts.items()
+    }
+    plain = merging.merge_state_dicts(
+        base, experts, merging.create("regmean"), layers=suite.layers(), statistics=own
+    )
+    first, second = TwoBlocks.NAMES
+    torch.testing.assert_close(sequential[first], plain[first])
+    assert (sequential[second] - plain[second]).abs().max() > 1e-3
+
+
+def test_blocks_come_in_the_order_of_the_model():
+    names = [
+        "embeddings.weight", "encoder.layer.0.q.weight", "encoder.layer.0.q.bias",
+        "encoder.layer.10.q.weight", "encoder.layer.2.q.weight", "norm.weight", "3.weight",
+    ]  # fmt: skip
+    assert blocks(names) == [
+        ["embeddings.weight", "norm.weight"],
+        ["encoder.layer.0.q.weight", "encoder.layer.0.q.bias"],
+        ["encoder.layer.10.q.weight"],
+        ["encoder.layer.2.q.weight"],
+        ["3.weight"],
+    ]
