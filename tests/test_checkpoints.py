@@ -20,7 +20,7 @@ from merging.checkpoints import (
     problems,
 )
 from merging.errors import InputError
-from merging.files import MAPPED_BYTES
+from merging.files import MAPPED_BYTES, Slot
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -283,9 +283,19 @@ def test_bad_indexes(tmp_path):
         open_checkpoint(tmp_path / "pipe")
 
 
+def test_an_index_of_many_gigabytes(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.touch()
+    os.truncate(path, 10**10)
+    with pytest.raises(InputError, match="expected a small JSON file"):
+        open_checkpoint(tmp_path)
+
+
 def test_folders_and_paths(tmp_path):
     with pytest.raises(InputError, match="absent does not exist"):
         open_checkpoint(tmp_path / "absent")
+    with pytest.raises(InputError, match="cannot be read: File name too long"):
+        open_checkpoint(tmp_path / ("x" * 300))
     with pytest.raises(InputError, match="exactly one weight file, it has: none"):
         open_checkpoint(tmp_path)
     for name in ("a", "b"):
@@ -307,8 +317,13 @@ def test_a_file_that_changes_under_the_reader(tmp_path):
     os.truncate(path, path.stat().st_size - 4)
     with pytest.raises(InputError, match="x.safetensors changed while it was being read"):
         source.read("w")
+    with open(path, "rb") as file, pytest.raises(InputError, match="ends before byte 1000"):
+        Slot(path, torch.uint8, (10,), (1,), 990).load(file.fileno())
     save_file({"w": torch.ones(4)}, path)
     assert open_checkpoint(path).stamp() != before
+    assert "w" in open_checkpoint(path) and "v" not in open_checkpoint(path)
+    with pytest.raises(ValueError, match="steps of 1"):
+        open_checkpoint(path).read("w", slice(0, 4, 2))
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -389,6 +404,9 @@ def test_adapter_names_shapes_and_scale(tmp_path):
     assert torch.equal(B @ A, torch.arange(6.0).view(3, 2) @ torch.arange(10.0).view(2, 5))
     assert adapter.base_name == "org/base" and adapter.dense == {} and not adapter.transposed
     assert adapter.bytes_read == 64
+    adapter.close()
+    twice = open_checkpoint(write_adapter_files(tmp_path, CONFIG | {"lora_alpha": 16}))
+    assert twice.stamp() != adapter.stamp()
 
 
 @pytest.mark.parametrize(
@@ -449,6 +467,7 @@ def test_adapters_that_cannot_be_represented(tmp_path, change, message):
             {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (3, 2), "q.base_layer.weight": (3, 5)},
             "nothing else",
         ),
+        ({"q.lora_A.weight": (2, 5), "h.base_layer.bias": (3,), "h.bias": (3,)}, "'h.bias' twice"),
     ],
 )
 def test_bad_adapter_weights(tmp_path, shapes, message):
@@ -456,6 +475,12 @@ def test_bad_adapter_weights(tmp_path, shapes, message):
     with pytest.raises(InputError) as caught:
         open_checkpoint(write_adapter_files(tmp_path, tensors=tensors))
     assert message in caught.value.message
+
+
+def test_factors_of_integers(tmp_path):
+    tensors = {f"q.lora_{which}.weight": torch.ones(2, 2, dtype=torch.int8) for which in "AB"}
+    with pytest.raises(InputError, match=r"factors of 'q.weight' are not floating point"):
+        open_checkpoint(write_adapter_files(tmp_path, tensors=tensors))
 
 
 def test_adapter_targets_are_checked_against_the_base(tmp_path):

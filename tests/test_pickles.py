@@ -23,6 +23,24 @@ from merging.errors import InputError
 from merging.pickles import pickled_slots
 
 
+class Slots:
+    """State that pickles as a pair, arguments of __new__ by name."""
+
+    __slots__ = ("__dict__", "side")
+
+    def __new__(cls, *, side=0):
+        new = super().__new__(cls)
+        new.side, new.other = side, 1
+        return new
+
+    def __getnewargs_ex__(self):
+        return (), {"side": self.side}
+
+
+class Marked(torch.Tensor):
+    """A subclass of Tensor."""
+
+
 class Scaled(nn.Linear):
     """A class of the saving side: with state of its own and code that must not run on reading."""
 
@@ -33,7 +51,8 @@ class Scaled(nn.Linear):
         self.register_parameter("absent", None)
         self.activation = torch.nn.functional.gelu
         self.options = {"norm": functools.partial(nn.LayerNorm, eps=1e-6), ("a", 1): [None, 2.5]}
-        self.mode = torch.float16
+        self.mode, self.steps, self.slots = torch.float16, range(3), Slots()
+        self.register_buffer("marked", torch.ones(2).as_subclass(Marked))
         self.forward_hook = self.forward
 
     def __setstate__(self, state):
@@ -68,6 +87,15 @@ def test_a_pickled_module_gives_its_state_dict(tmp_path, legacy, protocol):
     for name, tensor in state.items():
         assert torch.equal(source.read(name), tensor) and source.dtype(name) == tensor.dtype
     assert source.tied["shared.weight"] == "blocks.0.weight"
+
+
+def test_the_oldest_protocols(tmp_path):
+    """They make objects by copyreg._reconstructor; torch no longer writes them, but reads them."""
+    program = b"ccopy_reg\n_reconstructor\n(cmodels\nNet\nc__builtin__\nobject\nNtR(dS'a'\nI1\nsb."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", program)
+    with pytest.raises(InputError, match="holds a models.Net, expected a state dict"):
+        open_checkpoint(tmp_path / "x.pt")
 
 
 def test_a_wrapped_and_parallel_module(tmp_path):
@@ -206,6 +234,13 @@ def test_opcodes_written_by_hand(tmp_path):
             assert not canary.exists(), name
 
 
+def test_a_part_that_is_no_module(tmp_path):
+    module = nn.Sequential(nn.Linear(1, 1))
+    module._modules["odd"] = collections.Counter()
+    with pytest.raises(InputError, match="odd is a collections.Counter, expected a module"):
+        open_checkpoint(save(module, tmp_path / "x.pt"))
+
+
 def test_modules_without_end(tmp_path):
     loop = nn.Module()
     loop.self = loop
@@ -241,6 +276,13 @@ def test_what_is_no_state_dict(tmp_path, value, message):
     with pytest.raises(InputError) as caught:
         open_checkpoint(save(value, tmp_path / "x.pt"))
     assert message in caught.value.message
+
+
+def test_storages_without_a_name(tmp_path):
+    parts = [0x1950A86A20F9469CFC6C, 1001, {}, {}, [((1,), 2)]]
+    (tmp_path / "x.pt").write_bytes(b"".join(pickle.dumps(part, 2) for part in parts))
+    with pytest.raises(InputError, match="a storage without a name"):
+        open_checkpoint(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("legacy", [False, True])
