@@ -17,6 +17,8 @@ from merging.writer import Writer
 
 # What a merge and lm-eval read of a repository; never its code.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+# What a model folder needs beside weights; trainer states and optimisers stay behind.
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def local(name: str) -> Path:
@@ -52,12 +54,17 @@ def _digest(file: Path, _modified: int) -> str:
     return file_sha256(file)
 
 
-def companions(folder: Path) -> dict[str, Path]:
+def companions(folder: Path) -> dict[str, bytes | Path]:
     """Configuration and tokenizer files of a model folder, by name."""
+    if not folder.is_dir():
+        return {}
+    left = {"README.md", "trainer_state.json", "adapter_config.json"}
     return {
         file.name: file
         for file in sorted(folder.iterdir())
-        if file.suffix in {".json", ".jinja", ".model", ".txt"}
+        if file.is_file()
+        and file.suffix in COPIED
+        and file.name not in left
         and not file.name.endswith(".index.json")
     }
 

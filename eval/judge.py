@@ -7,6 +7,7 @@ score is lm-eval's own.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import logging
@@ -314,15 +315,15 @@ def _about(benchmark: Benchmark, run: Mapping[str, Any], metric: tuple[str, str]
 
 
 def keep(judgements: Mapping[str, Judgement], folder: Path) -> None:
-    """Write `<name>.json` (scores and what they rest on) and `<name>.jsonl` (every sample)."""
+    """Write `<name>.json` (scores and what they rest on) and `<name>.jsonl.gz` (every sample)."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, judgement in judgements.items():
         scores = {column: score._asdict() for column, score in judgement.scores.items()}
         summary = json.dumps({"scores": scores, "about": judgement.about}, indent=1, sort_keys=True)
         (folder / f"{name}.json").write_text(summary + "\n")
-        with (folder / f"{name}.jsonl").open("w") as file:
-            for sample in judgement.samples:
-                file.write(json.dumps(sample, default=str, sort_keys=True) + "\n")
+        lines = [json.dumps(s, default=str, sort_keys=True) + "\n" for s in judgement.samples]
+        packed = gzip.compress("".join(lines).encode(), mtime=0)  # a tenth; the same bytes always
+        (folder / f"{name}.jsonl.gz").write_bytes(packed)
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 import merging
 from eval.architecture import layers_of
 from eval.cache import file_sha256
+from eval.checkpoints import companions, require_same_tokenizers
 from experiments.cli import command
 from experiments.experiment import resolve_device
 from experiments.markup import markdown
@@ -24,8 +25,6 @@ from merging.errors import InputError
 from merging.progress import track
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-# What a model folder needs beside weights; trainer states and optimisers stay behind.
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 PATHS = r"\+*((?:experts|statistics)\.[^=]+|base|output|architecture)=(.*)"
@@ -74,6 +73,7 @@ def main(settings: MergeCheckpoints) -> None:
     source, *_ = [open_checkpoint(path) for path in (base, *settings.experts.values())]
     if isinstance(source, Adapter):
         raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
+    require_same_tokenizers(base, {task: Path(path) for task, path in settings.experts.items()})
     described = Path(settings.architecture) if settings.architecture else base
     layers = layers_of(described if described.is_dir() else described.parent, source.keys())
     extra = {}
@@ -93,21 +93,6 @@ def main(settings: MergeCheckpoints) -> None:
         extra=extra,
     )
     Console().print(summary(report, settings.output))
-
-
-def companions(base: Path) -> dict[str, bytes | Path]:
-    """Configuration and tokenizer files of the base's folder, by name."""
-    if not base.is_dir():
-        return {}
-    left = {"README.md", "trainer_state.json", "adapter_config.json"}
-    return {
-        path.name: path
-        for path in sorted(base.iterdir())
-        if path.is_file()
-        and path.suffix in COPIED
-        and path.name not in left
-        and not path.name.endswith(".index.json")
-    }
 
 
 def model_card(settings: MergeCheckpoints, method: merging.Method) -> str:

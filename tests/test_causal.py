@@ -222,7 +222,7 @@ def test_each_benchmark_is_scored_once_under_its_own_name(models, tmp_path, monk
     assert {column: score.count for column, score in scores.items()} == {"animals": 9, "meals": 9}
     assert set(own.evaluate(own.base(), "test", ["second"], limit=2)) == {"meals"}
     assert not list((tmp_path / "cache").glob("judged-*"))
-    assert list((tmp_path / "samples" / "decoders").glob("*/animals.jsonl"))
+    assert list((tmp_path / "samples" / "decoders").glob("*/animals.jsonl.gz"))
     in_memory = finetune.expert_state({}, tiny_lm.model("llama") / "model.safetensors")
     assert set(in_memory) == set(own.base())
 

@@ -1,5 +1,6 @@
 """The embedded language-model suite on a decoder of 20 thousand weights, through every method."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -184,8 +185,12 @@ def test_samples_are_kept_in_a_folder_of_the_merge(tmp_path):
     suite = instantiate(OmegaConf.load(CONFIG), samples=str(tmp_path))
     suite.evaluate(suite.base(), "validation", ["meals"], limit=7)
     (folder,) = (tmp_path / "tiny_lm").iterdir()
-    assert len((folder / "meals.jsonl").read_text().splitlines()) == 7
-    kept = {json.loads(line)["doc"]["text"] for line in (folder / "meals.jsonl").open()}
+    samples = [
+        json.loads(line)
+        for line in gzip.decompress((folder / "meals.jsonl.gz").read_bytes()).splitlines()
+    ]
+    assert len(samples) == 7
+    kept = {sample["doc"]["text"] for sample in samples}
     assert kept <= set(suite._loaded["tiny_meals"].dataset["validation"]["text"])
 
 

@@ -1,5 +1,6 @@
 """lm-eval as the judge: what is refused before any work, what is counted, what is kept."""
 
+import gzip
 import json
 import math
 from itertools import combinations
@@ -194,7 +195,10 @@ def test_scores_versions_and_every_sample_are_kept(lm, tasks, tmp_path):
     summary = json.loads((tmp_path / "c.json").read_text())
     assert summary["scores"]["c"]["accuracy"] == found.scores["c"].accuracy
     assert summary["about"]["versions"] == {"choose": 7.0}
-    samples = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
+    samples = [
+        json.loads(line)
+        for line in gzip.decompress((tmp_path / "c.jsonl.gz").read_bytes()).splitlines()
+    ]
     assert [sample["doc"]["text"] for sample in samples] == ["cat", "dog", "cow", "rain", "sun"]
 
 
