@@ -18,7 +18,7 @@ from torch import Tensor
 
 from merging.baselines import task_gram
 from merging.errors import InputError
-from merging.linalg import eigh, gram
+from merging.linalg import eigh, gram, product
 from merging.registry import create, method
 from merging.sparse import ties
 
@@ -44,15 +44,16 @@ def singular_triplets(
         V, s, U = singular_triplets(matrix.mT, k, largest)
         return U, s, V
     work = matrix.double()
-    values, U = eigh(gram(work.mT))  # work work^T = U diag(values) U^T
-    if _is_exact(values):
-        U = U[:, values > RANK_RTOL**2 * values[:1]][:, :k]
-        V = work.mT @ U
-        s = V.norm(dim=0)
-        V = V / s
-    else:
+    values, U = eigh(gram(work.mT), top=k)  # work work^T = U diag(values) U^T
+    share = values / values[:1]
+    if ((share > RANK_RTOL**2) & (share < GRAM_RTOL)).any():
         U, s, Vh = torch.linalg.svd(work, full_matrices=False)
         U, s, V = U[:, :k], s[:k], Vh[:k].mT
+    else:
+        U = U[:, values > RANK_RTOL**2 * values[:1]]
+        V = product(work.mT, U)
+        s = V.norm(dim=0)
+        V = V / s
     kept = s > RANK_RTOL * s[:1].clamp_min(largest)
     return U[:, kept], s[kept], V[:, kept]
 
@@ -63,22 +64,8 @@ def orthonormalise(matrix: Tensor) -> Tensor:
     U V^T for U diag(s) V^T: the polar factor, and with full column rank the orthonormal columns
     nearest to the given ones (orthogonal Procrustes).
     """
-    if matrix.shape[0] < matrix.shape[1]:
-        return orthonormalise(matrix.mT).mT
-    work = matrix.double()
-    values, V = eigh(gram(work))  # work^T work = V diag(values) V^T
-    if not _is_exact(values):
-        U, _, V = singular_triplets(work)
-        return U @ V.mT
-    kept = values > RANK_RTOL**2 * values[:1]
-    V, values = V[:, kept], values[kept]
-    return work @ ((V * values.rsqrt()) @ V.mT)
-
-
-def _is_exact(values: Tensor) -> bool:
-    """Whether Gram eigenvalues (d,), descending, are each safely above 0 or safely 0."""
-    relative = values / values[:1]
-    return not ((relative > RANK_RTOL**2) & (relative < GRAM_RTOL)).any()
+    U, _, V = singular_triplets(matrix)
+    return product(U, V.mT)
 
 
 # --- Methods ----------------------------------------------------------------------------------
@@ -95,7 +82,7 @@ def tsv_m(deltas: Tensor, *, k: int | None = None, d_in: int | None = None) -> T
     k = _rank(deltas, d_in) // len(deltas) if k is None else k
     triplets = [singular_triplets(delta, k) for delta in deltas]
     U, s, V = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
-    return ((orthonormalise(U) * s) @ orthonormalise(V).mT).to(deltas)
+    return _product(orthonormalise(U) * s, orthonormalise(V), deltas)
 
 
 @method("iso_c", source="arXiv 2502.04959", row_space=True)
@@ -104,10 +91,8 @@ def iso_c(deltas: Tensor) -> Tensor:
 
     (T, d_out, d_in) -> (d_out, d_in). A single expert is flattened too, not returned.
     """
-    total = deltas.sum(0, dtype=torch.float64)
-    P = orthonormalise(total)
-    # <P, total> is the sum of the singular values and |P|^2 their number
-    return ((P * total).sum() / P.square().sum().clamp_min(1) * P).to(deltas)
+    U, s, V = singular_triplets(_sum(deltas))
+    return _product(_mean(s) * U, V, deltas)
 
 
 @method("iso_cts", source="arXiv 2502.04959", row_space=True)
@@ -121,7 +106,7 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8, d_in: int | None = None) -> 
     """
     r = _rank(deltas, d_in)
     k = round(common * r)
-    triplets = [singular_triplets(deltas.sum(0, dtype=torch.float64), k)]
+    triplets = [singular_triplets(_sum(deltas), k)]
     U_c, s_c, _ = triplets[0]
     norm = s_c.amax().item() if len(s_c) else 0.0
     for delta in deltas.double():
@@ -129,8 +114,7 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8, d_in: int | None = None) -> 
         # relative to the common part: a residual of nothing but rounding has no directions
         triplets.append(singular_triplets(residual, (r - k) // len(deltas), norm))
     U, s, V = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
-    mean = s.sum() / max(1, len(s))
-    return (mean * orthonormalise(U) @ orthonormalise(V).mT).to(deltas)
+    return _product(_mean(s) * orthonormalise(U), orthonormalise(V), deltas)
 
 
 @method("knots", source="arXiv 2410.19735", alpha=0.6, row_space=lambda a: a["merge"] != "ties")
@@ -174,8 +158,8 @@ def star(
         U, s, V = singular_triplets(delta)
         r = _reaching(s, eta)
         s = s[:r] * s.sum() / s[:r].sum().clamp_min(torch.finfo(s.dtype).tiny)
-        truncated.append((U[:, :r] * s) @ V[:, :r].mT)
-    return _merge(of, torch.stack(truncated).to(deltas), d_in)
+        truncated.append(_product(U[:, :r] * s, V[:, :r], deltas))
+    return _merge(of, torch.stack(truncated), d_in)
 
 
 @method("subspace_boosting", source="arXiv 2506.16506", row_space=lambda a: _row_space(a["of"]))
@@ -190,7 +174,7 @@ def subspace_boosting(
     """
     U, s, V = singular_triplets(_merge(of, deltas, d_in))
     floor = s[_reaching(s, beta) - 1] if len(s) else 0.0
-    return ((U * s.clamp_min(floor)) @ V.mT).to(deltas)
+    return _product(U * s.clamp_min(floor), V, deltas)
 
 
 @method("svc", source="arXiv 2602.05536", row_space=lambda a: _row_space(a["of"]))
@@ -208,7 +192,24 @@ def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None
     overlap = s * (task * V.mT).sum(-1)  # <u_r^T D, u_r^T D_t>, as u_r^T D = s_r v_r^T
     present = energy > RANK_RTOL**2 * task_gram(deltas).diagonal().max()
     ratio = torch.where(present, overlap / energy, floor)
-    return ((U * (s / ratio.clamp_min(floor).mean(0))) @ V.mT).to(deltas)
+    return _product(U * (s / ratio.clamp_min(floor).mean(0)), V, deltas)
+
+
+def _sum(deltas: Tensor) -> Tensor:
+    """sum_t D_t in float64, where it is exact: small directions turn on the last bits."""
+    total = torch.zeros_like(deltas[0], dtype=torch.float64)
+    for delta in deltas:
+        total += delta
+    return total
+
+
+def _mean(s: Tensor) -> Tensor:
+    return s.sum() / max(1, len(s))
+
+
+def _product(left: Tensor, right: Tensor, deltas: Tensor) -> Tensor:
+    """left right^T in the deltas' precision, (m, r) and (n, r) -> (m, n)."""
+    return product(left.to(deltas), right.mT.to(deltas))
 
 
 def _rank(deltas: Tensor, d_in: int | None) -> int:
