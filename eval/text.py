@@ -405,7 +405,7 @@ class TextSuite:
 
     @torch.no_grad()
     def _embed_all(
-        self, model: BertModel, sentences: Sequence[list[int]], tokens: int = 4096
+        self, model: BertModel, sentences: Sequence[list[int]], tokens: int = 2048
     ) -> Tensor:
         """Embeddings (n, d) of sentences; batches of one length need no padding and no mask."""
         embeddings = torch.empty(len(sentences), model.config.hidden_size)
