@@ -192,7 +192,7 @@ class VisionSuite:
     ) -> dict[str, Score]:
         """Accuracy per task on the whole split, or on `limit` images drawn from it."""
         chosen = {task: self._images(task) for task in tasks or self.tasks}
-        heads = {task: self._heads[task] for task in chosen}  # made from the base: before loading
+        heads = {task: self._head(task) for task in chosen}  # made from the base: before loading
         self._load(state)
         return {task: self._score(chosen[task], heads[task], split, limit) for task in chosen}
 
@@ -221,15 +221,15 @@ class VisionSuite:
     def _preprocessing(self) -> PreprocessCfg:
         return vision_models.preprocessing(self.architecture)
 
+    def _head(self, task: str) -> Tensor:
+        """The unit vectors of a task's classes, (classes, d)."""
+        if self.clip is None:
+            return self._prototypes[task]
+        data, clip = self._images(task), self._place(self.clip).path()
+        return vision_models.text_head(clip, self.architecture, data.names, data.templates)
+
     @cached_property
-    def _heads(self) -> Mapping[str, Tensor]:
-        """Per task the unit vectors of its classes, (classes, d)."""
-        if self.clip is not None:
-            clip = self._place(self.clip).path()
-            return {
-                task: vision_models.text_head(clip, self.architecture, data.names, data.templates)
-                for task, data in self._sets.items()
-            }
+    def _prototypes(self) -> dict[str, Tensor]:
         key = {"base": self._base_key, "data": {t: d.identity() for t, d in self._sets.items()}}
         folder = cached("heads", {"version": VERSION, "prototypes": key}, self._write_prototypes)
         return load_file(folder / "heads.safetensors")
@@ -290,12 +290,8 @@ class VisionSuite:
     @cached_property
     def _tower(self) -> nn.Module:
         """A working copy whose weights are whatever was loaded last."""
-        return (
-            vision_models.build(self.architecture)
-            .visual.eval()
-            .requires_grad_(False)
-            .to(self.device)
-        )
+        tower = vision_models.build(self.architecture).visual
+        return tower.eval().requires_grad_(False).to(self.device)
 
     def _load(self, state: Mapping[str, Tensor]) -> None:
         require_same(state, self._base, self.name)
@@ -348,7 +344,7 @@ class VisionSuite:
     ) -> finetune.Training:
         """The fine-tuning on one or several tasks, on a model of its own."""
         recipe = self._recipe(finetuning)
-        heads = {task: self._heads[task].clone().to(self.device) for task in tasks}
+        heads = {task: self._head(task).to(self.device) for task in tasks}
         lengths = {t: recipe.length(t, len(self._images(t).rows("train"))) for t in tasks}
         turns = [task for task in tasks for _ in range(lengths[task])]
         random.Random(seed).shuffle(turns)
@@ -430,7 +426,7 @@ class VisionSuite:
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
         images, _ = self._training_sample(task, batches * batch_size)
-        head = self._heads[task].to(self.device)
+        head = self._head(task).to(self.device)
         generator = torch.Generator(self.device).manual_seed(0)
 
         def log_prob(model: nn.Module, image: Tensor) -> Tensor:

@@ -1,0 +1,155 @@
+"""The embedded vision suite's sources and pre-training; its figures are in results/."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+import merging
+from eval import vision_packages, vision_pretrain
+from eval.vision import VisionSuite
+from eval.vision_data import ImageSet, pixels
+from eval.vision_packages import FONTS, PARTS
+from merging.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def configuration():
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = compose("experiment", ["suite=embedded_vision"]).suite
+    config = OmegaConf.to_container(config, resolve=True)
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """The suite with its smallest task alone, three steps of each kind of training."""
+    config = configuration()
+    config["datasets"] = {"digits": config["datasets"]["digits"]}
+    config["pretraining"]["steps"] = config["recipes"]["full"]["steps"] = 3
+    return VisionSuite(**config)
+
+
+def test_at_least_six_tasks_of_real_images():
+    suite = VisionSuite(**configuration())
+    drawn = {"letters"}
+    assert len(set(suite.tasks) - drawn) >= 6
+    assert all(f["path"].split(":")[1] in vision_packages.TASKS for f in suite.datasets.values())
+
+
+def test_unknown_package_is_refused():
+    with pytest.raises(InputError, match="unknown data set package:fashion"):
+        ImageSet("package:fashion").rows("test")
+
+
+def test_pickle_of_arrays_admits_arrays_only():
+    array = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    assert np.array_equal(vision_packages._numpy_pickle(pickle.dumps(array)), array)
+    for hostile in (Path("x"), print, np.load):
+        with pytest.raises(InputError, match="a pickle of arrays asks for"):
+            vision_packages._numpy_pickle(pickle.dumps([array, hostile]))
+
+
+def test_no_font_family_is_in_two_parts():
+    families = [{name[:5].lower() for name in FONTS[part]} for part in PARTS]
+    # Computer Modern's roman is in one part, its sans serif and typewriter in another
+    assert families == [{"dejav", "cmr10", "cmb10", "cmti1"}, {"cmss1", "cmtt1"}, {"stixg"}]
+
+
+def test_surfaces_of_a_part_come_from_a_band_of_their_own():
+    parts = vision_packages._surfaces()
+    assert {k: len(v[0]) for k, v in parts.items()} == {
+        "train": 3200,
+        "validation": 600,
+        "test": 1000,
+    }
+    assert all(x.shape == (32, 32) and x.dtype == np.uint8 for x in parts["test"][0])
+    assert np.bincount(parts["test"][1]).tolist() == [125] * 8
+
+
+def test_letters_can_be_told_from_their_paper():
+    rng = np.random.default_rng(0)
+    drawn = [vision_packages._letter("DejaVuSans", "M", rng) for _ in range(20)]
+    assert all(np.ptp(x.astype(int)) > 40 for x in drawn)
+
+
+def test_splits_are_disjoint_and_complete():
+    images = [np.full((2, 2), i, np.uint8) for i in range(50)]
+    parts = vision_packages._split(images, range(50))
+    assert {k: len(v[1]) for k, v in parts.items()} == {"test": 10, "validation": 5, "train": 35}
+    assert sorted(label for _, labels in parts.values() for label in labels) == list(range(50))
+    assert all(x[0, 0] == y for xs, ys in parts.values() for x, y in zip(xs, ys, strict=True))
+
+
+def test_digits_are_scikit_learns(digits):
+    data = digits._images("digits")
+    assert {p: len(data.rows(p)) for p in PARTS} == {"train": 1079, "validation": 179, "test": 539}
+    assert data.names == list("0123456789")
+
+
+@pytest.mark.parametrize(("name", "count"), [("mnist", 5000), ("silhouettes", 10_000)])
+def test_packages_hold_what_they_should(name, count):
+    data = ImageSet(f"package:{name}", validation="validation")
+    labels = torch.cat([data.labels(part) for part in PARTS])
+    assert labels.bincount().tolist() == [count // 10] * 10
+    images = pixels(data, "validation", vision_packages_size()).images
+    assert images.shape == (count // 10, 3, 32, 32)
+    assert (images[:, 0] == images[:, 1]).all()  # grey
+    assert images.std() > 50
+
+
+def vision_packages_size():
+    from eval.vision_models import preprocessing
+
+    return preprocessing("ViT-S-8-32px")
+
+
+def test_pretraining_sees_some_classes_of_the_training_split(digits):
+    rows, labels, weights = vision_pretrain._mixture(digits._sets, every=2)
+    data = digits._images("digits")
+    own = data.labels("train")
+    assert len(rows) == len(labels) == int((own % 2 == 0).sum())
+    assert labels.unique().tolist() == [0, 1, 2, 3, 4]
+    assert rows.column_names == ["image"]
+    assert weights.sum().item() == pytest.approx(len(rows) ** 0.5, rel=1e-5)
+
+
+def test_base_is_pre_trained_once_and_named_by_its_recipe(digits):
+    first = digits._base_path
+    again = VisionSuite(**{k: getattr(digits, k) for k in digits.__dataclass_fields__})
+    assert again._base_path == first
+    longer = {**digits.pretraining, "steps": 4}
+    other = VisionSuite(**vars_of(digits) | {"pretraining": longer})
+    assert other._base_key != digits._base_key
+
+
+def vars_of(suite):
+    return {name: getattr(suite, name) for name in suite.__dataclass_fields__}
+
+
+def test_heads_are_the_class_means_under_the_base(digits):
+    images, labels = pixels(digits._images("digits"), "train", digits._preprocessing)
+    digits._load(digits.base())
+    embedded = digits._embed(np.array_split(images, 5))
+    assert torch.allclose(embedded.norm(dim=1), torch.ones(len(images)), atol=1e-5)
+    means = torch.stack([embedded[labels == c].double().mean(0) for c in range(10)])
+    torch.testing.assert_close(
+        digits._head("digits").double(), F.normalize(means, dim=1), atol=1e-5, rtol=0
+    )
+
+
+def test_an_expert_merges_and_scores(digits):
+    state = load_file(digits.expert("digits", finetuning="full", seed=0))
+    merged = merging.merge_state_dicts(
+        digits.base(), {"digits": state}, merging.create("average"), layers=digits.layers()
+    )
+    assert all(torch.allclose(merged[k], state[k], atol=1e-6) for k in state)
+    score = digits.evaluate(merged, "validation", limit=50)["digits"]
+    assert score.count == 50 and 0 <= score.accuracy <= 1

@@ -1,0 +1,347 @@
+"""CLIP vision towers of every published layout: converted exactly, refused clearly."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+
+import merging
+from eval import finetune, vision_models
+from eval.vision_models import Published, tower_checkpoint, tower_state
+from merging.checkpoints import StateDict, open_checkpoint
+from merging.errors import InputError
+
+NAME = "ViT-S-8-32px-quickgelu"
+SMALL = CLIPVisionConfig(
+    hidden_size=192,
+    intermediate_size=768,
+    num_hidden_layers=4,
+    num_attention_heads=6,
+    image_size=32,
+    patch_size=8,
+    projection_dim=192,
+    hidden_act="quick_gelu",
+)
+
+
+@pytest.fixture(autouse=True)
+def places(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MODEL_MERGING_CHECKPOINTS", str(tmp_path / "published"))
+    (tmp_path / "published").mkdir()
+    return tmp_path / "published"
+
+
+def tower(seed=0):
+    return vision_models.build(NAME, seed).visual.eval()
+
+
+def loaded(state):
+    model = tower()
+    model.load_state_dict(state)
+    return model
+
+
+def images(seed=0, count=3):
+    return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(model, seed=0):
+    """Biases and norms too: transformers starts them at 0 and 1, where a swap would not show."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+# --- Hugging Face ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "vision_model."])
+def test_huggingface_tower_gives_the_same_embeddings(tmp_path, prefix):
+    model = randomised(CLIPVisionModel(SMALL))
+    base = tower(seed=1).state_dict()
+    state = {
+        prefix + k.removeprefix("vision_model."): v.contiguous()
+        for k, v in model.state_dict().items()
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    converted = tower_state(open_checkpoint(tmp_path), NAME, {"proj": base["proj"]})
+    with torch.no_grad():
+        expected = model(images()).pooler_output @ base["proj"]
+        torch.testing.assert_close(loaded(converted)(images()), expected, atol=1e-5, rtol=0)
+
+
+def test_huggingface_projection_is_taken_where_it_is_there(tmp_path):
+    model = randomised(CLIPVisionModelWithProjection(SMALL))
+    model.save_pretrained(tmp_path)
+    converted = tower_state(open_checkpoint(tmp_path), NAME)
+    with torch.no_grad():
+        expected = model(images()).image_embeds
+        torch.testing.assert_close(loaded(converted)(images()), expected, atol=1e-5, rtol=0)
+
+
+def test_packed_projection_holds_query_key_value_in_this_order(tmp_path):
+    model = randomised(CLIPVisionModelWithProjection(SMALL))
+    model.save_pretrained(tmp_path)
+    converted = tower_state(open_checkpoint(tmp_path), NAME)
+    attention = dict(model.named_modules())[
+        next(n for n, m in model.named_modules() if n.endswith("layers.2.self_attn"))
+    ]
+    packed = converted["transformer.resblocks.2.attn.in_proj_weight"].chunk(3)
+    for block, part in zip(packed, ("q_proj", "k_proj", "v_proj"), strict=True):
+        assert torch.equal(block, getattr(attention, part).weight)
+
+
+def test_a_tower_without_projection_needs_the_base(tmp_path):
+    CLIPVisionModel(SMALL).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="no tensor for 'proj'"):
+        tower_state(open_checkpoint(tmp_path), NAME)
+
+
+# --- open_clip and pickled modules ----------------------------------------------------------------
+
+
+class ImageEncoder(nn.Module):
+    """What the task-vector authors pickle: a CLIP without its text tower."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        del self.model.transformer
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
+def test_open_clip_layouts(prefix):
+    state = tower().state_dict()
+    named = {prefix + k: v for k, v in state.items()}
+    if prefix:
+        named |= {"logit_scale": torch.ones(()), "token_embedding.weight": torch.ones(3, 2)}
+    found = tower_state(StateDict(named), NAME)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[k], state[k]) for k in state)
+
+
+def test_pickled_image_encoder_is_read_without_its_class(places):
+    encoder = ImageEncoder(vision_models.build(NAME, seed=3))
+    expected = {k: v.clone() for k, v in encoder.model.visual.state_dict().items()}
+    torch.save(encoder, places / "finetuned.pt")
+    path = tower_checkpoint(Published("finetuned.pt"), NAME)
+    found = load_file(path)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[k], expected[k]) for k in expected)
+    assert tower_checkpoint(Published("finetuned.pt"), NAME) == path  # cached
+
+
+class Hostile:
+    def __reduce__(self):
+        return Path.write_text, (Path("pwned"), "x")
+
+
+def test_hostile_pickle_is_refused_and_writes_nothing(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (places / "finetuned.pt").write_bytes(pickle.dumps({"state_dict": Hostile()}))
+    torch.save(Hostile(), places / "zipped.pt")
+    for name in ("finetuned.pt", "zipped.pt"):
+        with pytest.raises(InputError, match=name):
+            tower_checkpoint(Published(name), NAME)
+    assert not (tmp_path / "pwned").exists()
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+def test_truncated_file_names_itself(places):
+    save_file(tower().state_dict(), places / "model.safetensors")
+    whole = (places / "model.safetensors").read_bytes()
+    (places / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        tower_checkpoint(Published("model.safetensors"), NAME)
+
+
+def test_wrong_backbone_is_one_sentence(places):
+    state = dict(tower().state_dict())
+    state["conv1.weight"] = torch.zeros(192, 3, 16, 16)
+    save_file(state, places / "other.safetensors")
+    with pytest.raises(InputError, match=r"is no ViT-S-8.*'conv1.weight' has shape \[192, 3, 16"):
+        tower_checkpoint(Published("other.safetensors"), NAME)
+
+
+def test_deeper_tower_is_no_match(places):
+    state = dict(tower().state_dict())
+    state["transformer.resblocks.4.ln_1.weight"] = torch.ones(192)
+    save_file(state, places / "deep.safetensors")
+    with pytest.raises(InputError, match=r"also has 'transformer.resblocks.4.ln_1.weight'"):
+        tower_checkpoint(Published("deep.safetensors"), NAME)
+
+
+def test_other_networks_are_no_tower(places):
+    save_file({"embeddings.word_embeddings.weight": torch.ones(2, 2)}, places / "bert.safetensors")
+    with pytest.raises(InputError, match="no CLIP vision tower"):
+        tower_checkpoint(Published("bert.safetensors"), NAME)
+
+
+def test_absent_checkpoint_says_what_to_download_where(places):
+    published = Published(
+        "tall/ViT-B-16/MNISTVal/nonlinear_finetuned.pt", origin="the Drive folder"
+    )
+    with pytest.raises(InputError) as caught:
+        published.path()
+    assert "nonlinear_finetuned.pt is not there" in caught.value.message
+    assert "download the Drive folder to" in caught.value.hint
+    assert "MODEL_MERGING_CHECKPOINTS" in caught.value.hint
+
+
+def test_unknown_architecture():
+    with pytest.raises(InputError, match="no model 'ViT-Z-1'"):
+        vision_models.build("ViT-Z-1")
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_huggingface_adapter_is_packed_exactly(places, tmp_path):
+    model = randomised(CLIPVisionModelWithProjection(SMALL))
+    model.save_pretrained(tmp_path / "base")
+    base = tower_state(open_checkpoint(tmp_path / "base"), NAME)
+    targets = ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]  # no k: its rows must stay 0
+    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=targets))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    adapted.save_pretrained(places / "lora")
+    with torch.no_grad():
+        expected = adapted.eval()(images()).image_embeds
+
+    folder = tower_checkpoint(Published("lora"), NAME)
+    adapter = open_checkpoint(folder)
+    assert adapter.rank("transformer.resblocks.0.attn.in_proj_weight") == 6
+    with torch.no_grad():
+        found = loaded(finetune.expert_state(base, folder))(images())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_lora_on_attention_is_what_the_adapter_file_says(tmp_path):
+    base = {k: v.clone() for k, v in tower().state_dict().items()}
+    model = finetune.add_lora(tower(), vision_models.lora_targets(tower()), r=2, alpha=4)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.05)
+    finetune.save_adapter(model, tmp_path)
+    adapter = open_checkpoint(tmp_path)
+    assert set(adapter.keys()) == set(merging.linear_layers(tower()))
+    with torch.no_grad():
+        found = loaded(finetune.expert_state(base, tmp_path))(images())
+        torch.testing.assert_close(found, model.eval()(images()), atol=1e-5, rtol=0)
+
+
+def test_adapter_of_another_model_is_refused(places, tmp_path):
+    model = CLIPVisionModel(CLIPVisionConfig(**SMALL.to_dict() | {"hidden_size": 96}))
+    get_peft_model(model, LoraConfig(r=2, target_modules=["fc1"])).save_pretrained(places / "lora")
+    with pytest.raises(InputError, match="no adapter of"):
+        tower_checkpoint(Published("lora"), NAME)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+def whole_clip(path, seed=0):
+    model = vision_models.build(NAME, seed).eval()
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    return model
+
+
+def test_text_head_is_the_mean_over_templates(places):
+    model = whole_clip(places / "clip.safetensors")
+    classes, templates = ["red", "green", "blue"], ["a {} thing.", "the {} one."]
+    head = vision_models.text_head(places / "clip.safetensors", NAME, classes, templates)
+    tokenizer = open_clip.get_tokenizer("ViT-S-8-32px")
+    for row, name in zip(head, classes, strict=True):
+        with torch.no_grad():
+            each = model.encode_text(tokenizer([t.format(name) for t in templates]))
+        mean = (each / each.norm(dim=-1, keepdim=True)).mean(0)
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=0)
+
+
+def test_head_needs_the_text_tower(places):
+    save_file(tower().state_dict(), places / "tower.safetensors")
+    with pytest.raises(InputError, match="is no whole ViT-S"):
+        vision_models.text_head(places / "tower.safetensors", NAME, ["a"], ["{}"])
+
+
+# --- real shapes ----------------------------------------------------------------------------------
+
+
+def symlinked_experts(folder, base, count=8):
+    """Eight experts on disk, two of them distinct, in half precision."""
+    generator = torch.Generator().manual_seed(0)
+    for i in range(2):
+        moved = {
+            k: v + (1e-3 * torch.randn(v.shape, generator=generator)).half()
+            for k, v in base.items()
+        }
+        save_file(moved, folder / f"distinct{i}.safetensors")
+    for i in range(count):
+        os.symlink(folder / f"distinct{i % 2}.safetensors", folder / f"task{i}.safetensors")
+    return {f"task{i}": folder / f"task{i}.safetensors" for i in range(count)}
+
+
+def test_vit_b_32_with_eight_experts_from_disk_to_embeddings(tmp_path):
+    tower = vision_models.build("ViT-B-32-quickgelu").visual
+    base = {k: v.half() for k, v in tower.state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    experts = symlinked_experts(tmp_path, base)
+    report = merging.merge_checkpoints(
+        tmp_path / "base.safetensors",
+        experts,
+        merging.create("task_arithmetic"),
+        tmp_path / "merged.safetensors",
+        layers=tower,
+    )
+    merged = tower_state(open_checkpoint(tmp_path / "merged.safetensors"), "ViT-B-32-quickgelu")
+    assert set(report.rules) == set(base) == set(merged)  # every tensor is accounted for
+    assert sum(t.numel() for t in merged.values()) == 87_849_216
+    assert sum(rule.startswith("task_arithmetic (3") for rule in report.rules.values()) == 12
+    # two distinct tensors are held at once, not nine models of 176 MB
+    assert 0 < report.peak_bytes < 4 * 2**30
+    name = "transformer.resblocks.5.mlp.c_fc.weight"
+    alpha = merging.create("task_arithmetic").alpha
+    deltas = [load_file(tmp_path / f"distinct{i}.safetensors")[name].double() for i in (0, 1)]
+    expected = base[name].double() + alpha * 4 * sum(d - base[name].double() for d in deltas)
+    torch.testing.assert_close(merged[name].double(), expected, atol=2e-3, rtol=2e-3)
+    tower.load_state_dict(merged)
+    with torch.inference_mode():
+        embedded = tower.eval()(torch.randn(2, 3, 224, 224))
+    assert embedded.shape == (2, 512)
+    assert torch.isfinite(embedded).all()
+
+
+def test_vit_l_14_widths_on_two_of_its_blocks(tmp_path):
+    config = open_clip.get_model_config("ViT-L-14")
+    config["vision_cfg"]["layers"] = 2
+    config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1}
+    (tmp_path / "ViT-L-14-two-blocks.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    tower = vision_models.build("ViT-L-14-two-blocks").visual
+    base = {k: v.half() for k, v in tower.state_dict().items()}
+    save_file(base, tmp_path / "base.safetensors")
+    report = merging.merge_checkpoints(
+        tmp_path / "base.safetensors",
+        symlinked_experts(tmp_path, base),
+        merging.create("average"),
+        tmp_path / "merged.safetensors",
+        layers=tower,
+    )
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert set(report.rules) == set(base) == set(merged)
+    assert merged["transformer.resblocks.1.attn.in_proj_weight"].shape == (3072, 1024)
+    tower.load_state_dict(merged)
+    with torch.inference_mode():
+        assert tower.eval()(torch.randn(1, 3, 224, 224)).shape == (1, 768)
