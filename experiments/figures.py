@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -109,6 +109,32 @@ def task_heatmap(rows: pd.DataFrame) -> Figure:
     return figure
 
 
+def costs(rows: pd.DataFrame) -> Figure:
+    """Accuracy against the seconds to merge, statistics included; the best at its price is named."""
+    rows = rows.assign(
+        seconds=rows.merge_seconds + rows.statistics_seconds,
+        family=[family(row.method, row.data) for row in rows.itertuples()],
+    )
+    rows = rows[rows.family != "reference"].sort_values(["seconds", "mean"])
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 4.0))
+        axes = figure.subplots()
+        for name, part in rows.groupby("family"):
+            axes.scatter(part.seconds, part["mean"], s=22, color=COLOURS[name], label=name)
+        front = rows[rows["mean"] >= rows["mean"].cummax()]
+        axes.step(front.seconds, front["mean"], where="post", color="#999999", linewidth=0.8)
+        for row in (
+            pd.concat([front, rows[rows.method == "actmat"]]).drop_duplicates("row").itertuples()
+        ):
+            axes.annotate(row.row, (row.seconds, row.mean), xytext=(4, 4),
+                          textcoords="offset points", fontsize=7)  # fmt: skip
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds to merge, statistics included")
+        axes.set_ylabel("mean accuracy over tasks, %")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+    return figure
+
+
 def sweep_lines(points: pd.DataFrame) -> Figure:
     """Accuracy against one parameter, a line per method; points of `tables.curves`.
 
@@ -120,8 +146,8 @@ def sweep_lines(points: pd.DataFrame) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4))
         axes = figure.subplots()
-        styles = cycle(zip(LINES, "osD^vPX*", strict=True))
-        for (method, part), (colour, marker) in zip(points.groupby("method"), styles, strict=False):
+        by_method = zip(points.groupby("method"), styles(), strict=False)
+        for (method, part), (colour, marker) in by_method:
             by_value = part.groupby("value")[measure]
             mean, error = by_value.mean(), by_value.sem().fillna(0)
             axes.errorbar(mean.index, mean, error, label=method, color=colour, marker=marker,
@@ -133,6 +159,72 @@ def sweep_lines(points: pd.DataFrame) -> Figure:
         axes.set_ylabel(f"{measure} accuracy, %")
         axes.legend(frameon=False, fontsize=8)
     return figure
+
+
+def selection_curves(found: Sequence[Record]) -> Figure:
+    """Validation accuracy of every value that was tried, a line per method; rings: the chosen.
+
+    found: records that selected one parameter; seeds are averaged, each seed's choice is ringed.
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 3.4))
+        axes = figure.subplots()
+        methods = dict.fromkeys(record["key"]["method"] for record in found)
+        for method, (colour, marker) in zip(methods, styles(), strict=False):
+            own = [r["selection"] for r in found if r["key"]["method"] == method]
+            curves = 100 * np.array([selection["accuracy"] for selection in own])
+            values = own[0]["values"]
+            axes.plot(values, curves.mean(0), color=colour, marker=marker, markersize=3,
+                      linewidth=1.2, label=method)  # fmt: skip
+            for selection in own:
+                at = values.index(selection["chosen"])
+                axes.plot(values[at], curves.mean(0)[at], "o", markersize=9, markerfacecolor="none",
+                          markeredgecolor=colour)  # fmt: skip
+        axes.set_xlabel(found[0]["selection"]["parameter"])
+        axes.set_ylabel("validation accuracy, %")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def accuracy_against_cost(rows: pd.DataFrame) -> Figure:
+    """Mean accuracy of every merge against the seconds it takes, statistics included."""
+    rows = rows[rows.method.isin(merging.methods())]
+    seconds = rows.merge_seconds + rows.statistics_seconds
+    families = [family(row.method, row.data) for row in rows.itertuples()]
+    with rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.0))
+        axes = figure.subplots()
+        axes.scatter(seconds, rows["mean"], c=[COLOURS[f] for f in families], s=18)
+        for x, y, name in zip(seconds, rows["mean"], rows.row, strict=True):
+            axes.annotate(name, (x, y), (3, 2), textcoords="offset points", fontsize=6)
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds to merge, statistics included")
+        axes.set_ylabel("mean accuracy over tasks, %")
+        patches = [Patch(color=c, label=f) for f, c in COLOURS.items() if f in families]
+        axes.legend(handles=patches, frameon=False, fontsize=7, loc="lower right")
+    return figure
+
+
+def full_against_lora(rows: pd.DataFrame) -> Figure:
+    """Normalised accuracy of every row after both kinds of fine-tuning, joined by a line."""
+    table = rows.pivot(index="row", columns="finetuning", values="normalised").dropna()
+    table = table.sort_values("full")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(5.2, 0.2 * len(table) + 1.0))
+        axes = figure.subplots()
+        axes.hlines(range(len(table)), table.full, table.lora, color="#BBBBBB", linewidth=1.2)
+        for finetuning, (colour, marker) in zip(("full", "lora"), styles(), strict=False):
+            axes.plot(table[finetuning], range(len(table)), marker, color=colour, markersize=4,
+                      label=finetuning)  # fmt: skip
+        axes.set_yticks(range(len(table)), table.index)
+        axes.set_xlabel("normalised accuracy, %")
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def styles() -> Iterator[tuple[str, str]]:
+    """(colour, marker) pairs without end."""
+    return cycle(zip(LINES, "osD^vPX*", strict=True))
 
 
 def run_figure(record: Record, references: Mapping[str, Record]) -> Figure:

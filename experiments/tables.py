@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
+from eval.cache import digest
 from experiments import figures, records
 from experiments.cli import command
 from experiments.experiment import REFERENCES, UNMERGED
@@ -38,7 +39,9 @@ class Tables:
     records: str | None = "runs/records"
     output: str = "results"
     baseline: str = "actmat"
+    finetuning: str | None = None
     seeds: list[int] | None = None
+    against: str | None = None
     paper: Paper | None = None
     published: str = "results/published"
 
@@ -52,10 +55,14 @@ def main(settings: Tables) -> None:
         console.print(Markdown(written.read_text()))
     else:
         folder = Path(settings.output) / settings.suite["name"]
-        rows = render(gather(settings), folder, settings.baseline)
+        found = gather(settings)
+        rows = render(found, folder, settings.baseline)
         for finetuning, part in rows.groupby("finetuning"):
             title = f"{settings.suite['name']}, {finetuning}"
             console.print(_short(part, title, settings.baseline))
+        if settings.against is not None:
+            committed = Path(settings.against) / settings.suite["name"] / "records.jsonl"
+            console.print(agreement(found, records.load_lines(committed), str(committed)))
         written = folder / "table.md"
     console.print(f"written to {written}")
 
@@ -83,12 +90,27 @@ def gather(settings: Tables) -> list[Record]:
     found = [r for r in records.merged(*groups) if is_reportable(r)]
     if settings.seeds is not None:
         found = [r for r in found if r["key"]["seed"] in settings.seeds]
+    if settings.finetuning is not None:
+        found = [r for r in found if r["key"]["finetuning"] == settings.finetuning]
     if not found:
         raise InputError(
             f"there are no records of finished test runs for suite {name!r}",
             hint=f"make them with: python -m experiments.run suite={name} method=...",
         )
     return found
+
+
+def agreement(found: Sequence[Record], others: Sequence[Record], where: str) -> str:
+    """How far the means of these runs are from those of the same runs recorded elsewhere."""
+    theirs = {digest(record["key"]): record["mean"] for record in others}
+    ours = {digest(record["key"]): record["mean"] for record in found}
+    gaps = [100 * abs(mean - theirs[run]) for run, mean in ours.items() if run in theirs]
+    if not gaps:
+        return f"none of these runs is in {where}"
+    return (
+        f"{len(gaps)} of these runs are in {where}: {gaps.count(0)} agree exactly, "
+        f"the largest difference in the mean is {max(gaps):.2f} points"
+    )
 
 
 def is_reportable(record: Record) -> bool:
@@ -121,8 +143,25 @@ def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> p
     for finetuning, part in parts.items():
         figures.save(figures.accuracy_bars(part), folder / f"accuracy_{finetuning}")
         figures.save(figures.task_heatmap(part), folder / f"tasks_{finetuning}")
+        figures.save(figures.costs(part), folder / f"costs_{finetuning}")
+        figures.save(figures.accuracy_against_cost(part), folder / f"cost_{finetuning}")
+    if {"full", "lora"} <= set(parts):
+        figures.save(figures.full_against_lora(rows), folder / "full_against_lora")
+    _render_selections(found, folder)
     _render_sweeps(frame, folder, baseline)
     return rows
+
+
+def _render_selections(found: Sequence[Record], folder: Path) -> None:
+    """A figure per parameter that was chosen on validation: how accuracy depended on it there."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for record in found:
+        if record["selection"]:
+            own = (record["selection"]["parameter"], record["key"]["finetuning"])
+            groups.setdefault(own, []).append(record)
+    for (parameter, finetuning), group in groups.items():
+        figure = figures.selection_curves(group)
+        figures.save(figure, folder / f"selection_{parameter}_{finetuning}")
 
 
 def _render_sweeps(frame: pd.DataFrame, folder: Path, baseline: str) -> None:
