@@ -92,6 +92,8 @@ class VisionSuite:
     experts, adapters: where fine-tuned towers and LoRA adapters are published; None: trained
         here. In them, as in `clip`, {model}, {hub_model}, {timm_model} and {task} are filled in,
         {task} by `task_names`.
+    shots: where the base is pre-trained here, the number of labelled training images behind
+        each class's head; None: all of them.
     """
 
     name: str
@@ -105,6 +107,7 @@ class VisionSuite:
     experts: Mapping[str, Any] | None = None
     adapters: Mapping[str, Any] | None = None
     task_names: Mapping[str, str] | None = None
+    shots: int | None = None
     logit_scale: float = 100.0
     workers: int = 0
     device: str = "cpu"
@@ -230,18 +233,19 @@ class VisionSuite:
 
     @cached_property
     def _prototypes(self) -> dict[str, Tensor]:
-        key = {"base": self._base_key, "data": {t: d.identity() for t, d in self._sets.items()}}
-        folder = cached("heads", {"version": VERSION, "prototypes": key}, self._write_prototypes)
+        key = {"version": VERSION, "base": self._base_key, "shots": self.shots}
+        key |= {"data": {task: data.identity() for task, data in self._sets.items()}}
+        folder = cached("heads", key, self._write_prototypes)
         return load_file(folder / "heads.safetensors")
 
     def _write_prototypes(self, folder: Path) -> None:
-        """Each class's mean embedding under the base, over the training images."""
+        """Each class's mean embedding under the base, over `shots` training images of it."""
         self._load(self._base)
         heads = {}
         for task, data in self._sets.items():
             images, labels = pixels(data, "train", self._preprocessing)
-            embedded = self._embed(images[i : i + BATCH] for i in range(0, len(images), BATCH))
-            means = [embedded[labels == c].mean(0) for c in range(len(data.names))]
+            members = [(labels == c).nonzero()[: self.shots, 0] for c in range(len(data.names))]
+            means = [self._embed([images[m.numpy()]]).mean(0) for m in members]
             heads[task] = F.normalize(torch.stack(means), dim=-1)
         save_file(heads, folder / "heads.safetensors")
 
@@ -325,7 +329,7 @@ class VisionSuite:
         data = self._images(task)
         return key | {
             "data": data.identity(),
-            "head": [data.names, list(data.templates)],
+            "head": [data.names, list(data.templates), self.shots],
             "logit_scale": self.logit_scale,
             "finetuning": finetuning,
             "recipe": asdict(self._recipe(finetuning)),

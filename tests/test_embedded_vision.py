@@ -145,6 +145,18 @@ def test_heads_are_the_class_means_under_the_base(digits):
     )
 
 
+def test_heads_of_few_shots_are_the_means_of_those(digits):
+    few = VisionSuite(**vars_of(digits) | {"shots": 2})
+    images, labels = pixels(few._images("digits"), "train", few._preprocessing)
+    few._load(few.base())
+    for c, row in enumerate(few._head("digits")):
+        chosen = (labels == c).nonzero().flatten()[:2]
+        mean = few._embed([images[chosen.numpy()]]).mean(0)
+        torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=0)
+    keys = [s.identity(finetuning="full", seed=0)["experts"]["digits"] for s in (digits, few)]
+    assert keys[0] != keys[1]
+
+
 def test_an_expert_merges_and_scores(digits):
     state = load_file(digits.expert("digits", finetuning="full", seed=0))
     merged = merging.merge_state_dicts(
