@@ -1,22 +1,22 @@
 """`python -m experiments.analyse suite=...`: the conditions behind ACTMat on real fine-tuning.
 
 Writes to <output>: conditions.csv (along the training, per task and layer), estimates.csv (how
-near each estimate comes to the true second moment), scale.csv, interference.csv, summary.md with
-the published means beside ours, and the figures.
+near each estimate comes to the true second moment), scale.csv, interference.csv, about.json, and
+from these (`theory_report`) summary.md with the published means beside ours, and the figures.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from rich.console import Console
@@ -30,7 +30,7 @@ from eval.cache import cached
 from eval.finetune import Loss, train
 from eval.statistics import second_moments
 from eval.suite import Suite
-from experiments import theory_figures
+from experiments import records
 from experiments.cli import command
 from experiments.experiment import (
     Experiment,
@@ -40,16 +40,14 @@ from experiments.experiment import (
     load_suite,
     merge_suite,
     pick_tasks,
+    resolve_device,
 )
-from experiments.figures import save
-from experiments.markup import markdown
+from experiments.theory_report import RHO, read_published, render
 from merging.errors import InputError
 from merging.layers import Layer, cut
 from merging.progress import track
 
 VERSION = 1  # of recordings: raise it when the code below would give others
-CONDITIONS = ("cross_term", "correlation", "drift")
-RHO = "energy_rho"
 
 
 @dataclass
@@ -85,7 +83,7 @@ def main(settings: Analyse) -> None:
         raise InputError(f"no layer of suite {suite.name} has {settings.layers!r} in its name")
     for name in settings.methods:
         merging.create(name)
-    published = read_published(Path(settings.published))
+    published = read_published(Path(settings.published))  # before the work, if it is not there
     recorded = _spread(tasks, len(tasks) if settings.record is None else settings.record)
     if recorded and (settings.finetuning != "full" or not hasattr(suite, "training")):
         raise InputError(
@@ -96,15 +94,21 @@ def main(settings: Analyse) -> None:
         "conditions": along_training(settings, suite, recorded, layers),
         **after_training(settings, suite, tasks, layers),
     }
+    about = {
+        "suite": suite.name,
+        "family": suite.family,
+        "experts": suite.identity(finetuning=settings.finetuning, seed=settings.seed),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in {"suite", "output"}},
+        "versions": records.versions(),
+        "machine": records.machine(resolve_device(settings.device)),
+    }
     folder = Path(settings.output)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
     for name, frame in frames.items():
         frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g", lineterminator="\n")
-    for name, figure in theory_figures.draw(frames, published).items():
-        save(figure, folder / name)
-    (folder / "summary.md").write_text(summary(frames, published, suite))
     console = Console()
-    console.print(Markdown((folder / "summary.md").read_text()))
+    console.print(Markdown(render(folder, published).read_text()))
     console.print(f"written to {folder}")
 
 
@@ -320,60 +324,6 @@ def _described(frame: pd.DataFrame) -> pd.DataFrame:
             angles = angles.mask(frame.quantity == RHO)  # a correlation, not a cosine
         frame.insert(at, "angular", angles)
     return frame
-
-
-# --- beside the paper -----------------------------------------------------------------------------
-
-
-def read_published(path: Path) -> pd.DataFrame:
-    """Published means by quantity: columns low, high, source, and what they were measured on."""
-    if not path.exists():
-        raise InputError(f"{path} does not exist, expected the published means")
-    return pd.read_csv(path).set_index("quantity")
-
-
-def summary(frames: Mapping[str, pd.DataFrame], published: pd.DataFrame, suite: Suite) -> str:
-    """The published means beside ours, and the estimates by type of layer, as Markdown."""
-    conditions, estimates = frames["conditions"], frames["estimates"]
-    text = f"# The conditions behind D^T D on {suite.name}\n\nCheckpoints: {suite.family}. "
-    text += "Means over layers and tasks; angular distance is arccos(cosine) / pi.\n\n"
-    lines = []
-    for name, part in [*conditions.groupby("quantity"), *estimates.groupby("estimate")]:
-        if "step" in part and name not in {"drift", RHO}:
-            part = part[part.step == part.groupby("task").step.transform("max")]
-        paper = "–"
-        if name in published.index:
-            low, high = published.loc[name, ["low", "high"]]
-            paper = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        overlap = part.overlap.mean() if "overlap" in part else math.nan
-        figures = [part.cosine.mean(), part.angular.mean(), overlap]
-        lines.append([name, paper, *("–" if math.isnan(x) else f"{x:.3f}" for x in figures)])
-    order = [*CONDITIONS, "optimiser", "alignment", RHO]
-    lines.sort(key=lambda line: order.index(line[0]) if line[0] in order else len(order))
-    on = ", ".join(published.backbone.unique())
-    text += markdown(["quantity", f"paper ({on})", "cosine", "angular", "overlap"], lines)
-    text += "\n" + _by_type(estimates) + "\n" + _scales(frames["scale"])
-    return text
-
-
-def _by_type(estimates: pd.DataFrame) -> str:
-    table = estimates.pivot_table("cosine", "type", "estimate", sort=False)
-    lines = [[str(kind), *(f"{x:.3f}" for x in row)] for kind, *row in table.itertuples()]
-    return "Cosine with the true second moment by type of layer:\n\n" + markdown(
-        ["layer", *table.columns], lines
-    )
-
-
-def _scales(scale: pd.DataFrame) -> str:
-    """How unequal the tasks' factors between D^T D and C are, layer by layer."""
-    by_layer = scale.groupby("layer").ratio
-    spread = by_layer.max() / by_layer.min()
-    deviation = scale.groupby("layer").ratio.apply(lambda x: np.log(x).std())
-    return (
-        f"Scale |D|^2 / tr C between tasks: largest over smallest {spread.median():.2f} in the "
-        f"median layer, {spread.max():.2f} in the worst; standard deviation of its logarithm "
-        f"{deviation.mean():.2f}.\n"
-    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The analysis on a tiny fine-tuning: every table against its definition, nothing trained twice."""
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from eval import theory
-from experiments import analyse, cli
+from experiments import analyse, cli, theory_report
 from experiments.experiment import Statistics, load_suite
 from merging.errors import InputError
 
@@ -140,6 +141,7 @@ def test_the_summary_puts_the_papers_means_beside_ours(settings):
     assert f"| cross_term | 0.915 | {ours:.3f} |" in text
     assert "| identity | 0.09 to 0.14 |" in text
     assert "| attention.self.query |" in text
+    assert "| regmean | " in text
     for figure in ("conditions", "training", "estimates", "scale", "interference"):
         for suffix in ("png", "pdf"):
             assert (Path(settings.output) / f"{figure}.{suffix}").stat().st_size > 1000
@@ -150,6 +152,22 @@ def test_nothing_is_trained_twice_and_the_same_is_written_again(settings, tmp_pa
     analyse.main.__wrapped__(replace(settings, output=str(tmp_path)))
     for path in Path(settings.output).iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+@pytest.mark.parametrize("folder", sorted((ROOT / "results").glob("*/theory")), ids=str)
+def test_committed_summaries_follow_from_the_committed_tables(folder, tmp_path):
+    for path in (*folder.glob("*.csv"), folder / "about.json"):
+        shutil.copy(path, tmp_path)
+    published = theory_report.read_published(ROOT / "results/published/actmat_theory.csv")
+    written = theory_report.render(tmp_path, published)
+    assert written.read_text() == (folder / "summary.md").read_text()
+
+
+def test_estimates_can_be_had_without_recording(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyse, "train", lambda *a, **k: pytest.fail("recorded"))
+    analyse.main.__wrapped__(replace(settings, record=0, methods=[], output=str(tmp_path)))
+    assert "| delta | 0.3 |" in (tmp_path / "summary.md").read_text()
+    assert not (tmp_path / "conditions.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The factorial: its grid, its paired statistics by hand, and where merges overshoot."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from experiments import cli, experiment, factorial
 from merging.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def composed():
@@ -137,6 +139,15 @@ def test_every_cell_is_judged_on_validation_and_once(settings, monkeypatch):
 def test_without_records_there_is_no_table(settings):
     with pytest.raises(InputError, match=r"records\.jsonl does not exist"):
         factorial.main.__wrapped__(replace(settings, run=False))
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/factorial")), ids=str)
+def test_committed_tables_follow_from_the_committed_records(folder, tmp_path):
+    for name in ("records.jsonl", "directions.csv"):
+        shutil.copy(folder / name, tmp_path)
+    factorial.render(tmp_path, "actmat")
+    for name in ("cells.csv", "effects.csv", "table.md"):
+        assert (tmp_path / name).read_text() == (folder / name).read_text()
 
 
 def test_directions_add_up_to_gain_and_interference(settings):
