@@ -234,7 +234,7 @@ def _indexed_slots(index: Path) -> dict[str, Slot]:
                 "expected the name of a file in the same folder"
             )
         if shard not in present:
-            raise InputError(f"{index}: the shard {shard} of tensor {name!r} is missing")
+            raise InputError(f"{index}: the shard {shard!r} of tensor {name!r} is missing")
     slots: dict[str, Slot] = {}
     for shard in sorted(set(weight_map.values())):
         for name, slot in _slots(index.parent / shard).items():

@@ -277,7 +277,7 @@ def _run(
     depths = _depths([item.name for item in items])
     # a file cannot share memory between names, so tied tensors are written under each
     copies = {i.name: [n for n, first in base.tied.items() if first == i.name] for i in items}
-    todo = [item for item in items if item.name not in sink.done]
+    todo = [i for i in items if not {i.name, *copies[i.name]} <= sink.done]
     lock = threading.Lock()
 
     def work(device: str, share: Sequence[_Item]) -> None:
@@ -512,7 +512,7 @@ def _ahead(load: Callable[[Given], Result], items: Sequence[Given]) -> Iterator[
     """load(item) for each item, the next one loading while the current one is used."""
     with ThreadPoolExecutor(1) as pool:
         waiting = [pool.submit(load, item) for item in items[:1]]
-        for following in itertools.chain(items[1:], [None]):
+        for following in itertools.chain(items[1:], [None] if items else []):
             result = waiting.pop().result()
             if following is not None:
                 waiting.append(pool.submit(load, following))

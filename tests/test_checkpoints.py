@@ -261,7 +261,7 @@ def test_bad_indexes(tmp_path):
         return caught.value.message
 
     first, second = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
-    assert "shard other of tensor 'a' is missing" in reopen(lambda _, m: m.update(a="other"))
+    assert "shard 'other' of tensor 'a' is missing" in reopen(lambda _, m: m.update(a="other"))
     for outside in ("../x", "/etc/passwd", "sub/x", "..", "", 3, None, "a\0b"):
         message = reopen(lambda _, m, outside=outside: m.update(a=outside))
         assert "tensor 'a'" in message and ("same folder" in message or "missing" in message)

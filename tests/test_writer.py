@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+import merging
 from merging import writer as writer_module
 from merging.checkpoints import open_checkpoint
 from merging.errors import InputError
@@ -415,6 +416,34 @@ def test_killed_at_random_instants(fast):
         if kills == 12:
             break
     assert kills == 12
+
+
+def test_a_merge_stopped_at_every_call_continues(fast):
+    """Through the engine, with a base whose tied tensors are written under both names."""
+    embed, tasks = torch.randn(40, 6), ("a", "b")
+    torch.save({"embed": embed, "fc.weight": torch.randn(6, 6), "head": embed}, fast / "base.bin")
+    for task in tasks:
+        tensors = {"embed": torch.randn(40, 6), "fc.weight": torch.randn(6, 6)}
+        write_whole(fast / f"{task}.safetensors", tensors | {"head": tensors["embed"]})
+    experts = {task: fast / f"{task}.safetensors" for task in tasks}
+
+    def merge(output, **options):
+        average = merging.create("average")
+        merging.merge_checkpoints(fast / "base.bin", experts, average, output, **options)
+
+    merge(fast / "expected")
+    expected, points = content(fast / "expected"), 0
+    while True:
+        points += 1
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(writer_module, "os", Os(points, fill))
+                merge(fast / str(points))
+            break
+        except InputError:
+            merge(fast / str(points), overwrite=True)
+            assert content(fast / str(points)) == expected
+    assert points > 15
 
 
 # --- disks ----------------------------------------------------------------------------------------
