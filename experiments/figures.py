@@ -109,32 +109,6 @@ def task_heatmap(rows: pd.DataFrame) -> Figure:
     return figure
 
 
-def costs(rows: pd.DataFrame) -> Figure:
-    """Accuracy against the seconds to merge, statistics included; the best at its price is named."""
-    rows = rows.assign(
-        seconds=rows.merge_seconds + rows.statistics_seconds,
-        family=[family(row.method, row.data) for row in rows.itertuples()],
-    )
-    rows = rows[rows.family != "reference"].sort_values(["seconds", "mean"])
-    with rc_context(STYLE):
-        figure = Figure(figsize=(6.0, 4.0))
-        axes = figure.subplots()
-        for name, part in rows.groupby("family"):
-            axes.scatter(part.seconds, part["mean"], s=22, color=COLOURS[name], label=name)
-        front = rows[rows["mean"] >= rows["mean"].cummax()]
-        axes.step(front.seconds, front["mean"], where="post", color="#999999", linewidth=0.8)
-        for row in (
-            pd.concat([front, rows[rows.method == "actmat"]]).drop_duplicates("row").itertuples()
-        ):
-            axes.annotate(row.row, (row.seconds, row.mean), xytext=(4, 4),
-                          textcoords="offset points", fontsize=7)  # fmt: skip
-        axes.set_xscale("log")
-        axes.set_xlabel("seconds to merge, statistics included")
-        axes.set_ylabel("mean accuracy over tasks, %")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
-    return figure
-
-
 def sweep_lines(points: pd.DataFrame) -> Figure:
     """Accuracy against one parameter, a line per method; points of `tables.curves`.
 

@@ -62,7 +62,8 @@ def main(settings: Tables) -> None:
             console.print(_short(part, title, settings.baseline))
         if settings.against is not None:
             committed = Path(settings.against) / settings.suite["name"] / "records.jsonl"
-            console.print(agreement(found, records.load_lines(committed), str(committed)))
+            others = records.load_lines(committed) if committed.exists() else []
+            console.print(agreement(found, others, str(committed)))
         written = folder / "table.md"
     console.print(f"written to {written}")
 
@@ -143,7 +144,6 @@ def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> p
     for finetuning, part in parts.items():
         figures.save(figures.accuracy_bars(part), folder / f"accuracy_{finetuning}")
         figures.save(figures.task_heatmap(part), folder / f"tasks_{finetuning}")
-        figures.save(figures.costs(part), folder / f"costs_{finetuning}")
         figures.save(figures.accuracy_against_cost(part), folder / f"cost_{finetuning}")
     if {"full", "lora"} <= set(parts):
         figures.save(figures.full_against_lora(rows), folder / "full_against_lora")

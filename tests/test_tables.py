@@ -116,7 +116,9 @@ def test_render_writes_the_same_bytes_from_the_committed_records_alone(runs, tmp
     tables.render(runs, tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {"records.jsonl", "table.md", "table.csv", "table.tex"} <= set(first)
-    assert {"accuracy_full.png", "accuracy_full.pdf", "tasks_full.png"} <= set(first)
+    assert {"accuracy_full.png", "accuracy_full.pdf", "tasks_full.png", "costs_full.pdf"} <= set(
+        first
+    )
     tables.render(records.load_lines(tmp_path / "records.jsonl"), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
     tables.render(runs[::-1], tmp_path)
@@ -207,6 +209,16 @@ def test_runs_renew_the_committed_records_and_trials_stay_out(runs, tmp_path):
     committed = tables.gather(settings(tmp_path, records=None))
     assert [r["mean"] for r in committed if r["key"] == newer["key"]] == [0.55]
     assert len(tables.gather(settings(tmp_path, seeds=[1]))) == 4
+    assert len(tables.gather(settings(tmp_path, finetuning="full"))) == 8
+
+
+def test_agreement_with_records_from_elsewhere(runs):
+    elsewhere = [runs[0], runs[4] | {"mean": 0.5}]  # it was 0.55
+    assert tables.agreement(runs, elsewhere, "there") == (
+        "2 of these runs are in there: 1 agree exactly, "
+        "the largest difference in the mean is 5.00 points"
+    )
+    assert tables.agreement(runs, [], "there") == "none of these runs is in there"
 
 
 def test_no_records_at_all_is_one_sentence(tmp_path):
