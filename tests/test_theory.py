@@ -102,6 +102,17 @@ def test_energy_correlation_is_pearsons_over_tokens():
     assert theory.energy_correlation(sums) == pytest.approx(sum(rho).item() / 9, rel=1e-4)
 
 
+def test_wide_layers_are_judged_by_evenly_spaced_coordinates():
+    z, g = torch.randn(50, 255), torch.randn(50, 2)
+    g *= z[:, :1]
+    wide, narrow = theory.Sums.zeros(2, 255), theory.Sums.zeros(2, 128)
+    wide.add(z, g)
+    narrow.add(z[:, ::2], g)  # 0, 2, ..., 254
+    assert wide.square.shape == (128, 128)
+    expected = theory.energy_correlation(narrow)
+    assert theory.energy_correlation(wide) == pytest.approx(expected, rel=1e-5)
+
+
 def test_conditions_hold_where_they_must():
     """Gradients of one length: correlation 1. Orthogonal gradients: cross term 1."""
     z = torch.randn(6, 4)
