@@ -347,14 +347,15 @@ def _rule(item: _Item, method: Method) -> str:
 
 def _load(
     base: Source, experts: Mapping[str, Source | Adapter], method: Method, item: _Item
-) -> Tensor | list[Factors] | None:
-    """What a matrix is merged from, read ahead of time; None where blocks are read as they go."""
+) -> tuple[Tensor, Tensor | list[Factors]] | None:
+    """The base's tensor and the differences to it, read ahead; None where blocks are read later."""
     if item.rule in {"average", "base"} or method.elementwise:
         return None
     adapters = all(isinstance(e, Adapter) and item.name in e for e in experts.values())
+    W0 = base.read(item.name)
     if item.rule == "layer" and method.row_space and adapters:
-        return [Factors(*e.factors(item.name)) for e in experts.values()]
-    return _deltas(base, experts, item.name)
+        return W0, [Factors(*e.factors(item.name)) for e in experts.values()]
+    return W0, _deltas(W0, experts, item.name)
 
 
 def _merge(
@@ -362,7 +363,7 @@ def _merge(
     experts: Mapping[str, Source | Adapter],
     method: Method,
     item: _Item,
-    loaded: Tensor | list[Factors] | None,
+    loaded: tuple[Tensor, Tensor | list[Factors]] | None,
     options: _Options,
     device: str,
     context: dict[str, Any],
@@ -374,25 +375,27 @@ def _merge(
         return
     if loaded is None:
         for rows in _blocks(base, item.name, len(experts)):
-            deltas = _deltas(base, experts, item.name, rows)
+            W0 = base.read(item.name, rows)
+            deltas = _deltas(W0, experts, item.name, rows)
             stats = _statistics(options, method, experts, item, rows)
             merged = (
                 deltas.mean(0) if item.rule == "average" else method(deltas, **context, **stats)
             )
-            yield _add(base, item.name, merged, rows), rows
+            yield _add(W0, merged), rows
         return
+    W0, deltas = loaded
     stats = _statistics(options, method, experts, item, None)
     if item.rule == "rest":
-        merged = method(loaded.to(device), **_on(stats, device), **context)
-    elif isinstance(loaded, Tensor):
-        merged = _merge_layer(loaded.to(device), method, item.layer, _on(stats, device), context)
+        merged = method(deltas.to(device), **_on(stats, device), **context)
+    elif isinstance(deltas, Tensor):
+        merged = _merge_layer(deltas.to(device), method, item.layer, _on(stats, device), context)
     else:
-        on_device = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in loaded]
+        on_device = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in deltas]
         narrow, Q = in_joint_basis(on_device)
         blocks = narrow.chunk(item.layer.parts, 1)
         context = context | {"d_in": Q.shape[0]}
         merged = join([method(block, **context) @ Q.mT for block in blocks], item.layer)
-    yield _add(base, item.name, merged.cpu()), None
+    yield _add(W0, merged.cpu()), None
 
 
 def _merge_layer(
@@ -434,13 +437,10 @@ def _lift(tensor: Tensor) -> Tensor:
 
 
 def _deltas(
-    base: Source,
-    experts: Mapping[str, Source | Adapter],
-    name: str,
-    rows: slice | None = None,
+    W0: Tensor, experts: Mapping[str, Source | Adapter], name: str, rows: slice | None = None
 ) -> Tensor:
-    """(T, *shape) differences to the base; an expert that lacks rows or a tensor has 0 there."""
-    W0 = _lift(base.read(name, rows))
+    """(T, *shape) differences to W0; an expert that lacks rows or a tensor has 0 there."""
+    W0 = _lift(W0)
     stack = W0.new_empty(len(experts), *W0.shape)
     for delta, (task, expert) in zip(stack, experts.items(), strict=True):
         if isinstance(expert, Adapter):
@@ -477,8 +477,7 @@ def _subtract(expert: Source, name: str, rows: slice | None, W0: Tensor, out: Te
         torch.sub(W.to(W0.dtype), W0[:common], out=out[:common])
 
 
-def _add(base: Source, name: str, delta: Tensor, rows: slice | None = None) -> Tensor:
-    W0 = base.read(name, rows)
+def _add(W0: Tensor, delta: Tensor) -> Tensor:
     return (_lift(W0) + delta).to(W0.dtype)
 
 
@@ -500,7 +499,7 @@ def _stream(
     """All that the method itself will merge, for methods that look at the whole model first."""
     for item in track(items, "first pass"):
         if item.rule in {"layer", "rest"}:
-            yield item.name, _deltas(base, experts, item.name)
+            yield item.name, _deltas(base.read(item.name), experts, item.name)
 
 
 # --- small helpers --------------------------------------------------------------------------------
