@@ -14,7 +14,7 @@ def stack(T=3, shape=(10, 7), seed=0):
 
 def plain_ace(deltas, eps=1e-5, threshold=0.3, k=0.3):
     deltas = deltas.double()
-    T, d_out, d_in = deltas.shape
+    T, _, d_in = deltas.shape
     energy = torch.stack([D.square().sum() for D in deltas])
     gamma = energy.log().var() / energy.log().mean() ** 2 if T > 1 else torch.tensor(0.0)
     uneven = gamma > threshold
