@@ -147,6 +147,7 @@ def _record(
     """Fine-tune one task again; write the cosines at every snapshot, and |rho| at the last."""
     training = suite.training([task], finetuning="full", seed=settings.seed)
     model, steps = training.model, training.settings["steps"]
+    device = torch.device(training.settings["device"]).type
     at = {round(i * steps / settings.snapshots) for i in range(settings.snapshots + 1)}
     probe = list(islice(training.batches(0), settings.probe))
     start = {name: model.get_parameter(name).detach().cpu().clone() for name in layers}
@@ -156,9 +157,10 @@ def _record(
     with theory.recording(model, layers, training.loss, training.mask) as (recorded, sums):
 
         def snapshot(step: int) -> None:
-            moments[step] = second_moments(
-                model, probe, layers, forward=training.loss, mask=training.mask
-            )
+            with torch.autocast(device, enabled=False):  # moments of float32 inputs, in float32
+                moments[step] = second_moments(
+                    model, probe, layers, forward=training.loss, mask=training.mask
+                )
             for name, layer in layers.items() if step else ():
                 D = cut(model.get_parameter(name).detach().cpu() - start[name], layer)
                 for part, block in zip(theory.part_names(name, layer), D, strict=True):
