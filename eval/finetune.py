@@ -212,6 +212,5 @@ def expert_state(base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         return {name: source.read(name) for name in source.keys()}
     state = dict(base) | dict(source.dense)
     for name in source.keys():
-        a, b, scale = source.factors(name)  # (r, d_in), (d_out, r)
-        state[name] = (base[name].float() + scale * b @ a).to(base[name].dtype)
+        state[name] = (base[name].float() + source.delta(name)).to(base[name].dtype)
     return state

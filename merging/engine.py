@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -255,7 +256,22 @@ def _key(
     inputs = {task: expert.stamp() for task, expert in sorted(experts.items())}
     layers = sorted((n, x.parts, x.transposed) for n, x in options.layers.items())
     hyperparameters = sorted(method.hyperparameters.items())
-    return repr((base.stamp(), inputs, method.name, hyperparameters, layers, options.vocabulary))
+    used = options.statistics if method.needs else {}
+    statistics = {task: _stamp(found) for task, found in sorted(used.items())}
+    return repr(
+        (base.stamp(), inputs, method.name, hyperparameters, layers, options.vocabulary, statistics)
+    )
+
+
+def _stamp(statistics: Mapping[str, Tensor]) -> object:
+    """What tells a task's statistics from others: the file's stamp, or a hash of the tensors."""
+    if isinstance(statistics, _Lazy):
+        return statistics.source.stamp()
+    content = blake2b()
+    for name, tensor in sorted(statistics.items()):
+        content.update(name.encode() + str(tensor.dtype).encode())
+        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return content.hexdigest()
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -456,8 +472,7 @@ def _deltas(
 def _expand(adapter: Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
     rows = rows or slice(None)
     if name in adapter:
-        delta = Factors(*adapter.factors(name)).dense()
-        out.copy_((delta.mT if adapter.transposed else delta)[rows])
+        out.copy_(adapter.delta(name)[rows])
     elif name in adapter.dense:
         torch.sub(adapter.dense[name][rows].to(W0.dtype), W0, out=out)
     else:

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
-from merging.engine import _depths, _Item, _share
+from merging.checkpoints import StateDict, open_checkpoint
+from merging.engine import _depths, _Item, _key, _options, _share
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
 
@@ -222,3 +223,16 @@ def test_depth_runs_along_the_blocks():
 def test_work_is_dealt_out_largest_first():
     items = [_Item(str(n), "layer", None, n) for n in (1, 5, 3, 4)]
     assert [[i.numel for i in share] for share in _share(items, 2)] == [[5, 1], [4, 3]]
+
+
+def test_other_statistics_start_an_interrupted_merge_over(base, experts, tmp_path):
+    options = _options(
+        StateDict(base), {t: StateDict(e) for t, e in experts.items()}, create("regmean"), LAYERS,
+        {t: {name: torch.eye(8) for name in LAYERS} for t in experts}, "cpu", True, "refuse",
+    )  # fmt: skip
+    save_file(base, tmp_path / "base.safetensors")
+    source = open_checkpoint(tmp_path / "base.safetensors")
+    key = _key(source, {}, create("regmean"), options)
+    options.statistics["a"]["blocks.1.fc.weight"] *= 2
+    assert _key(source, {}, create("regmean"), options) != key
+    assert _key(source, {}, create("actmat"), options) != key
