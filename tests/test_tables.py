@@ -116,9 +116,7 @@ def test_render_writes_the_same_bytes_from_the_committed_records_alone(runs, tmp
     tables.render(runs, tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert {"records.jsonl", "table.md", "table.csv", "table.tex"} <= set(first)
-    assert {"accuracy_full.png", "accuracy_full.pdf", "tasks_full.png", "costs_full.pdf"} <= set(
-        first
-    )
+    assert {"accuracy_full.png", "accuracy_full.pdf", "tasks_full.png"} <= set(first)
     tables.render(records.load_lines(tmp_path / "records.jsonl"), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
     tables.render(runs[::-1], tmp_path)
