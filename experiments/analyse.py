@@ -45,6 +45,7 @@ from experiments.experiment import (
 from experiments.theory_report import RHO, read_published, render
 from merging.errors import InputError
 from merging.layers import Layer, cut
+from merging.lora import Factors
 from merging.progress import track
 
 VERSION = 1  # of recordings: raise it when the code below would give others
@@ -225,11 +226,11 @@ def after_training(
         return load_file(path)
 
     truth = {t: moments(t, settings.truth) for t in track(tasks, "second moments")}
-    estimates, scale, interference = [], [], []
+    experts = {task: load_expert(suite.expert(task, **own)) for task in tasks}
+    estimates, scale = [], []
     for task in track(tasks, "estimates"):
         fewer = {n: moments(task, n) for n in settings.samples}
-        expert = load_expert(suite.expert(task, **own))
-        for name, part, (D,) in blocks(suite.base(), {task: expert}, layers):
+        for name, part, (D,) in blocks(suite.base(), {task: experts[task]}, layers):
             C = truth[task][name]
             sampled = {n: found[name] for n, found in fewer.items()}
             estimates += [
@@ -237,27 +238,38 @@ def after_training(
                 for row in _estimates(D, C, sampled, settings.overlap)
             ]
             scale.append({"task": task, "layer": part, "ratio": theory.energy_ratio(D, C)})
-    experts = {task: load_expert(suite.expert(task, **own)) for task in tasks}
+    return {
+        "estimates": _described(pd.DataFrame(estimates)),
+        "scale": _described(pd.DataFrame(scale)),
+        "interference": _described(_interference(settings, suite, experts, truth, layers)),
+    }
+
+
+def _interference(
+    settings: Analyse,
+    suite: Suite,
+    experts: Mapping[str, Any],
+    truth: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, Layer],
+) -> pd.DataFrame:
+    """Columns task, layer, method, before (of the base model), after."""
+    base, tasks = suite.base(), list(experts)
     merges = {
         name: merge_suite(_experiment(settings), suite, tasks, merging.create(name)).state
         for name in track(settings.methods, "merging")
     }
-    merged = {name: blocks(suite.base(), {name: state}, layers) for name, state in merges.items()}
-    for name, part, deltas in blocks(suite.base(), experts, layers):
+    merged = {name: blocks(base, {name: state}, layers) for name, state in merges.items()}
+    rows = []
+    for name, part, deltas in blocks(base, experts, layers):
         C = torch.stack([truth[task][name] for task in tasks])
-        before = theory.interference(torch.zeros_like(deltas[0]), deltas, C)
+        before = theory.interference(torch.zeros_like(deltas[0]), deltas, C).tolist()
         for method, stream in merged.items():
-            after = theory.interference(next(stream)[2][0], deltas, C)
-            interference += [
-                {"task": task, "layer": part, "method": method, "before": b, "after": a}
-                for task, b, a in zip(tasks, before.tolist(), after.tolist(), strict=True)
+            _, _, (D,) = next(stream)
+            after = theory.interference(D, deltas, C).tolist()
+            rows += [
+                (task, part, method, b, a) for task, b, a in zip(tasks, before, after, strict=True)
             ]
-    columns = ["task", "layer", "method", "before", "after"]
-    return {
-        "estimates": _described(pd.DataFrame(estimates)),
-        "scale": _described(pd.DataFrame(scale)),
-        "interference": _described(pd.DataFrame(interference, columns=columns)),
-    }
+    return pd.DataFrame(rows, columns=["task", "layer", "method", "before", "after"])
 
 
 def _experiment(settings: Analyse) -> Experiment:
@@ -285,8 +297,10 @@ def blocks(
 def _difference(W0: Tensor, expert: Any, name: str) -> Tensor:
     if isinstance(expert, Mapping):
         return expert[name].float() - W0.float()
-    factors = expert.factors(name)
-    return torch.zeros_like(W0) if factors is None else merging.lora.Factors(*factors).dense()
+    if (factors := expert.factors(name)) is None:
+        return torch.zeros_like(W0)
+    dense = Factors(*factors).dense()
+    return dense if dense.shape == W0.shape else dense.mT  # a layer that is stored transposed
 
 
 def _estimates(
