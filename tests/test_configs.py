@@ -89,6 +89,13 @@ def test_every_sweep_opens_with_a_command_and_names_only_methods(sweep):
                 assert key.removeprefix("method.") in own, f"{key} of {name}"
 
 
+def test_the_sweep_over_tasks_names_tasks_of_its_suite():
+    config = composed("experiment", "sweep=tasks", "suite=embedded_text", hydra=True)
+    subsets = OmegaConf.create(f"[{config.hydra.sweeper.params.tasks}]")
+    assert [len(subset) for subset in subsets] == list(range(2, 8))
+    assert {task for subset in subsets for task in subset} <= set(config.suite.corpora)
+
+
 @pytest.mark.parametrize(
     ("config", "schema", "overrides"),
     [
