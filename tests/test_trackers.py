@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,7 @@ def test_an_offline_wandb_run_holds_table_figure_config_and_summary(finished, tm
     }  # fmt: skip
     trackers.track_run(finished.record, finished.references, settings)
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    wait_for_exit(log)
     history, summary, config = read_wandb(log)
 
     table = history["accuracy"]
@@ -63,6 +65,20 @@ def test_an_offline_wandb_run_holds_table_figure_config_and_summary(finished, tm
     assert summary["mean"] == 0.75
     assert summary["accuracy/first"] == 0.75
     assert summary["normalised"] == 0.75
+
+
+def wait_for_exit(path, seconds=120):
+    """W&B's service writes from a process of its own, on a busy machine after the run's end."""
+    from wandb.proto import wandb_internal_pb2
+
+    for _ in range(seconds * 10):
+        for data in log_entries(path.read_bytes()):
+            message = wandb_internal_pb2.Record()
+            message.ParseFromString(data)
+            if message.WhichOneof("record_type") == "exit":
+                return
+        time.sleep(0.1)
+    raise AssertionError(f"{path} was never finished")
 
 
 def read_wandb(path):

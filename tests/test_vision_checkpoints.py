@@ -207,6 +207,11 @@ def test_unknown_architecture():
 # --- adapters -------------------------------------------------------------------------------------
 
 
+@pytest.mark.xfail(
+    raises=merging.InputError,
+    strict=True,
+    reason="write_adapter refuses packed attention, which peft versions apply differently",
+)
 def test_huggingface_adapter_is_packed_exactly(places, tmp_path):
     model = randomised(CLIPVisionModelWithProjection(SMALL))
     model.save_pretrained(tmp_path / "base")
