@@ -167,13 +167,7 @@ class VisionSuite:
     ) -> Path:
         """Second moments (d_in, d_in) of every layer over all tokens, or the Fisher diagonal of
         every tower parameter, over `batches * batch_size` training images."""
-        available = len(self._images(task).rows("train"))
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training images, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
+        self._check_available(task, batches, batch_size)
         about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
         key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
 
@@ -185,6 +179,29 @@ class VisionSuite:
             statistics.save(folder / f"{kind}.safetensors", found, about)
 
         return cached("statistics", key, build) / f"{kind}.safetensors"
+
+    def second_moments(
+        self,
+        task: str,
+        state: Mapping[str, Tensor],
+        names: Iterable[str],
+        *,
+        batches: int,
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        """Second moments of the named layers' inputs through a tower with any state; not cached."""
+        self._check_available(task, batches, batch_size)
+        self._load(state)
+        return self._moments(task, batches, batch_size, names)
+
+    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
+        available = len(self._images(task).rows("train"))
+        if batches * batch_size > available:
+            raise InputError(
+                f"task {task!r} has {available} training images, statistics over "
+                f"{batches} x {batch_size} of them were asked for",
+                hint="ask for fewer batches",
+            )
 
     def evaluate(
         self,
@@ -424,9 +441,12 @@ class VisionSuite:
         images = cropped(data, "train", self._preprocessing, chosen)
         return normalise(images, self._preprocessing, self.device), data.labels("train")[chosen]
 
-    def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+    def _moments(
+        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         images, _ = self._training_sample(task, batches * batch_size)
-        return statistics.second_moments(self._tower, images.split(batch_size), self.layers())
+        chosen = self.layers() if names is None else names
+        return statistics.second_moments(self._tower, images.split(batch_size), chosen)
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
         images, _ = self._training_sample(task, batches * batch_size)

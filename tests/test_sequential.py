@@ -1,13 +1,18 @@
 """RegMean++: each block's moments come through the merged blocks below it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 import merging
+from eval.finetune import expert_state
 from eval.sequential import blocks, merge_blocks
 from eval.statistics import second_moments
+from experiments import cli
 from merging.layers import Layer
 
 WIDTH, SAMPLES = 4, 50
@@ -103,3 +108,20 @@ def test_blocks_come_in_the_order_of_the_model():
         ["encoder.layer.2.q.weight"],
         ["3.weight"],
     ]
+
+
+def test_a_text_suite_measures_through_any_state(tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path))
+    config = OmegaConf.load(Path(__file__).parents[1] / "configs" / "suite" / "tiny_text.yaml")
+    suite = cli.build(OmegaConf.to_container(config, resolve=True))
+    own = {"finetuning": "full", "seed": 0}
+    size = {"batches": 2, "batch_size": 8}
+    state = expert_state(suite.base(), suite.expert("animals", **own))
+    known = load_file(suite.statistics("animals", "covariance", **own, **size))
+    name = next(iter(suite.layers()))
+    found = suite.second_moments("animals", state, [name], **size)
+    assert list(found) == [name]
+    torch.testing.assert_close(found[name], known[name])
+    through_base = suite.second_moments("animals", suite.base(), suite.layers(), **size)
+    last = list(suite.layers())[-1]
+    assert not torch.allclose(through_base[last], known[last])
