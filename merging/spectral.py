@@ -13,6 +13,8 @@ rare case that a direction is kept which even that leaves inexact, an SVD replac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,8 +47,7 @@ def singular_triplets(
         return U, s, V
     work = matrix.double()
     values, U = eigh(gram(work.mT), top=k)  # work work^T = U diag(values) U^T
-    share = values / values[:1]
-    if ((share > RANK_RTOL**2) & (share < GRAM_RTOL)).any():
+    if _inexact(values):
         U, s, Vh = torch.linalg.svd(work, full_matrices=False)
         U, s, V = U[:, :k], s[:k], Vh[:k].mT
     else:
@@ -58,14 +59,36 @@ def singular_triplets(
     return U[:, kept], s[kept], V[:, kept]
 
 
+def with_spectrum(matrix: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
+    """U diag(f(s)) V^T for the non-zero triplets of U diag(s) V^T, (m, n) -> (m, n), float64.
+
+    f: all non-zero singular values (r,), descending, to new ones.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        return with_spectrum(matrix.mT, f).mT
+    work = matrix.double()
+    values, V = eigh(gram(work))  # work^T work = V diag(values) V^T
+    if _inexact(values):
+        U, s, V = singular_triplets(work)
+        return product(U * f(s), V.mT)
+    kept = values > RANK_RTOL**2 * values[:1]
+    V, s = V[:, kept], values[kept].sqrt()
+    return product(work, product(V * (f(s) / s), V.mT))
+
+
 def orthonormalise(matrix: Tensor) -> Tensor:
     """The nearest matrix whose non-zero singular values are all 1, (m, n) -> (m, n), float64.
 
-    U V^T for U diag(s) V^T: the polar factor, and with full column rank the orthonormal columns
-    nearest to the given ones (orthogonal Procrustes).
+    The polar factor; with full column rank, the orthonormal columns nearest to the given ones
+    (orthogonal Procrustes).
     """
-    U, _, V = singular_triplets(matrix)
-    return product(U, V.mT)
+    return with_spectrum(matrix, torch.ones_like)
+
+
+def _inexact(values: Tensor) -> bool:
+    """Whether one of the Gram eigenvalues (d,), descending, is neither safely 0 nor safely not."""
+    share = values / values[:1]
+    return bool(((share > RANK_RTOL**2) & (share < GRAM_RTOL)).any())
 
 
 # --- Methods ----------------------------------------------------------------------------------
@@ -91,8 +114,7 @@ def iso_c(deltas: Tensor) -> Tensor:
 
     (T, d_out, d_in) -> (d_out, d_in). A single expert is flattened too, not returned.
     """
-    U, s, V = singular_triplets(_sum(deltas))
-    return _product(_mean(s) * U, V, deltas)
+    return with_spectrum(_sum(deltas), lambda s: s.mean().expand_as(s)).to(deltas)
 
 
 @method("iso_cts", source="arXiv 2502.04959", row_space=True)
@@ -114,7 +136,8 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8, d_in: int | None = None) -> 
         # relative to the common part: a residual of nothing but rounding has no directions
         triplets.append(singular_triplets(residual, (r - k) // len(deltas), norm))
     U, s, V = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
-    return _product(_mean(s) * orthonormalise(U), orthonormalise(V), deltas)
+    mean = s.sum() / max(1, len(s))
+    return _product(mean * orthonormalise(U), orthonormalise(V), deltas)
 
 
 @method("knots", source="arXiv 2410.19735", alpha=0.6, row_space=lambda a: a["merge"] != "ties")
@@ -172,9 +195,8 @@ def subspace_boosting(
     sum reaches the share beta: 0 makes all equal to the largest, 1 changes nothing.
     of: the method whose merge is boosted, with its default hyperparameters.
     """
-    U, s, V = singular_triplets(_merge(of, deltas, d_in))
-    floor = s[_reaching(s, beta) - 1] if len(s) else 0.0
-    return _product(U * s.clamp_min(floor), V, deltas)
+    merged = _merge(of, deltas, d_in)
+    return with_spectrum(merged, lambda s: s.maximum(s[_reaching(s, beta) - 1 :][:1])).to(deltas)
 
 
 @method("svc", source="arXiv 2602.05536", row_space=lambda a: _row_space(a["of"]))
@@ -201,10 +223,6 @@ def _sum(deltas: Tensor) -> Tensor:
     for delta in deltas:
         total += delta
     return total
-
-
-def _mean(s: Tensor) -> Tensor:
-    return s.sum() / max(1, len(s))
 
 
 def _product(left: Tensor, right: Tensor, deltas: Tensor) -> Tensor:
