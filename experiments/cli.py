@@ -115,6 +115,8 @@ def _explain(error: Exception) -> tuple[str, str, int]:
             told += f"\n{error.__cause__}"
         sentence, _, rest = told.strip().partition("\n")
         return _one_line(sentence), _one_line(rest), BAD_INPUT
+    if isinstance(error, OSError) and error.strerror:  # no space, no permission, no such file
+        return f"{error.strerror}: {error.filename or 'while writing'}", "", BAD_INPUT
     name = type(error).__name__
     return (
         f"{name}: {_one_line(str(error))}",

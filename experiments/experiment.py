@@ -92,11 +92,12 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        kind = torch.device(name).type
+        device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"unknown device {name!r}", "known: auto, cpu, cuda, cuda:1") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name!r} was asked for, but this machine has no usable GPU")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"device {name!r} was asked for, but this machine has {count} usable GPUs")
     return name
 
 

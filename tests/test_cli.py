@@ -1,5 +1,6 @@
 """What a person at a terminal sees: one sentence, a hint, an exit code; never a surprise object."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from hydra.errors import MissingConfigException
 
-from experiments import cli, experiment, run
+from experiments import cli, experiment, records, run
 from merging.errors import InputError
 from tests.linear_suite import LinearSuite
 
@@ -101,6 +102,17 @@ def test_a_fault_of_the_program_is_exit_code_1_and_traceback_on_request(call, mo
     code, _, err = call("method=actmat", "--traceback")
     assert code == cli.FAULT
     assert "Traceback (most recent call last)" in err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_no_record(call, monkeypatch):
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(records, "_write_atomically", full)
+    code, _, err = call("method=actmat")
+    assert code == cli.BAD_INPUT
+    assert err.startswith("error: No space left on device: ")
+    assert not list(call.records.rglob("*.json"))
 
 
 def test_an_interrupt_is_exit_code_130(call, monkeypatch):
