@@ -73,7 +73,8 @@ def _short(rows: pd.DataFrame, title: str, baseline: str) -> Table:
     header, lines = cells(rows, baseline)
     table = Table(title=title, box=box.SIMPLE)
     for column in header[:SUMMARY]:
-        table.add_column(column, justify="left" if column in {"method", "data"} else "right")
+        text = column in {"method", "data"}
+        table.add_column(column, justify="left" if text else "right", no_wrap=column == "method")
     for line in lines:
         best = line[0] not in UNMERGED and line[header.index("mean")].startswith("**")
         plain = [cell.replace("**", "") for cell in line[:SUMMARY]]
