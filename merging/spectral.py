@@ -7,7 +7,7 @@ float32 weights, and take no part: low-rank deltas (LoRA) have a well-defined me
 not depend on the arbitrary vectors an SVD returns for their null space.
 
 Singular triplets and polar factors come from an eigendecomposition of the smaller Gram matrix in
-float64, 1.3 to 4 times faster than an SVD. Squaring costs half the digits, hence float64; in the
+float64, up to five times faster than an SVD. Squaring costs half the digits, hence float64; in the
 rare case that a direction is kept which even that leaves inexact, an SVD replaces it.
 """
 
