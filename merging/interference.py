@@ -21,7 +21,15 @@ from torch import Tensor
 
 from merging import covariance
 from merging.errors import InputError
-from merging.linalg import eigh, gram, product, solve_positive, working_dtype
+from merging.linalg import (
+    eigh,
+    gram,
+    product,
+    sharpen,
+    solve_positive,
+    solving_dtype,
+    working_dtype,
+)
 from merging.registry import create, method
 
 
@@ -99,7 +107,8 @@ def interference(
         S, N = _measured_normal_equations(work, covariances, weights, gram_scale)
     else:
         S, N = _normal_equations(work, covariance.estimate(estimator, work, width, k), weights)
-    A = _anchor(anchor, work, d_in)
+    S, N = S.to(solving_dtype(S)), N.to(solving_dtype(S))
+    A = _anchor(anchor, work, d_in, S.dtype)
     D = None
     if filter == "cut":
         # |S| >= max l: where nothing lies below this, nothing is cut and S is inverted
@@ -170,12 +179,11 @@ def _measured_normal_equations(
     return S, N
 
 
-def _anchor(name: str, deltas: Tensor, d_in: int | None) -> Tensor | None:
+def _anchor(name: str, deltas: Tensor, d_in: int | None, dtype: torch.dtype) -> Tensor | None:
     if name == "zero":
         return None
-    if name == "sum":
-        return deltas.sum(0)
-    return create(name)(deltas, d_in=d_in)
+    A = deltas.sum(0) if name == "sum" else create(name)(deltas, d_in=d_in)
+    return A.to(dtype)
 
 
 def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width: int) -> Tensor:
@@ -190,8 +198,11 @@ def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width
 def _filtered(S: Tensor, N: Tensor, A: Tensor | None, filter: Callable) -> Tensor:
     """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0."""
     values, vectors = eigh(S)  # (d,), (d, d)
+    kept = int((filter(values) > 0).sum())  # the first: no filter prefers a smaller eigenvalue
+    if S.dtype == torch.float32 and 0 < kept < len(S):
+        sharpen(S, values, vectors, at=values[kept - 1])
     F = filter(values)
-    kept = int((F > 0).sum())  # the first: no filter prefers a smaller eigenvalue
+    kept = int((F > 0).sum())
     V, l, F = vectors[:, :kept], values[:kept], F[:kept]
     if A is None:
         return product(product(N, V) * (F / l), V.mT)
@@ -256,7 +267,8 @@ def mats(
     """
     work = deltas.to(working_dtype(deltas))
     S, N = _measured_normal_equations(work, covariances, task_weights("uniform", work), 1.0)
-    D = start * work.sum(0)
+    S, N = S.to(solving_dtype(S)), N.to(solving_dtype(S))
+    D = start * work.sum(0).to(S)
     residual = N - D @ S
     direction, energy = residual, residual.square().sum()
     for _ in range(steps):

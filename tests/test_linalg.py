@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from merging.linalg import eigh, gram, product, row_space, solve_positive
+from merging.linalg import eigh, gram, product, row_space, sharpen, solve_positive
 from merging.openblas import _amd_with_avx512
 
 
@@ -54,14 +54,22 @@ def test_positive_solve_only_where_all_eigenvalues_are_above_the_cut():
     assert torch.equal(matrix, before)  # factored in a copy
 
 
-def test_small_eigenvalues_keep_their_vectors_in_float32():
-    d = 128  # spectrum over six decades, of which divide and conquer makes an error of 2e-3
-    rows = draw(3 * d, d) * torch.arange(1, d + 1).pow(-1.3)
-    values, V = eigh(gram(rows))
-    assert (values.diff() <= 0).all() and values[0] / values[-1] > 1e5
-    right = rows[:d] @ gram(rows)
-    solved = (right @ V) / values @ V.T
-    assert (solved - rows[:d]).norm() < 8e-4 * rows[:d].norm()
+def test_sharpened_eigenpairs_are_those_of_float64():
+    d, kept = 200, 120
+    rows = draw(3 * d, d) * torch.arange(1, d + 1).pow(-1.2)
+    rows = rows @ torch.linalg.qr(draw(d, d, seed=1))[0]
+    S = gram(rows)
+    exact = torch.linalg.eigh(S.double())[1].flip(1)[:, :kept]
+    values, V = eigh(S)
+
+    def error(V):
+        return (V[:, :kept].double() @ V[:, :kept].mT.double() - exact @ exact.mT).norm().item()
+
+    before = error(V)
+    sharpen(S, values, V, at=values[kept - 1])
+    assert error(V) < 0.03 < 0.1 < before
+    assert torch.allclose(V.mT @ V, torch.eye(d), atol=1e-5)
+    assert (values.diff() <= 1e-6 * values[0]).all()
 
 
 def test_row_space_is_an_orthonormal_basis():
