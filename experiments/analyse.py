@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -58,9 +58,9 @@ class Analyse:
     suite: dict[str, Any]
     finetuning: str = "full"
     seed: int = 0
-    tasks: list[str] | None = None
+    tasks: Any = None
     layers: str = ""
-    record: int | None = 2
+    record: int | None = 1
     snapshots: int = 6
     probe: int = 4
     truth: int = 1000
@@ -78,7 +78,8 @@ def main(settings: Analyse) -> None:
     """Measure, tabulate, draw."""
     check_choices(settings)
     suite = load_suite(settings.suite, settings.device)
-    tasks = pick_tasks(suite, settings.tasks)
+    few = isinstance(settings.tasks, int)
+    tasks = _spread(suite.tasks, settings.tasks) if few else pick_tasks(suite, settings.tasks)
     layers = {k: v for k, v in suite.layers().items() if settings.layers in k}
     if not layers:
         raise InputError(f"no layer of suite {suite.name} has {settings.layers!r} in its name")
@@ -113,7 +114,7 @@ def main(settings: Analyse) -> None:
     console.print(f"written to {folder}")
 
 
-def _spread(tasks: list[str], count: int) -> list[str]:
+def _spread(tasks: Sequence[str], count: int) -> list[str]:
     """`count` of the tasks, evenly spaced."""
     return [tasks[i * len(tasks) // count] for i in range(min(count, len(tasks)))]
 

@@ -112,7 +112,7 @@ def estimates(frame: pd.DataFrame, published: pd.DataFrame) -> Figure:
                      label=name.replace("_", ", n = "))  # fmt: skip
         axes.set_xticks(range(len(table)), table.index, rotation=25, ha="right")
         axes.set(ylabel="cosine with $E[zz^T]$", ylim=(0, 1.05))
-        axes.legend(frameon=False, fontsize=7, ncols=len(table.columns), loc="lower center",
+        axes.legend(frameon=False, fontsize=7, ncols=4, loc="lower center",
                     bbox_to_anchor=(0.5, 1))  # fmt: skip
     return figure
 

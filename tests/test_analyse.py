@@ -200,3 +200,10 @@ def test_the_config_composes():
         settings = cli.read_settings(analyse.Analyse, compose("analyse"))
     assert (ROOT / settings.published).exists()
     assert settings.output == "results/embedded_text/theory"
+
+
+def test_few_tasks_are_spread_evenly():
+    assert analyse._spread("abcdefgh", 4) == ["a", "c", "e", "g"]
+    assert analyse._spread("abc", 2) == ["a", "b"]
+    assert analyse._spread("abc", 5) == ["a", "b", "c"]
+    assert analyse._spread("abc", 0) == []
