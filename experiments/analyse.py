@@ -116,7 +116,8 @@ def main(settings: Analyse) -> None:
 
 def _spread(tasks: Sequence[str], count: int) -> list[str]:
     """`count` of the tasks, evenly spaced."""
-    return [tasks[i * len(tasks) // count] for i in range(min(count, len(tasks)))]
+    count = min(count, len(tasks))
+    return [tasks[i * len(tasks) // count] for i in range(count)]
 
 
 # --- along the training ---------------------------------------------------------------------------

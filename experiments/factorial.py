@@ -1,9 +1,9 @@
 """`python -m experiments.factorial suite=...`: every choice of the interference family, compared.
 
-Writes results/<suite>/factorial/: records.jsonl, cells.csv and table.md (paired differences with
-standard errors over seeds), effects.csv (one factor at a time), directions.csv (which
-eigen-directions of S = sum_t D_t^T D_t a merge overshoots) and figures. With `together` it sets
-the tables of several suites side by side, for a choice that must hold in all of them.
+Writes results/<suite>/factorial_<finetuning>/: records.jsonl, cells.csv and table.md (paired
+differences with standard errors over seeds), effects.csv (one factor at a time), directions.csv
+(which eigen-directions of S = sum_t D_t^T D_t a merge overshoots) and figures. With `together` it
+sets several such tables side by side, for a choice that must hold in all of them.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def main(settings: Factorial) -> None:
         written = side_by_side(Path(settings.output), settings.together)
         console.print(Markdown(written.read_text()))
         return
-    folder = Path(settings.output) / settings.suite["name"] / "factorial"
+    folder = Path(settings.output) / settings.suite["name"] / f"factorial_{settings.finetuning}"
     methods = [*grid(settings.cells), *({"name": name} for name in settings.beside)]
     for method in methods:
         merging.create(**method)
@@ -235,30 +235,28 @@ def _text(table: pd.DataFrame, effects: pd.DataFrame, baseline: str) -> str:
     return text + markdown(["factor", "change", "cells", "difference"], changes)
 
 
-def side_by_side(output: Path, suites: Sequence[str]) -> Path:
-    """results/factorial.md: each row's paired difference on every suite, best worst case first."""
-    columns = {}
-    for suite in suites:
-        path = output / suite / "factorial" / "cells.csv"
+def side_by_side(output: Path, folders: Sequence[str]) -> Path:
+    """results/factorial.md: each row's paired difference in every table, best worst case first."""
+    tables = {}
+    for folder in folders:
+        path = output / folder / "cells.csv"
         if not path.exists():
-            raise InputError(f"{path} does not exist", f"run the factorial of suite={suite} first")
-        columns[suite] = pd.read_csv(path).set_index("row")
-    differences = pd.DataFrame({s: t.difference for s, t in columns.items()}).dropna()
-    differences["worst"] = differences.min(axis=1)
-    ordered = differences.sort_values("worst", ascending=False)
+            raise InputError(f"{path} does not exist", "run the factorial of that suite first")
+        tables[folder] = pd.read_csv(path).set_index("row")
+    differences = pd.DataFrame({name: t.difference for name, t in tables.items()}).dropna()
+    worst = differences.min(axis=1).sort_values(ascending=False)
     rows = [
-        [str(row)]
-        + [
-            f"{columns[s].difference[row]:+.2f} ± {columns[s].difference_se[row]:.2f}"
-            for s in suites
+        [
+            str(row),
+            *(f"{t.difference[row]:+.2f} ± {t.difference_se[row]:.2f}" for t in tables.values()),
+            f"{worst[row]:+.2f}",
         ]
-        + [f"{ordered.worst[row]:+.2f}"]
-        for row in ordered.index
+        for row in worst.index
     ]
     path = output / "factorial.md"
     path.write_text(
         "# The interference family on several suites\n\nPaired difference to the baseline, "
-        "validation accuracy in percent.\n\n" + markdown(["row", *suites, "worst"], rows)
+        "validation accuracy in percent.\n\n" + markdown(["row", *folders, "worst"], rows)
     )
     return path
 

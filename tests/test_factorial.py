@@ -117,7 +117,7 @@ def test_a_missing_record_is_named():
 
 def test_every_cell_is_judged_on_validation_and_once(settings, monkeypatch):
     factorial.main.__wrapped__(settings)
-    folder = Path(settings.output) / "linear" / "factorial"
+    folder = Path(settings.output) / "linear" / "factorial_full"
     found = factorial.records.load_lines(folder / "records.jsonl")
     assert len(found) == 2 * (4 + 2)
     assert {(r["key"]["split"], r["key"]["limit"]) for r in found} == {("validation", 150)}
@@ -141,7 +141,7 @@ def test_without_records_there_is_no_table(settings):
         factorial.main.__wrapped__(replace(settings, run=False))
 
 
-@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/factorial")), ids=str)
+@pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/factorial_*")), ids=str)
 def test_committed_tables_follow_from_the_committed_records(folder, tmp_path):
     for name in ("records.jsonl", "directions.csv"):
         shutil.copy(folder / name, tmp_path)
@@ -180,16 +180,16 @@ def test_actmat_overshoots_where_eigenvalues_are_small():
 
 def test_suites_side_by_side_by_the_worst_case(settings, tmp_path):
     factorial.main.__wrapped__(settings)
-    source = Path(settings.output) / "linear" / "factorial" / "cells.csv"
-    other = Path(settings.output) / "other" / "factorial" / "cells.csv"
+    source = Path(settings.output) / "linear" / "factorial_full" / "cells.csv"
+    other = Path(settings.output) / "other" / "cells.csv"
     other.parent.mkdir(parents=True)
     table = pd.read_csv(source)
     table.assign(difference=-table.difference).to_csv(other, index=False)
-    factorial.main.__wrapped__(replace(settings, together=["linear", "other"]))
+    factorial.main.__wrapped__(replace(settings, together=["linear/factorial_full", "other"]))
     lines = (Path(settings.output) / "factorial.md").read_text().splitlines()
-    assert "| row | linear | other | worst |" in lines
+    assert "| row | linear/factorial_full | other | worst |" in lines
     assert next(line for line in lines if "average" in line).endswith("| -25.00 |")
-    with pytest.raises(InputError, match="run the factorial of suite=none first|does not exist"):
+    with pytest.raises(InputError, match=r"none/cells\.csv does not exist"):
         factorial.main.__wrapped__(replace(settings, together=["none"]))
 
 
