@@ -147,6 +147,36 @@ class Adapter:
         return default
 
 
+def joint_settings(adapters: Mapping[str, Adapter], base: str) -> dict[str, Any]:
+    """What the adapter_config.json of a merge of adapters says, ranks and scales aside.
+
+    base: what the merge belongs to where the adapters do not agree on a name.
+    Raises InputError for what one adapter could not hold.
+    """
+    configs = [adapter.config for adapter in adapters.values()]
+    saved = sorted({module for config in configs for module in config.get("modules_to_save") or ()})
+    for task, adapter in adapters.items():
+        if adapter.transposed != bool(configs[0].get("fan_in_fan_out")):
+            raise InputError(f"expert {task!r} ({adapter.path}) has another fan_in_fan_out")
+        for name in adapter.keys():
+            if not name.endswith(".weight"):
+                raise InputError(f"{name!r} of a packed attention cannot be written as an adapter")
+        for name in adapter.dense:
+            if not any(f".{module}." in f".{name}" for module in saved):
+                raise InputError(
+                    f"expert {task!r} ({adapter.path}) trained {name!r}, which is no factor and "
+                    "in none of its modules_to_save: an adapter of the merge cannot hold it"
+                )
+    names = {adapter.base_name for adapter in adapters.values()}
+    kinds = {config.get("task_type") for config in configs}
+    return {
+        "base_model_name_or_path": (len(names) == 1 and names.pop()) or base,
+        "task_type": kinds.pop() if len(kinds) == 1 else None,
+        "fan_in_fan_out": bool(configs[0].get("fan_in_fan_out")),
+        "modules_to_save": saved or None,
+    }
+
+
 def _matches(pattern: str, module: str, path: str) -> bool:
     """peft's `(.*\\.)?(pattern)$`, for patterns too simple to take exponential time."""
     risky = re.search(r"[?{\[]|\)[*+]|\\[^.d]", pattern) or pattern.count("(") > 1

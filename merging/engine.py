@@ -9,16 +9,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import psutil
 import torch
 from torch import Tensor, nn
 
+from merging.adapters import joint_settings
 from merging.checkpoints import (
     Adapter,
     Checkpoint,
@@ -28,10 +30,11 @@ from merging.checkpoints import (
     check_finite,
     open_checkpoint,
     problems,
+    write_adapter,
 )
 from merging.errors import InputError
 from merging.layers import Layer, cut, join, resolve_layers
-from merging.lora import Factors, in_joint_basis
+from merging.lora import Factors, factorise, merge_factors
 from merging.packed import unpack
 from merging.progress import track
 from merging.registry import Method
@@ -43,6 +46,7 @@ BLOCK_BYTES = 1 << 24
 Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | None
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Vocabulary = Literal["refuse", "common_rows"]
+Form = Literal["dense", "adapter"]
 
 
 @dataclass
@@ -136,12 +140,16 @@ def merge_checkpoints(
     device: str | Sequence[str] = "cpu",
     split_qkv: bool = True,
     vocabulary: Vocabulary = "refuse",
+    form: Form = "dense",
     overwrite: bool = False,
     extra: Mapping[str, bytes | Path] | None = None,
 ) -> Report:
     """Merge checkpoint files into one safetensors checkpoint, streamed, atomic and resumable.
 
     base, experts: whatever `open_checkpoint` reads; the output takes the base's shards.
+    form: "adapter" writes the merge of adapters as one PEFT adapter folder, of at most the sum of
+        their ranks in each layer. Interference and spectral methods make such merges, as do
+        averages; what changes single entries (TIES, DARE, ...) does not and is refused.
     output: a `.safetensors` file or a folder; it appears when it is whole, and an interrupted
         merge continues from the last whole tensor.
     statistics: task name -> safetensors file of {weight name: tensor}, or the tensors.
@@ -159,16 +167,24 @@ def merge_checkpoints(
             for task, s in statistics.items()
         }
     options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
-    writer = Writer(
-        output,
-        {name: (source.shape(name), source.dtype(name)) for name in source.keys()},
-        shards=_shards(source),
-        key=_key(source, opened, method, options),
-        overwrite=overwrite,
-    )
-    with writer:
-        _run(source, opened, method, writer, options, report)
-        writer.finish(extra)
+    _check_choice("form", form, Form)
+    if form == "adapter":
+        _check_adapter_output(opened, method, Path(output), overwrite)
+        settings = joint_settings(opened, str(base))
+        factors, whole = _run_factored(source, opened, method, options, report)
+        pairs = {name: (f.A, f.B) for name, f in factors.items()}
+        write_adapter(output, pairs, settings, dense=whole, extra=extra, overwrite=overwrite)
+    else:
+        writer = Writer(
+            output,
+            {name: (source.shape(name), source.dtype(name)) for name in source.keys()},
+            shards=_shards(source),
+            key=_key(source, opened, method, options),
+            overwrite=overwrite,
+        )
+        with writer:
+            _run(source, opened, method, writer, options, report)
+            writer.finish(extra)
     for finished in (source, *opened.values()):
         finished.close()
     return report
@@ -220,6 +236,7 @@ def _options(
     """Everything checked that headers can tell, before any tensor is read."""
     if not experts:
         raise InputError("no experts were given, expected at least one")
+    _check_choice("vocabulary", vocabulary, Vocabulary)
     shapes = {name: base.shape(name) for name in base.keys()}
     resolved = resolve_layers(layers, shapes)
     if not split_qkv:
@@ -230,6 +247,34 @@ def _options(
         _check_statistics(statistics, experts, resolved, method)
     devices = (device,) if isinstance(device, str) else tuple(device)
     return _Options(resolved, statistics, devices, vocabulary)
+
+
+def _check_choice(name: str, given: str, known: Any) -> None:
+    if given not in get_args(known):
+        raise InputError(f"{name} is {given!r}, expected one of: {', '.join(get_args(known))}")
+
+
+def _check_adapter_output(
+    experts: Mapping[str, Checkpoint | Adapter], method: Method, output: Path, overwrite: bool
+) -> None:
+    hint = "use form=dense"
+    for task, expert in experts.items():
+        if not isinstance(expert, Adapter):
+            raise InputError(
+                f"expert {task!r} ({expert.path}) is a dense checkpoint, "
+                "only a merge of adapters can be written as an adapter",
+                hint,
+            )
+    if method.rest == "method" and not method.row_space:
+        raise InputError(
+            f"method {method.name!r} changes single entries: the rank of what it makes of "
+            "adapters is too high for an adapter",
+            hint,
+        )
+    if output.suffix == ".safetensors":
+        raise InputError(f"an adapter is a folder, the output is to be the file {output}")
+    if output.exists() and not overwrite:  # told before the merge, not after
+        raise InputError(f"{output} exists already", hint="remove it or allow overwriting")
 
 
 def _check_statistics(
@@ -285,37 +330,92 @@ def _run(
     options: _Options,
     report: Report,
 ) -> None:
-    start, read = time.perf_counter(), _bytes_read(base, experts)
-    _reset_peak()
     items = _plan(base, experts, method, options)
     report.rules.update({item.name: _rule(item, method) for item in items})
-    context = method.prepare(lambda: _stream(base, experts, items, options))
     depths = _depths([item.name for item in items])
     # a file cannot share memory between names, so tied tensors are written under each
     copies = {i.name: [n for n, first in base.tied.items() if first == i.name] for i in items}
     todo = [i for i in items if not {i.name, *copies[i.name]} <= sink.done]
     lock = threading.Lock()
 
-    def work(device: str, share: Sequence[_Item]) -> None:
-        def load(item: _Item) -> tuple[_Item, Any]:
-            return item, _load(base, experts, method, item)
+    def load(item: _Item) -> Any:
+        return _load(base, experts, method, item)
 
-        for item, loaded in track(_ahead(load, share), f"merging on {device}", len(share)):
-            extra = context | {"depth": depths[item.name]}
-            for tensor, rows in _merge(base, experts, method, item, loaded, options, device, extra):
-                with lock:
-                    for name in (item.name, *copies[item.name]):
-                        sink.write(name, tensor, rows)
+    def merge(item: _Item, loaded: Any, device: str) -> None:
+        extra = context | {"depth": depths[item.name]}
+        for tensor, rows in _merge(base, experts, method, item, loaded, options, device, extra):
+            with lock:
+                for name in (item.name, *copies[item.name]):
+                    sink.write(name, tensor, rows)
 
-    if len(options.devices) == 1:
-        work(options.devices[0], todo)
-    else:
-        shares = _share(todo, len(options.devices))
-        with ThreadPoolExecutor(len(shares)) as pool:
-            list(pool.map(work, options.devices, shares))
+    with _measured(report, base, experts, options):
+        context = method.prepare(lambda: _stream(base, experts, items, options))
+        _each(todo, options.devices, load, merge)
+
+
+def _run_factored(
+    base: Source,
+    experts: Mapping[str, Adapter],
+    method: Method,
+    options: _Options,
+    report: Report,
+) -> tuple[dict[str, Factors], dict[str, Tensor]]:
+    """A merge of adapters: factors of what they hold as factors, whole tensors of the rest."""
+    items = _plan(base, experts, method, options)
+    report.rules.update({item.name: _rule(item, method) for item in items})
+    depths = _depths([item.name for item in items])
+    merged, whole = {}, _Memory(base)
+
+    def load(item: _Item) -> Any:
+        return _factors(experts, item.name) or _load(base, experts, method, item)
+
+    def merge(item: _Item, loaded: Any, device: str) -> None:
+        context = {"depth": depths[item.name]}
+        if isinstance(loaded, list):
+            stats = _statistics(options, method, experts, item, None)
+            found = _merge_factors(item, loaded, method, stats, device, context)
+            merged[item.name] = Factors(found.A.cpu(), found.B.cpu(), 1.0)
+            return
+        for tensor, rows in _merge(base, experts, method, item, loaded, options, device, context):
+            whole.write(item.name, tensor, rows)
+
+    with _measured(report, base, experts, options):
+        _each([i for i in items if i.rule != "base"], options.devices, load, merge)
+    return {i.name: merged[i.name] for i in items if i.name in merged}, whole.tensors
+
+
+@contextmanager
+def _measured(
+    report: Report, base: Source, experts: Mapping[str, Source | Adapter], options: _Options
+) -> Iterator[None]:
+    """Add what the block costs to a report."""
+    start, read = time.perf_counter(), _bytes_read(base, experts)
+    _reset_peak()
+    yield
     report.seconds += time.perf_counter() - start
     report.peak_bytes = _peak(options.devices)
     report.bytes_read += _bytes_read(base, experts) - read
+
+
+def _each(
+    items: Sequence[_Item],
+    devices: Sequence[str],
+    load: Callable[[_Item], Any],
+    merge: Callable[[_Item, Any, str], None],
+) -> None:
+    """merge(item, load(item), device) for every item: dealt out to the devices, loaded ahead."""
+
+    def work(device: str, share: Sequence[_Item]) -> None:
+        loaded = _ahead(lambda item: (item, load(item)), share)
+        for item, given in track(loaded, f"merging on {device}", len(share)):
+            merge(item, given, device)
+
+    if len(devices) == 1:
+        work(devices[0], items)
+    else:
+        shares = _share(items, len(devices))
+        with ThreadPoolExecutor(len(shares)) as pool:
+            list(pool.map(work, devices, shares))
 
 
 def _plan(
@@ -367,11 +467,27 @@ def _load(
     """The base's tensor and the differences to it, read ahead; None where blocks are read later."""
     if item.rule in {"average", "base"} or method.elementwise:
         return None
-    adapters = all(isinstance(e, Adapter) and item.name in e for e in experts.values())
     W0 = base.read(item.name)
-    if item.rule == "layer" and method.row_space and adapters:
-        return W0, [Factors(*e.factors(item.name)) for e in experts.values()]
+    if item.rule == "layer" and method.row_space and (factors := _factors(experts, item.name)):
+        return W0, factors
     return W0, _deltas(W0, experts, item.name)
+
+
+def _factors(experts: Mapping[str, Source | Adapter], name: str) -> list[Factors] | None:
+    """Each adapter's factors of a tensor, of rank 0 where it leaves the tensor alone.
+
+    None where an expert is dense or saved the tensor in full.
+    """
+    adapters = list(experts.values())
+    if not all(isinstance(e, Adapter) and name not in e.dense for e in adapters):
+        return None
+    d_out, d_in = next(e.shape(name) for e in adapters if name in e)
+    still = Factors(torch.zeros(0, d_in), torch.zeros(d_out, 0), 1.0)
+    found = [Factors(*e.factors(name)) if name in e else still for e in adapters]
+    for (task, expert), factors in zip(experts.items(), found, strict=True):
+        for factor in factors[:2]:
+            check_finite(factor, name, f"expert {task!r} ({expert.path})")
+    return found
 
 
 def _merge(
@@ -406,12 +522,37 @@ def _merge(
     elif isinstance(deltas, Tensor):
         merged = _merge_layer(deltas.to(device), method, item.layer, _on(stats, device), context)
     else:
-        on_device = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in deltas]
-        narrow, Q = in_joint_basis(on_device)
-        blocks = narrow.chunk(item.layer.parts, 1)
-        context = context | {"d_in": Q.shape[0]}
-        merged = join([method(block, **context) @ Q.mT for block in blocks], item.layer)
+        merged = _merge_factors(item, deltas, method, stats, device, context).dense()
+        merged = merged.mT if item.layer.transposed else merged
     yield _add(W0, merged.cpu()), None
+
+
+def _merge_factors(
+    item: _Item,
+    factors: Sequence[Factors],
+    method: Method,
+    stats: dict[str, Tensor],
+    device: str,
+    context: dict[str, Any],
+) -> Factors:
+    """The merged difference (d_out, d_in) as factors of at most the sum of the ranks."""
+    factors = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in factors]
+    layer = replace(item.layer or Layer(), transposed=False)  # factors never are
+    if item.rule == "average":
+        return merge_factors(factors, lambda deltas, d_in: deltas.mean(0))
+    if method.row_space:
+        return merge_factors(factors, partial(method, **context), layer.parts)
+    deltas = torch.stack([f.dense() for f in factors])
+    merged = _merge_layer(deltas, method, layer, _on(stats, device), context)
+    rank = sum(len(f.A) for f in factors)
+    found = factorise(merged, rank)
+    if found is None:
+        raise InputError(
+            f"method {method.name!r} makes a difference of {item.name!r} that no adapter of "
+            f"rank {rank} holds",
+            hint="use form=dense",
+        )
+    return found
 
 
 def _merge_layer(

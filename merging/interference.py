@@ -39,7 +39,9 @@ def _needs(arguments: Mapping[str, Any]) -> str | None:
 
 def _row_space(arguments: Mapping[str, Any]) -> bool:
     # measured moments live in all of R^d_in, and trimming looks at single entries
-    return arguments["estimator"] not in {"inputs", "trimmed"}
+    if arguments["estimator"] in {"inputs", "trimmed"}:
+        return False
+    return arguments["anchor"] in {"zero", "sum"} or create(arguments["anchor"]).row_space
 
 
 def _member(name: str, source: str, *settable: str, **choices: Any):

@@ -2,18 +2,21 @@
 
 With D_t = s_t B_t A_t and Q an orthonormal basis of the span of all rows of A_1 .. A_T, every
 D_t = M_t Q^T with M_t = s_t B_t (A_t Q). A method that commutes with Q^T on the right (the
-interference family, the spectral methods) merges the narrow M_t and gives M Q^T.
+interference family, the spectral methods) merges the narrow M_t and gives M Q^T, which is an
+adapter again: B = M, A = Q^T.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from merging.linalg import row_space
+from merging.linalg import product, row_space
+
+_EXACT = 1e-5  # relative error up to which float32 factors count as the matrix itself
 
 
 class Factors(NamedTuple):
@@ -35,3 +38,31 @@ def in_joint_basis(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     """
     Q = row_space(torch.cat([f.A for f in factors]))
     return torch.stack([f.scale * (f.B @ (f.A @ Q)) for f in factors]), Q
+
+
+def merge_factors(
+    factors: Sequence[Factors], merge: Callable[..., Tensor], parts: int = 1
+) -> Factors:
+    """Merge low-rank deltas by a method that commutes with a basis of their rows.
+
+    merge: called as merge((T, d_out / parts, k), d_in=...) -> (d_out / parts, k), once for each
+        of `parts` equal blocks of output rows.
+    Returns A (k, d_in) with orthonormal rows and B (d_out, k), k at most the sum of the ranks.
+    """
+    narrow, Q = in_joint_basis(factors)
+    merged = [merge(block, d_in=len(Q)) for block in narrow.chunk(parts, 1)]
+    return Factors(Q.mT, torch.cat(merged), 1.0)
+
+
+def factorise(delta: Tensor, rank: int) -> Factors | None:
+    """A delta (d_out, d_in) of at most some rank as its factors; None where its rank is higher.
+
+    B spans what the delta makes of random inputs, which is its column space with probability 1
+    (Halko et al., arXiv 0909.4061, algorithm 4.1).
+    """
+    rank = min(rank, *delta.shape)
+    start = torch.randn(delta.shape[1], rank, generator=torch.Generator().manual_seed(0))
+    B = row_space(product(delta, start.to(delta)).mT)
+    A = product(B.mT, delta)
+    exact = (product(B, A) - delta).norm() <= _EXACT * delta.norm()
+    return Factors(A, B, 1.0) if exact else None

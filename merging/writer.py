@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from filelock import FileLock, Timeout
 from torch import Tensor
 
@@ -244,14 +243,16 @@ def write_adapter(
     config: Mapping[str, Any],
     *,
     dense: Mapping[str, Tensor] | None = None,
+    extra: Mapping[str, bytes | Path] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a PEFT LoRA adapter folder whose difference is B @ A exactly (scale 1), atomically.
 
-    factors: {base weight name: (A (r, d_in), B (d_out, r))}; smaller ranks are padded with zeros.
+    factors: {base weight name: (A (r, d_in), B (d_out, r))}, of any rank each.
     config: taken over into adapter_config.json (base_model_name_or_path, task_type,
         fan_in_fan_out, modules_to_save ...), except what the factors determine.
     dense: tensors saved in full (modules_to_save), by base name.
+    extra: further files of the folder, by name.
     """
     if packed := [name for name in factors if not name.endswith(".weight")]:
         raise InputError(
@@ -259,19 +260,21 @@ def write_adapter(
             "nn.MultiheadAttention with different factors",
             hint="write the merged model as a dense checkpoint",
         )
-    rank = max(len(a) for a, _ in factors.values())
+    ranks = {name.removesuffix(".weight"): len(a) for name, (a, _) in factors.items()}
+    rank = max(ranks.values())
+    # peft reads a key as a regular expression that may match a module's last names alone
+    others = {"^" + m.replace(".", r"\."): own for m, own in ranks.items() if own != rank}
     tensors = {f"base_model.model.{name}": tensor for name, tensor in (dense or {}).items()}
-    for name, (a, b) in factors.items():
-        module = f"base_model.model.{name.removesuffix('.weight')}"
-        tensors[f"{module}.lora_A.weight"] = F.pad(a, (0, 0, 0, rank - len(a)))
-        tensors[f"{module}.lora_B.weight"] = F.pad(b, (0, rank - len(a)))
+    for module, (a, b) in zip(ranks, factors.values(), strict=True):
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
     settings = dict(config) | {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "target_modules": sorted(name.removesuffix(".weight") for name in factors),
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
         "use_rslora": False,
         "init_lora_weights": True,
         "bias": "none",
@@ -283,7 +286,7 @@ def write_adapter(
         for name, tensor in tensors.items():
             writer.write(name, tensor)
         content = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        writer.finish({"adapter_config.json": content.encode()})
+        writer.finish({**(extra or {}), "adapter_config.json": content.encode()})
 
 
 def _layout(

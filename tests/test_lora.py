@@ -1,10 +1,16 @@
-"""Adapters merged in their own rank give what dense merging gives."""
+"""Adapters merged in their own rank give what dense merging gives, and can stay adapters."""
 
+import json
+
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
 
-from merging import create
-from merging.lora import Factors, in_joint_basis
+from merging import InputError, create, linear_layers, merge_checkpoints, merge_state_dicts, methods
+from merging.checkpoints import open_checkpoint, write_adapter
+from merging.lora import Factors, factorise, in_joint_basis
 
 RANK, T, D_OUT, D_IN = 3, 4, 20, 30
 
@@ -41,3 +47,154 @@ def test_narrow_and_dense_agree(name):
     M, Q = in_joint_basis(given)
     narrow = method(M, d_in=D_IN) @ Q.T
     assert (narrow - dense).norm() / dense.norm() < 1e-4
+
+
+def test_an_anchor_that_looks_at_single_entries_needs_the_layers_own_basis():
+    assert create("anchored").row_space
+    assert not create("anchored", anchor="ties").row_space
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_a_matrix_of_low_rank_is_found_to_be_one(shape):
+    g = torch.Generator().manual_seed(0)
+    scales = torch.logspace(0, -3, 5)
+    delta = torch.randn(shape[0], 5, generator=g) * scales @ torch.randn(5, shape[1], generator=g)
+    found = factorise(delta, 5)
+    assert found.A.shape == (5, shape[1]) and found.B.shape == (shape[0], 5)
+    assert (found.dense() - delta).norm() < 1e-6 * delta.norm()
+    assert factorise(delta, 4) is None
+    assert torch.equal(factorise(0 * delta, 5).dense(), 0 * delta)
+
+
+@pytest.mark.parametrize("name", ["actmat", "tsv_m"])
+def test_an_adapter_that_leaves_a_layer_alone_moved_it_by_nothing(adapters, name):
+    base = adapters["base"].state_dict()
+    opened = {task: open_checkpoint(path) for task, path in adapters["experts"].items()}
+    dense = {t: base | {n: base[n] + a.delta(n) for n in a.keys()} for t, a in opened.items()}
+    layers = ["second.weight"]
+    own = merge_state_dicts(base, opened, create(name), layers=layers)["second.weight"]
+    expected = merge_state_dicts(base, dense, create(name), layers=layers)["second.weight"]
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- adapters out ---------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(30, 20), nn.Linear(20, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+CONFIG = {"base_model_name_or_path": "owner/net", "modules_to_save": ["head"], "task_type": None}
+INPUTS = torch.linspace(-1, 1, 120).reshape(4, 30)
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """A net and two adapters: of ranks 3 and 2, one without the second layer, one with a head."""
+    torch.manual_seed(0)
+    net = Net()
+    save_file(net.state_dict(), tmp_path / "base.safetensors")
+
+    def pair(d_out, d_in, r):
+        return 0.3 * torch.randn(r, d_in), 0.3 * torch.randn(d_out, r)
+
+    head = {"head.weight": torch.randn(3, 16), "head.bias": torch.randn(3)}
+    both = {"first.weight": pair(20, 30, 3), "second.weight": pair(16, 20, 3)}
+    write_adapter(tmp_path / "both", both, CONFIG, dense=head)
+    write_adapter(tmp_path / "one", {"first.weight": pair(20, 30, 2)}, CONFIG)
+    return {"base": net, "experts": {task: tmp_path / task for task in ("both", "one")}}
+
+
+def moments(net):
+    """Second moments of each layer's input, by task and of full rank."""
+    g = torch.Generator().manual_seed(1)
+    widths = {name: net.get_parameter(name).shape[1] for name in linear_layers(net)}
+
+    def moment(d):
+        z = torch.randn(50, d, generator=g)
+        return z.mT @ z / 50
+
+    return {task: {name: moment(d) for name, d in widths.items()} for task in ("both", "one")}
+
+
+def merge(adapters, method, output, form, **options):
+    base = output.parent / "base.safetensors"
+    return merge_checkpoints(
+        base, adapters["experts"], method, output, layers=adapters["base"], form=form, **options
+    )
+
+
+TOO_HIGH = {
+    "breadcrumbs", "consensus_ta", "consensus_ties", "dare", "dare_ties", "data_free_fisher",
+    "della", "fisher", "pcb", "ties", "wudi",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(methods()) - TOO_HIGH))
+def test_a_merge_written_as_an_adapter_is_the_dense_merge(adapters, tmp_path, name):
+    method = create(name)
+    options = {"statistics": moments(adapters["base"])} if method.needs else {}
+    merge(adapters, method, tmp_path / "dense.safetensors", "dense", **options)
+    merge(adapters, method, tmp_path / "adapter", "adapter", **options)
+    written = open_checkpoint(tmp_path / "adapter")
+    assert {n: written.rank(n) for n in written.keys()} == {"first.weight": 5, "second.weight": 3}
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == 5
+    assert config["rank_pattern"] == config["alpha_pattern"] == {"^second": 3}
+    assert config["base_model_name_or_path"] == "owner/net"
+    dense = Net()
+    dense.load_state_dict(load_file(tmp_path / "dense.safetensors"))
+    expected = dense(INPUTS)
+    adapted = peft.PeftModel.from_pretrained(adapters["base"], tmp_path / "adapter")(INPUTS)
+    assert (adapted - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_an_adapter_needs_no_weights_of_the_base(adapters, tmp_path):
+    report = merge(adapters, create("actmat"), tmp_path / "adapter", "adapter")
+    head = 4 * (3 * 16 + 3)
+    factors = 4 * (3 * (30 + 20) + 3 * (20 + 16) + 2 * (30 + 20))
+    # the base's head, and the expert's once as it is opened
+    assert report.bytes_read == head + factors
+    assert report.rules["first.weight"] == "actmat"
+    assert report.rules["head.weight"] == "average"
+    assert report.rules["first.bias"] == "base"
+
+
+@pytest.mark.parametrize("name", sorted(TOO_HIGH))
+def test_what_no_adapter_holds_is_refused(adapters, tmp_path, name):
+    method = create(name)
+    fishers = {n: torch.ones_like(p) for n, p in adapters["base"].state_dict().items()}
+    options = {"statistics": dict.fromkeys(("both", "one"), fishers)} if method.needs else {}
+    told = "makes a difference of 'first.weight'" if name == "wudi" else "changes single entries"
+    with pytest.raises(InputError, match=f"method '{name}' {told}") as error:
+        merge(adapters, method, tmp_path / "adapter", "adapter", **options)
+    assert error.value.hint == "use form=dense"
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_what_cannot_be_an_adapter_is_one_sentence(adapters, tmp_path):
+    actmat, output = create("actmat"), tmp_path / "adapter"
+
+    def refused(match, experts, output=output, form="adapter"):
+        with pytest.raises(InputError, match=match) as error:
+            merge(adapters | {"experts": experts}, actmat, output, form)
+        assert "\n" not in error.value.message
+
+    experts = adapters["experts"]
+    refused("'whole' .* is a dense checkpoint", experts | {"whole": tmp_path / "base.safetensors"})
+    refused("form is 'sparse', expected one of: dense, adapter", experts, form="sparse")
+    refused("an adapter is a folder", experts, output=tmp_path / "adapter.safetensors")
+    refused("exists already", experts, output=tmp_path / "both")
+    factors = {"first.weight": (torch.ones(1, 30), torch.ones(20, 1))}
+    write_adapter(tmp_path / "turned", factors, CONFIG | {"fan_in_fan_out": True})
+    refused(
+        r"'turned' .* is \[30, 20\]|shape \[30, 20\]", experts | {"turned": tmp_path / "turned"}
+    )
+    bias = {"first.bias": torch.zeros(20)}
+    write_adapter(tmp_path / "biased", factors, CONFIG, dense=bias)
+    refused("trained 'first.bias'", experts | {"biased": tmp_path / "biased"})
