@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from eval import architecture, checkpoints, judge, packed, statistics
 from eval.cache import cache_root, cached
-from eval.suite import Finetuning, Score, Split, Statistic
+from eval.suite import Finetuning, Score, Split, Statistic, Unsupported
 from merging.checkpoints import open_checkpoint
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
@@ -172,7 +172,7 @@ class CausalSuite:
         them `cost.json` with the bytes, seconds and passes they took."""
         self._require(task)
         if kind != "covariance":
-            raise InputError(
+            raise Unsupported(
                 f"suite {self.name!r} has no {kind} statistics",
                 hint="use a method without data, or one that needs second moments",
             )

@@ -8,12 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
+from merging.errors import InputError
+
 if TYPE_CHECKING:
     from merging.layers import Layer
 
 Finetuning = Literal["full", "lora"]
 Split = Literal["validation", "test"]
 Statistic = Literal["covariance", "fisher"]
+
+
+class Unsupported(InputError):
+    """A suite has nothing that a method asks for; a sweep says so and goes on."""
 
 
 class Score(NamedTuple):

@@ -27,8 +27,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from eval.suite import Unsupported
 from merging.errors import InputError
 
+log = logging.getLogger(__name__)
 Settings = TypeVar("Settings")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FAULT, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -54,11 +56,15 @@ def command(
         @functools.wraps(task)
         def job(composed: DictConfig) -> Any:
             _configure_logging()  # here, because a launcher may run jobs in other processes
+            sweeps = HydraConfig.get().mode is RunMode.MULTIRUN
             try:
                 return task(read_settings(schema, composed))
             except Exception as error:
+                if sweeps and isinstance(error, Unsupported):
+                    log.info("skipped: %s", error.message)  # a suite without it is no failure
+                    return None
                 code = report(error)
-                if HydraConfig.get().mode is RunMode.MULTIRUN:
+                if sweeps:
                     raise JobFailed(code) from None  # the other jobs of the sweep still run
                 raise SystemExit(code) from None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 import merging
 from eval.finetune import expert_state
 from eval.sequential import merge_blocks
-from eval.suite import Finetuning, Split, Statistic, Suite
+from eval.suite import Finetuning, Split, Statistic, Suite, Unsupported
 from experiments import cli, records
 from experiments.records import Record
 from merging.checkpoints import Adapter, open_checkpoint
@@ -297,7 +297,7 @@ def _merge_sequentially(
     settings: Experiment, suite: Suite, paths: Mapping[str, Path], method: merging.Method
 ) -> Merge:
     if not hasattr(suite, "second_moments"):
-        raise InputError(
+        raise Unsupported(
             f"suite {suite.name} cannot measure through a half-merged model, "
             f"which method {method.name!r} needs"
         )
@@ -352,7 +352,7 @@ def _unmerged(
         for task in track(tasks, "evaluating experts"):
             yield expert_state(suite.base(), suite.expert(task, **own)), [task]
     elif not hasattr(suite, "multi_task"):
-        raise InputError(f"suite {suite.name} has no model trained on all tasks at once")
+        raise Unsupported(f"suite {suite.name} has no model trained on all tasks at once")
     else:
         yield expert_state(suite.base(), suite.multi_task(**own)), tasks
 

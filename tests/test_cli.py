@@ -133,6 +133,22 @@ def test_a_sweep_goes_on_after_a_failure_and_reports_it(call):
     assert {"actmat", "ridge"} <= made
 
 
+def test_a_sweep_skips_what_its_suite_cannot_do(call, caplog):
+    """LinearSuite trains no model on all tasks at once, and measures through no merged one."""
+    caplog.set_level("INFO")
+    code, _, err = call("-m", "method=multi_task,regmean_pp,actmat")
+    assert code == 0, err
+    told = [r.getMessage() for r in caplog.records if r.getMessage().startswith("skipped: ")]
+    assert told == [
+        "skipped: suite linear has no model trained on all tasks at once",
+        "skipped: suite linear cannot measure through a half-merged model, which method "
+        "'regmean_pp' needs",
+    ]
+    made = {json.loads(p.read_text())["key"]["method"] for p in call.records.rglob("*.json")}
+    assert made == {"actmat", "zero_shot", "experts"}
+    assert call("method=multi_task")[0] == cli.BAD_INPUT  # alone it is what was asked for
+
+
 def test_a_sweep_shares_one_suite(monkeypatch):
     built = []
     monkeypatch.setattr(cli, "build", lambda config: built.append(config) or object())
