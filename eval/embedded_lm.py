@@ -234,8 +234,19 @@ class EmbeddedLM:
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """`model.safetensors` with every tensor of the base, or a PEFT adapter folder."""
-        build = partial(self._finetune, task, finetuning, seed)
         key = self._expert_key(task, finetuning, seed)
+        return self._trained([task], key, finetuning, seed)
+
+    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
+        """Checkpoint of one model fine-tuned on all tasks at once, for as many steps as the
+        experts together: what merging is measured by."""
+        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
+        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
+
+    def _trained(
+        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
+    ) -> Path:
+        build = partial(self._finetune, tasks, finetuning, seed)
         folder = cached("experts", key, build, resumable=True)
         return folder if finetuning == "lora" else folder / "model.safetensors"
 
@@ -251,13 +262,7 @@ class EmbeddedLM:
     ) -> Path:
         """Second moments of every layer over all tokens of prompts and answers, or the Fisher
         diagonal of every tensor that moved, of `batches * batch_size` training examples."""
-        available = len(self._examples(task))
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training inputs, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
+        self._check_available(task, batches, batch_size)
         about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
         key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
 
@@ -270,6 +275,30 @@ class EmbeddedLM:
             statistics.save(folder / f"{kind}.safetensors", found, about)
 
         return cached("statistics", key, build) / f"{kind}.safetensors"
+
+    def second_moments(
+        self,
+        task: str,
+        state: Mapping[str, Tensor],
+        names: Iterable[str],
+        *,
+        batches: int,
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        """Second moments of the named layers' inputs through a model with any state; not cached."""
+        self._check_available(task, batches, batch_size)
+        self._load(state)
+        with self._autocast():
+            return self._moments(task, batches, batch_size, names)
+
+    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
+        available = len(self._examples(task))
+        if batches * batch_size > available:
+            raise InputError(
+                f"task {task!r} has {available} training inputs, statistics over "
+                f"{batches} x {batch_size} of them were asked for",
+                hint="ask for fewer batches",
+            )
 
     def evaluate(
         self,
@@ -403,9 +432,11 @@ class EmbeddedLM:
             "seed": seed,
         }
 
-    def _finetune(self, task: str, finetuning: Finetuning, seed: int, folder: Path) -> None:
+    def _finetune(
+        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
+    ) -> None:
         recipe = recipes.resolve(self.recipes, finetuning, self.name)
-        examples = self._examples(task)
+        examples = [example for task in tasks for example in self._examples(task)]
         model: nn.Module = self._fresh()
         if finetuning == "lora":
             targets = [name.removesuffix(".weight") for name in self.layers()]
@@ -419,8 +450,8 @@ class EmbeddedLM:
             seed=seed,
             device=self.device,
             precision=self.precision,
-            label=f"{task} ({finetuning}, seed {seed})",
-            **recipe.arguments(),
+            label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
+            **recipe.arguments(len(tasks)),
         )
         if finetuning == "lora":
             finetune.save_adapter(model, folder)
@@ -445,12 +476,14 @@ class EmbeddedLM:
         numbers = torch.randperm(len(examples), generator=generator)[:count].split(batch_size)
         yield from (self._batch(examples, batch) for batch in numbers)
 
-    def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+    def _moments(
+        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         sample = self._sample(task, batches * batch_size, batch_size)
         return statistics.second_moments(
             self._model,
             track(sample, f"second moments of {task}", batches),
-            self.layers(),
+            self.layers() if names is None else names,
             forward=causal.answer_logits,
             mask=lambda batch, name: batch["attention_mask"],
         )

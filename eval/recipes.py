@@ -28,11 +28,11 @@ class Recipe:
     r: int = 0
     alpha: int = 0
 
-    def arguments(self) -> dict[str, Any]:
-        """Those that `finetune.train` takes."""
+    def arguments(self, tasks: int = 1) -> dict[str, Any]:
+        """Those that `finetune.train` takes, to learn a number of tasks at once."""
         return {
             "lr": self.lr,
-            "steps": self.steps,
+            "steps": tasks * self.steps,
             "accumulate": self.accumulate,
             "schedule": self.schedule,
             "warmup": self.warmup,

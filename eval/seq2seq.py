@@ -6,7 +6,7 @@ prompt; the choice with the highest score counts (length-normalised rank classif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -164,8 +164,19 @@ class Seq2SeqSuite:
         self._require(task)
         if given := (self.experts or {}).get(task):
             return checkpoints.local(given)
-        build = partial(self._finetune, task, finetuning, seed)
         key = self._expert_key(task, finetuning, seed)
+        return self._trained([task], key, finetuning, seed)
+
+    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
+        """Checkpoint of one model fine-tuned on all tasks at once, for as many steps as the
+        experts together: what merging is measured by."""
+        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
+        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
+
+    def _trained(
+        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
+    ) -> Path:
+        build = partial(self._finetune, tasks, finetuning, seed)
         folder = cached("experts", key, build, resumable=True)
         return folder if finetuning == "lora" else folder / "model.safetensors"
 
@@ -181,13 +192,7 @@ class Seq2SeqSuite:
     ) -> Path:
         """Second moments of every layer over tokens that are no padding, or the Fisher diagonal
         of every tensor, of `batches * batch_size` training examples."""
-        self._require(task)
-        if batches * batch_size > len(self._examples[task]["train"]):
-            raise InputError(
-                f"task {task!r} has {len(self._examples[task]['train'])} training inputs, "
-                f"statistics over {batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
+        self._check_available(task, batches, batch_size)
         about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
         key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
 
@@ -200,6 +205,30 @@ class Seq2SeqSuite:
             statistics.save(folder / f"{kind}.safetensors", found, about)
 
         return cached("statistics", key, build) / f"{kind}.safetensors"
+
+    def second_moments(
+        self,
+        task: str,
+        state: Mapping[str, Tensor],
+        names: Iterable[str],
+        *,
+        batches: int,
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        """Second moments of the named layers' inputs through a model with any state; not cached."""
+        self._check_available(task, batches, batch_size)
+        self._load(state)
+        with self._autocast():
+            return self._moments(task, batches, batch_size, names)
+
+    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
+        available = len(self._examples[self._require(task)]["train"])
+        if batches * batch_size > available:
+            raise InputError(
+                f"task {task!r} has {available} training inputs, statistics over "
+                f"{batches} x {batch_size} of them were asked for",
+                hint="ask for fewer batches",
+            )
 
     def evaluate(
         self,
@@ -338,11 +367,11 @@ class Seq2SeqSuite:
             "seed": seed,
         }
 
-    def _finetune(self, task: str, finetuning: Finetuning, seed: int, folder: Path) -> None:
-        recipe, examples = (
-            recipes.resolve(self.recipes, finetuning, self.name),
-            self._examples[task]["train"],
-        )
+    def _finetune(
+        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
+    ) -> None:
+        recipe = recipes.resolve(self.recipes, finetuning, self.name)
+        examples = [example for task in tasks for example in self._examples[task]["train"]]
         model: nn.Module = self._fresh()
         if finetuning == "lora":
             targets = [name.removesuffix(".weight") for name in self.layers()]
@@ -355,8 +384,8 @@ class Seq2SeqSuite:
             seed=seed,
             device=self.device,
             precision=self.precision,
-            label=f"{task} ({finetuning}, seed {seed})",
-            **recipe.arguments(),
+            label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
+            **recipe.arguments(len(tasks)),
         )
         if finetuning == "lora":
             finetune.save_adapter(model, folder)
@@ -379,12 +408,14 @@ class Seq2SeqSuite:
         for numbers in torch.randperm(len(examples), generator=generator)[:count].split(batch_size):
             yield training_batch([examples[i] for i in numbers], self.device)
 
-    def _moments(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+    def _moments(
+        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
         sample = self._sample(task, batches * batch_size, batch_size)
         return statistics.second_moments(
             self._model,
             track(sample, f"second moments of {task}", batches),
-            self.layers(),
+            self.layers() if names is None else names,
             mask=token_mask,
         )
 
