@@ -7,6 +7,7 @@ score is lm-eval's own.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import json
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import collect_env
 
 from eval.suite import Score
 from merging.errors import InputError
@@ -336,3 +338,5 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
 
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about what is done on purpose
+# lm-eval describes the machine at every evaluation, for which it runs pip: once is enough
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)
