@@ -22,7 +22,7 @@ from torch import Tensor
 import merging
 from experiments.textbook import TEXTBOOK
 from merging.linalg import gram, product, row_space, solve_positive, working_dtype
-from merging.lora import Factors, in_joint_basis
+from merging.lora import Factors, merge_factors
 from merging.registry import Method
 
 Result = TypeVar("Result")
@@ -82,9 +82,8 @@ def textbook(D: Tensor, name: str, hyperparameters: Mapping[str, Any], context: 
 
 
 def narrow(factors: list[Factors], name: str) -> Tensor:
-    """The engine's route for adapters: in their joint row space, dense at the end."""
-    M, Q = in_joint_basis(factors)
-    return product(merging.create(name)(M, d_in=len(Q)), Q.mT)
+    """The engine's route for adapters: in their own rank, dense at the end."""
+    return merge_factors(factors, merging.create(name)).dense()
 
 
 def dense(factors: list[Factors], name: str) -> Tensor:
@@ -114,7 +113,9 @@ class Repeats:
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
     """function(*arguments) in a process that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["experiments.bench"])
+    # what experiments.bench imports: naming that too, the main module, would run it twice
+    modules = ["bench_files", "bench_report", "records", "textbook"]
+    context.set_forkserver_preload([f"experiments.{name}" for name in modules])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 

@@ -14,7 +14,10 @@ from merging.registry import method
 _CHUNK = 2**22  # entries per task that are held in float64 at a time
 
 
-@method("average", source="arXiv 2203.05482", rest="method", row_space=True, elementwise=True)
+@method(
+    "average", source="arXiv 2203.05482", rest="method",
+    row_space=True, column_space=True, elementwise=True,
+)  # fmt: skip
 def average(deltas: Tensor) -> Tensor:
     """mean_t D_t, (T, *shape) -> (*shape) (a uniform soup, arXiv 2203.05482)."""
     return deltas.mean(0)
@@ -22,7 +25,7 @@ def average(deltas: Tensor) -> Tensor:
 
 @method(
     "task_arithmetic", source="arXiv 2212.04089", rest="method", alpha=0.3,
-    row_space=True, elementwise=True,
+    row_space=True, column_space=True, elementwise=True,
 )  # fmt: skip
 def task_arithmetic(deltas: Tensor) -> Tensor:
     """alpha sum_t D_t, (T, *shape) -> (*shape) (arXiv 2212.04089)."""
@@ -79,8 +82,9 @@ def slerp(deltas: Tensor, *, t: float = 0.5) -> Tensor:
 
     D = sin((1 - t) theta) / sin(theta) D_1 + sin(t theta) / sin(theta) D_2 with theta the angle
     between them; straight interpolation where they are parallel, opposite, or one is 0. The order
-    of the experts matters unless t = 1/2. One expert is returned as it is, more than two are an
-    InputError: "karcher" is the mean on the sphere for any number.
+    of the experts matters unless t = 1/2: a merge of models takes them in the order of their
+    names. One expert is returned as it is, more than two are an InputError: "karcher" is the mean
+    on the sphere for any number.
     """
     if len(deltas) == 1:
         return deltas[0]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -24,10 +23,12 @@ from merging.adapters import joint_settings
 from merging.checkpoints import (
     Adapter,
     Checkpoint,
+    NotFinite,
     Source,
     StateDict,
     Writer,
     check_finite,
+    not_finite,
     open_checkpoint,
     problems,
     write_adapter,
@@ -37,11 +38,15 @@ from merging.layers import Layer, cut, join, resolve_layers
 from merging.lora import Factors, factorise, merge_factors
 from merging.packed import unpack
 from merging.progress import track
-from merging.registry import Method
+from merging.registry import Method, create
 
 # Entry-by-entry rules run on blocks of rows of about this size: small enough to stay in a CPU's
 # last-level cache, and what bounds the memory of merging a 100,000-row embedding.
 BLOCK_BYTES = 1 << 24
+# Pieces of names of what comes before the first block: embeddings, patches, a first norm.
+_STEM = re.compile(
+    r"embed(?!_out)|wte|wpe|shared|position|token|conv1|stem|patch|ln_pre|norm_pre|pre_layrnorm"
+)
 
 Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | None
 Statistics = Mapping[str, Mapping[str, Tensor]]
@@ -108,7 +113,8 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge experts in memory into one state dict with the base's keys, shapes and dtypes.
 
-    experts: task name -> state dict, or an opened `Adapter`.
+    experts: task name -> state dict, or an opened `Adapter`. They are stacked in the order of their
+        names, so that the order they come in changes no bit.
     layers: the linear layers: a model, {weight name: Layer}, weight names, or None (guessed).
     statistics: task name -> {weight name: tensor}, for methods that need them.
     device: where matrices are merged; several devices share the work.
@@ -122,7 +128,7 @@ def merge_state_dicts(
     sink = _Memory(source)
     opened = {
         task: expert if isinstance(expert, Adapter) else StateDict(expert, "a state dict")
-        for task, expert in experts.items()
+        for task, expert in sorted(experts.items())
     }
     options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
     _run(source, opened, method, sink, options, report or Report())
@@ -160,7 +166,7 @@ def merge_checkpoints(
     source = open_checkpoint(base)
     if isinstance(source, Adapter):
         raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
-    opened = {task: open_checkpoint(path) for task, path in experts.items()}
+    opened = {task: open_checkpoint(path) for task, path in sorted(experts.items())}
     if statistics is not None:
         statistics = {
             task: s if isinstance(s, Mapping) else _Lazy(open_checkpoint(s))
@@ -298,7 +304,7 @@ def _key(
     base: Checkpoint, experts: Mapping[str, Checkpoint | Adapter], method: Method, options: _Options
 ) -> str:
     """What the output depends on: a partial output is continued only under the same key."""
-    inputs = {task: expert.stamp() for task, expert in sorted(experts.items())}
+    inputs = {task: expert.stamp() for task, expert in experts.items()}
     layers = sorted((n, x.parts, x.transposed) for n, x in options.layers.items())
     hyperparameters = sorted(method.hyperparameters.items())
     used = options.statistics if method.needs else {}
@@ -348,7 +354,7 @@ def _run(
                 for name in (item.name, *copies[item.name]):
                     sink.write(name, tensor, rows)
 
-    with _measured(report, base, experts, options):
+    with _measured(report, base, experts, options), _all_told(base, experts):
         context = method.prepare(lambda: _stream(base, experts, items, options))
         _each(todo, options.devices, load, merge)
 
@@ -379,7 +385,7 @@ def _run_factored(
         for tensor, rows in _merge(base, experts, method, item, loaded, options, device, context):
             whole.write(item.name, tensor, rows)
 
-    with _measured(report, base, experts, options):
+    with _measured(report, base, experts, options), _all_told(base, experts):
         _each([i for i in items if i.rule != "base"], options.devices, load, merge)
     return {i.name: merged[i.name] for i in items if i.name in merged}, whole.tensors
 
@@ -395,6 +401,17 @@ def _measured(
     report.seconds += time.perf_counter() - start
     report.peak_bytes = _peak(options.devices)
     report.bytes_read += _bytes_read(base, experts) - read
+
+
+@contextmanager
+def _all_told(base: Source, experts: Mapping[str, Source | Adapter]) -> Iterator[None]:
+    """Where one value is not finite, look at all tensors before saying so: one report for all."""
+    try:
+        yield
+    except NotFinite as error:
+        sources = {"the base": base} | {f"expert {task!r}": e for task, e in experts.items()}
+        found = [told for label, source in sources.items() for told in not_finite(source, label)]
+        raise InputError("; ".join(found) or error.message, error.hint) from None
 
 
 def _each(
@@ -469,6 +486,7 @@ def _load(
         return None
     W0 = base.read(item.name)
     if item.rule == "layer" and method.row_space and (factors := _factors(experts, item.name)):
+        check_finite(W0, item.name, base.path)
         return W0, factors
     return W0, _deltas(W0, experts, item.name)
 
@@ -539,9 +557,9 @@ def _merge_factors(
     factors = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in factors]
     layer = replace(item.layer or Layer(), transposed=False)  # factors never are
     if item.rule == "average":
-        return merge_factors(factors, lambda deltas, d_in: deltas.mean(0))
+        return merge_factors(factors, create("average"))
     if method.row_space:
-        return merge_factors(factors, partial(method, **context), layer.parts)
+        return merge_factors(factors, method, layer.parts, **context)
     deltas = torch.stack([f.dense() for f in factors])
     merged = _merge_layer(deltas, method, layer, _on(stats, device), context)
     rank = sum(len(f.A) for f in factors)
@@ -612,6 +630,7 @@ def _deltas(
 
 def _expand(adapter: Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
     rows = rows or slice(None)
+    check_finite(W0, name, "the base")
     if name in adapter:
         out.copy_(adapter.delta(name)[rows])
     elif name in adapter.dense:
@@ -685,18 +704,18 @@ def _share(items: Sequence[_Item], workers: int) -> list[list[_Item]]:
     return shares
 
 
-def _depths(names: Sequence[str]) -> dict[str, float]:
+def _depths(names: Iterable[str]) -> dict[str, float]:
     """Each tensor's place along the model in [0, 1], from the block number in its name.
 
-    What stands before the first block has depth 0, what stands after it 1.
+    Without a number it is 0 if the name says that it comes before the blocks (`_STEM`), else 1; in
+    a model without blocks it is 0. From names alone: the order of tensors in a file is often
+    alphabetical, and says nothing.
     """
-    blocks = [re.search(r"\.(\d+)\.", f".{name}") for name in names]
-    last = max((int(b[1]) for b in blocks if b), default=0) or 1
-    first = next((i for i, b in enumerate(blocks) if b), len(names))
-    return {
-        name: int(b[1]) / last if b else float(i > first)
-        for i, (name, b) in enumerate(zip(names, blocks, strict=True))
-    }
+    found = {name: re.search(r"\.(\d+)\.", f".{name}") for name in names}
+    blocks = {name: int(match[1]) for name, match in found.items() if match}
+    last = max(blocks.values(), default=0) or 1
+    after = {name: float(bool(blocks) and not _STEM.search(name)) for name in found}
+    return after | {name: block / last for name, block in blocks.items()}
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -44,12 +44,19 @@ def _row_space(arguments: Mapping[str, Any]) -> bool:
     return arguments["anchor"] in {"zero", "sum"} or create(arguments["anchor"]).row_space
 
 
+def _column_space(arguments: Mapping[str, Any]) -> bool:
+    # the other estimates look at single rows, or at their number
+    anchor = arguments["anchor"]
+    plain = arguments["estimator"] in {"delta", "identity"}
+    return plain and (anchor in {"zero", "sum"} or create(anchor).column_space)
+
+
 def _member(name: str, source: str, *settable: str, **choices: Any):
     """Register `interference` under a paper's name: its choices, and what stays settable."""
-    flags = {"needs": _needs, "row_space": _row_space}
-    return method(name, source=source, settable=settable, **flags, **choices)
+    return method(name, source=source, settable=settable, **_FLAGS, **choices)
 
 
+_FLAGS = {"needs": _needs, "row_space": _row_space, "column_space": _column_space}
 _NORM = {"task_weight": "inverse_norm"}
 
 
@@ -71,12 +78,13 @@ _NORM = {"task_weight": "inverse_norm"}
     "regmean_pp", source="arXiv 2508.03121", settable=("rtol", "gram_scale"),
     needs="covariance", sequential=True, estimator="inputs",
 )  # fmt: skip
-@method("interference", source="every choice open", needs=_needs, row_space=_row_space)
+@method("interference", source="every choice open", **_FLAGS)
 def interference(
     deltas: Tensor,
     *,
     covariances: Tensor | None = None,
     d_in: int | None = None,
+    d_out: int | None = None,
     estimator: str = "delta",
     task_weight: str = "uniform",
     filter: str = "cut",
@@ -110,7 +118,7 @@ def interference(
     else:
         S, N = _normal_equations(work, covariance.estimate(estimator, work, width, k), weights)
     S, N = S.to(solving_dtype(S)), N.to(solving_dtype(S))
-    A = _anchor(anchor, work, d_in, S.dtype)
+    A = _anchor(anchor, work, S.dtype, d_in=d_in, d_out=d_out)
     D = None
     if filter == "cut":
         # |S| >= max l: where nothing lies below this, nothing is cut and S is inverted
@@ -181,10 +189,10 @@ def _measured_normal_equations(
     return S, N
 
 
-def _anchor(name: str, deltas: Tensor, d_in: int | None, dtype: torch.dtype) -> Tensor | None:
+def _anchor(name: str, deltas: Tensor, dtype: torch.dtype, **layer: int | None) -> Tensor | None:
     if name == "zero":
         return None
-    A = deltas.sum(0) if name == "sum" else create(name)(deltas, d_in=d_in)
+    A = deltas.sum(0) if name == "sum" else create(name)(deltas, **layer)
     return A.to(dtype)
 
 

@@ -3,18 +3,20 @@
 With D_t = s_t B_t A_t and Q an orthonormal basis of the span of all rows of A_1 .. A_T, every
 D_t = M_t Q^T with M_t = s_t B_t (A_t Q). A method that commutes with Q^T on the right (the
 interference family, the spectral methods) merges the narrow M_t and gives M Q^T, which is an
-adapter again: B = M, A = Q^T.
+adapter again: B = M, A = Q^T. Most of them commute with a basis P of all columns of B_1 .. B_T on
+the left as well, and merge the small P^T M_t.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from merging.linalg import product, row_space
+from merging.registry import Method
 
 _EXACT = 1e-5  # relative error up to which float32 factors count as the matrix itself
 
@@ -28,7 +30,7 @@ class Factors(NamedTuple):
 
     def dense(self) -> Tensor:
         """(d_out, d_in)"""
-        return self.scale * (self.B @ self.A)
+        return product(self.scale * self.B, self.A)
 
 
 def in_joint_basis(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
@@ -37,21 +39,25 @@ def in_joint_basis(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     k is the smaller of d_in and the sum of the ranks.
     """
     Q = row_space(torch.cat([f.A for f in factors]))
-    return torch.stack([f.scale * (f.B @ (f.A @ Q)) for f in factors]), Q
+    return torch.stack([product(f.scale * f.B, f.A @ Q) for f in factors]), Q
 
 
 def merge_factors(
-    factors: Sequence[Factors], merge: Callable[..., Tensor], parts: int = 1
+    factors: Sequence[Factors], method: Method, parts: int = 1, **context: Any
 ) -> Factors:
-    """Merge low-rank deltas by a method that commutes with a basis of their rows.
+    """Merge low-rank deltas by a `row_space` method, on few rows too if it is `column_space`.
 
-    merge: called as merge((T, d_out / parts, k), d_in=...) -> (d_out / parts, k), once for each
-        of `parts` equal blocks of output rows.
+    parts: equal blocks of output rows that are merged one by one, with the same context.
     Returns A (k, d_in) with orthonormal rows and B (d_out, k), k at most the sum of the ranks.
     """
-    narrow, Q = in_joint_basis(factors)
-    merged = [merge(block, d_in=len(Q)) for block in narrow.chunk(parts, 1)]
-    return Factors(Q.mT, torch.cat(merged), 1.0)
+    merged = []
+    for block in zip(*(f.B.chunk(parts) for f in factors), strict=True):  # (d_out / parts, r) each
+        P = row_space(torch.cat(block, dim=1).mT) if method.column_space else None  # (d_out, j)
+        rows = block if P is None else [product(P.mT, B) for B in block]
+        M, Q = in_joint_basis([f._replace(B=B) for f, B in zip(factors, rows, strict=True)])
+        D = method(M, d_in=len(Q), d_out=len(block[0]), **context)
+        merged.append(D if P is None else product(P, D))
+    return Factors(Q.mT, torch.cat(merged), 1.0)  # every block has the same Q, of all rows of A
 
 
 def factorise(delta: Tensor, rank: int) -> Factors | None:

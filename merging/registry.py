@@ -14,8 +14,11 @@ from merging.errors import InputError
 from merging.linalg import row_space, working_dtype
 
 # What the engine can hand to a method beside the deltas. Everything else in a signature is a
-# hyperparameter. `d_in` is the ambient width when deltas are given in a row-space basis.
-CONTEXT = frozenset({"covariances", "fishers", "d_in", "depth", "generator", "thresholds"})
+# hyperparameter. `d_in` and `d_out` are the layer's own when deltas are given in a basis of their
+# rows and columns.
+CONTEXT = frozenset({"covariances", "fishers", "d_in", "d_out", "depth", "generator", "thresholds"})
+
+Flag = bool | Callable[[Mapping[str, Any]], bool]  # or a function of the arguments
 
 Needs = Literal["covariance", "fisher"]
 Rest = Literal["average", "base", "method"]
@@ -32,8 +35,9 @@ class Entry:
     needs: Needs | Callable[[Mapping[str, Any]], Needs | None] | None
     rest: Rest
     alpha: float
-    row_space: bool | Callable[[Mapping[str, Any]], bool]
-    elementwise: bool | Callable[[Mapping[str, Any]], bool]
+    row_space: Flag
+    column_space: Flag
+    elementwise: Flag
     sequential: bool
     prepare: Callable[..., dict[str, Any]] | None
     preset: Mapping[str, Any]
@@ -66,8 +70,9 @@ def method(
     needs: Needs | Callable[[Mapping[str, Any]], Needs | None] | None = None,
     rest: Rest = "average",
     alpha: float = 1.0,
-    row_space: bool | Callable[[Mapping[str, Any]], bool] = False,
-    elementwise: bool | Callable[[Mapping[str, Any]], bool] = False,
+    row_space: Flag = False,
+    column_space: Flag = False,
+    elementwise: Flag = False,
     sequential: bool = False,
     prepare: Callable[..., dict[str, Any]] | None = None,
     settable: tuple[str, ...] | None = None,
@@ -80,6 +85,7 @@ def method(
         differences, "base" (kept), or "method" (the function itself, on (T, *shape)).
     alpha: default factor on the result.
     row_space: f(D Q^T) = f(D) Q^T for orthonormal Q, so that it may run in a narrow basis.
+    column_space: f(P D) = P f(D) for orthonormal P, so that it may run on few rows.
     elementwise: each entry is merged by itself (given the context), so any block of rows may be.
     sequential: its statistics are measured through the merged model, layer after layer.
     prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
@@ -98,6 +104,7 @@ def method(
             rest,
             alpha,
             row_space,
+            column_space,
             elementwise,
             sequential,
             prepare,
@@ -138,12 +145,17 @@ class Method:
 
     @property
     def row_space(self) -> bool:
-        flag = self.entry.row_space
-        return flag(self.arguments) if callable(flag) else flag
+        return self._holds(self.entry.row_space)
+
+    @property
+    def column_space(self) -> bool:
+        return self._holds(self.entry.column_space)
 
     @property
     def elementwise(self) -> bool:
-        flag = self.entry.elementwise
+        return self._holds(self.entry.elementwise)
+
+    def _holds(self, flag: Flag) -> bool:
         return flag(self.arguments) if callable(flag) else flag
 
     @property

@@ -94,21 +94,23 @@ def _inexact(values: Tensor) -> bool:
 # --- Methods ----------------------------------------------------------------------------------
 
 
-@method("tsv_m", source="arXiv 2412.00081", row_space=True)
-def tsv_m(deltas: Tensor, *, k: int | None = None, d_in: int | None = None) -> Tensor:
+@method("tsv_m", source="arXiv 2412.00081", row_space=True, column_space=True)
+def tsv_m(
+    deltas: Tensor, *, k: int | None = None, d_in: int | None = None, d_out: int | None = None
+) -> Tensor:
     """TSV-Merge: orthonormalised singular vectors of all tasks (arXiv 2412.00081, algorithm 1).
 
     (T, d_out, d_in) -> (d_out, d_in). With the top k triplets of every task side by side in
     U (d_out, T k), s (T k,), V (d_in, T k): D = orthonormalise(U) diag(s) orthonormalise(V)^T.
     k: triplets per task; None is floor(min(d_out, d_in) / T), so a single expert is returned.
     """
-    k = _rank(deltas, d_in) // len(deltas) if k is None else k
+    k = _rank(deltas, d_in, d_out) // len(deltas) if k is None else k
     triplets = [singular_triplets(delta, k) for delta in deltas]
     U, s, V = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
     return _product(orthonormalise(U) * s, orthonormalise(V), deltas)
 
 
-@method("iso_c", source="arXiv 2502.04959", row_space=True)
+@method("iso_c", source="arXiv 2502.04959", row_space=True, column_space=True)
 def iso_c(deltas: Tensor) -> Tensor:
     """Iso-C: sum_t D_t with every singular value replaced by their mean (2502.04959, eqs. 7 and 8).
 
@@ -117,8 +119,10 @@ def iso_c(deltas: Tensor) -> Tensor:
     return with_spectrum(_sum(deltas), lambda s: s.mean().expand_as(s)).to(deltas)
 
 
-@method("iso_cts", source="arXiv 2502.04959", row_space=True)
-def iso_cts(deltas: Tensor, *, common: float = 0.8, d_in: int | None = None) -> Tensor:
+@method("iso_cts", source="arXiv 2502.04959", row_space=True, column_space=True)
+def iso_cts(
+    deltas: Tensor, *, common: float = 0.8, d_in: int | None = None, d_out: int | None = None
+) -> Tensor:
     """Iso-CTS: common and task-specific directions, all equally strong (2502.04959, alg. 2).
 
     (T, d_out, d_in) -> (d_out, d_in). U_c: the top k = round(common r) left singular vectors of
@@ -126,7 +130,7 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8, d_in: int | None = None) -> 
     triplets; D = mean(s) orthonormalise(U) orthonormalise(V)^T over all collected triplets.
     (The authors' code gives the remainder of that division to the common directions.)
     """
-    r = _rank(deltas, d_in)
+    r = _rank(deltas, d_in, d_out)
     k = round(common * r)
     triplets = [singular_triplets(_sum(deltas), k)]
     U_c, s_c, _ = triplets[0]
@@ -174,7 +178,8 @@ def star(
     """STAR: truncate each delta's spectrum, keep its nuclear norm, merge (2502.10339).
 
     (T, d_out, d_in) -> (d_out, d_in). Each delta keeps its first singular values, as many as
-    reach the share eta of their sum, scaled up to that sum. of: the merge of the results.
+    reach the share eta of their sum, scaled up to that sum. of: the merge of the results. Here
+    truncation comes first; `subspace_boosting` and `svc` work on what a merge has made.
     """
     truncated = []
     for delta in deltas:
@@ -205,7 +210,8 @@ def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None
 
     (T, d_out, d_in) -> (d_out, d_in). With u_r, s_r D's singular vectors and values,
     s_r <- s_r / mean_t max(<u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, floor): what several tasks share
-    was counted once for each of them. A task that is 0 along u_r counts as `floor`.
+    was counted once for each of them. A task that is 0 along u_r counts as `floor`. The authors'
+    code has a rule of its own for directions on which all tasks agree in sign; it is left out.
     of: the method whose merge is calibrated, or "sum", task arithmetic with alpha 1.
     """
     U, s, V = singular_triplets(_merge(of, deltas, d_in))
@@ -230,9 +236,9 @@ def _product(left: Tensor, right: Tensor, deltas: Tensor) -> Tensor:
     return product(left.to(deltas), right.mT.to(deltas))
 
 
-def _rank(deltas: Tensor, d_in: int | None) -> int:
-    """min(d_out, d_in) of the layer, whatever basis (T, d_out, k) its deltas are given in."""
-    return min(deltas.shape[1], d_in or deltas.shape[2])
+def _rank(deltas: Tensor, d_in: int | None, d_out: int | None = None) -> int:
+    """min(d_out, d_in) of the layer, whatever bases (T, j, k) its deltas are given in."""
+    return min(d_out or deltas.shape[1], d_in or deltas.shape[2])
 
 
 def _reaching(s: Tensor, share: float) -> int:

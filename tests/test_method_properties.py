@@ -153,6 +153,16 @@ def test_a_row_space_method_may_run_in_the_adapters_own_rank(name, d_out, d_in, 
     close(narrow @ Q.mT, method(B @ A, depth=0.5))
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).column_space])
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(12, 20, 2), (20, 12, 2), (40, 8, 3)])
+def test_a_column_space_method_may_run_on_few_rows(name, d_out, d_in, rank):
+    T, method = tasks(name), merging.create(name)
+    B, A = stack(T, (d_out, rank)), stack(T, (rank, d_in), seed=1) / 0.02
+    P = torch.linalg.qr(B.transpose(0, 1).reshape(d_out, -1))[0]  # (d_out, T rank)
+    short = method((P.mT @ B) @ A, d_out=d_out)
+    close(P @ short, method(B @ A))
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).elementwise])
 def test_an_elementwise_method_may_run_on_blocks_of_rows(name):
     deltas, method = stack(tasks(name), (10, 7)), merging.create(name)
