@@ -13,6 +13,7 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.linalg import gram
+from merging.sparse import drop_smallest
 
 
 class Estimate(NamedTuple):
@@ -21,6 +22,7 @@ class Estimate(NamedTuple):
     factor: Tensor  # (T, n, d_in)
     scale: Tensor  # (T,)
     ridge: Tensor  # (T,)
+    gram: Tensor | None = None  # `grams(factor)`, where the estimate has needed it already
 
 
 def _plain(factor: Tensor) -> Estimate:
@@ -40,7 +42,8 @@ def centred(deltas: Tensor, d_in: int, k: float) -> Estimate:
 
 def trimmed(deltas: Tensor, d_in: int, k: float) -> Estimate:
     """trim_k(D_t)^T trim_k(D_t): only the share k of largest-magnitude entries (TACT)."""
-    return _plain(trim(deltas, k))
+    n = deltas[0].numel()
+    return _plain(drop_smallest(deltas, n - round(k * n)))
 
 
 def identity(deltas: Tensor, d_in: int, k: float) -> Estimate:
@@ -55,11 +58,12 @@ def ledoit_wolf(deltas: Tensor, d_in: int, k: float) -> Estimate:
     The rows of D_t are d_out samples of a d_in-dimensional distribution; the shrinkage is the
     one that scikit-learn's `ledoit_wolf(D_t, assume_centered=True)` returns.
     """
-    moments, n = _moments(deltas), deltas.shape[1]
+    S = grams(deltas)
+    moments, n = _moments(deltas, S), deltas.shape[1]
     fourth = deltas.square().sum(-1).square().sum(-1)  # (T,) sum over rows of |x|^4
     beta = (fourth / n - moments.square) / (d_in * n)
     gap = (moments.square - moments.trace.square() / d_in) / d_in
-    return _shrunk(deltas, beta / gap, moments.trace * n / d_in)
+    return _shrunk(deltas, S, beta / gap, moments.trace * n / d_in)
 
 
 def oas(deltas: Tensor, d_in: int, k: float) -> Estimate:
@@ -67,11 +71,12 @@ def oas(deltas: Tensor, d_in: int, k: float) -> Estimate:
 
     scikit-learn's `oas(D_t, assume_centered=True)` leaves out the two 2 / d_in terms.
     """
-    moments, n = _moments(deltas), deltas.shape[1]
+    S = grams(deltas)
+    moments, n = _moments(deltas, S), deltas.shape[1]
     trace2 = moments.trace.square()
     above = (1 - 2 / d_in) * moments.square + trace2
     below = (n + 1 - 2 / d_in) * (moments.square - trace2 / d_in)
-    return _shrunk(deltas, above / below, moments.trace * n / d_in)
+    return _shrunk(deltas, S, above / below, moments.trace * n / d_in)
 
 
 class _Moments(NamedTuple):
@@ -79,18 +84,22 @@ class _Moments(NamedTuple):
     square: Tensor  # (T,) tr(S_t^2)
 
 
-def _moments(deltas: Tensor) -> _Moments:
-    n, wide = deltas.shape[1], deltas.shape[1] < deltas.shape[2]
-    # tr((D^T D)^2) = tr((D D^T)^2): take the smaller Gram matrix
-    square = torch.stack([gram(x.mT if wide else x).square().sum() for x in deltas])
-    trace = deltas.square().sum((1, 2))
-    return _Moments(trace / n, square / n**2)
+def _moments(deltas: Tensor, grams: Tensor) -> _Moments:
+    n = deltas.shape[1]
+    # tr((D^T D)^2) = tr((D D^T)^2): whichever of the two it is
+    return _Moments(deltas.square().sum((1, 2)) / n, grams.square().sum((1, 2)) / n**2)
 
 
-def _shrunk(deltas: Tensor, shrinkage: Tensor, mean_eigenvalue: Tensor) -> Estimate:
+def _shrunk(deltas: Tensor, grams: Tensor, shrinkage: Tensor, mean_eigenvalue: Tensor) -> Estimate:
     # 0/0 where D_t = 0 or D_t^T D_t is already a multiple of I: shrinking fully changes neither
     r = shrinkage.nan_to_num(nan=1.0, posinf=1.0).clamp(0, 1)
-    return Estimate(deltas, 1 - r, r * mean_eigenvalue)
+    return Estimate(deltas, 1 - r, r * mean_eigenvalue, grams)
+
+
+def grams(factor: Tensor) -> Tensor:
+    """E_t E_t^T (T, n, n) where E_t (n, d_in) is wide, E_t^T E_t (T, d_in, d_in) otherwise."""
+    wide = factor.shape[1] < factor.shape[2]
+    return torch.stack([gram(x.mT if wide else x) for x in factor])
 
 
 ESTIMATORS = {f.__name__: f for f in (delta, centred, trimmed, identity, ledoit_wolf, oas)}
@@ -103,13 +112,3 @@ def estimate(name: str, deltas: Tensor, d_in: int, k: float) -> Estimate:
             f"unknown covariance estimator {name!r}", f"known: inputs, {', '.join(ESTIMATORS)}"
         )
     return ESTIMATORS[name](deltas, d_in, k)
-
-
-def trim(deltas: Tensor, k: float) -> Tensor:
-    """(T, ...) with all but the share k of largest-magnitude entries of each task set to 0."""
-    flat = deltas.abs().flatten(1)
-    dropped = flat.shape[1] - round(k * flat.shape[1])
-    if dropped <= 0:
-        return deltas
-    cut = torch.stack([row.kthvalue(dropped).values for row in flat])
-    return torch.where(deltas.abs() > cut.view(-1, *[1] * (deltas.ndim - 1)), deltas, 0)

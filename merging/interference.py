@@ -154,16 +154,18 @@ def _normal_equations(
         # (D E^T) E costs d_out n d_in; forming E^T E first would cost n d_in^2 more
         rows = E if (a == 1).all() else a.sqrt().view(-1, 1, 1) * E
         S = gram(rows.reshape(-1, d_in))  # of (T n, d_in)
-        cross = [
-            (gram(x.mT) if E is deltas else product(x, e.mT)) * w
-            for x, e, w in zip(deltas, E, a, strict=True)
-        ]
-        N = product(torch.cat(cross, dim=1), E.reshape(-1, d_in))  # (d_out, T n) (T n, d_in)
+        if E is deltas:
+            outer = est.gram if est.gram is not None else map(gram, E.mT)
+        else:
+            outer = map(product, deltas, E.mT)
+        cross = torch.cat([x * w for x, w in zip(outer, a, strict=True)], dim=1)  # (d_out, T n)
+        N = product(cross, E.reshape(-1, d_in))
     else:
         S = deltas.new_zeros(d_in, d_in)
         N = deltas.new_zeros(d_out, d_in)
-        for x, e, w in zip(deltas, E, a, strict=True):
-            C = gram(e) * w
+        inner = est.gram if est.gram is not None else map(gram, E)
+        for x, C, w in zip(deltas, inner, a, strict=True):
+            C = C * w
             S += C
             N += product(x, C)
     if b.any():

@@ -160,16 +160,25 @@ def breadcrumbs(deltas: Tensor, *, beta: float = 0.9, gamma: float = 0.01) -> Te
     beta, gamma: shares of a tensor's entries dropped at the small and at the large end. Here
     counts are rounded down (0 drops nothing) and an entry as large as a dropped one is dropped.
     """
-    magnitude = deltas.abs()
-    flat = magnitude.reshape(len(deltas), -1)
+    flat = deltas.abs().reshape(len(deltas), -1)
     n = flat.shape[1]
     small, large = int(_share("beta", beta) * n), int(_share("gamma", gamma) * n)
-    kept = torch.ones_like(deltas, dtype=torch.bool)
-    if small:
-        kept &= magnitude > _per_task(flat.kthvalue(small).values, deltas)
+    kept = drop_smallest(deltas, small)
     if large:
-        kept &= magnitude < _per_task(flat.kthvalue(n - large + 1).values, deltas)
-    return torch.where(kept, deltas, 0).sum(0)
+        cut = _per_task(flat.kthvalue(n - large + 1).values, deltas)
+        kept = torch.where(deltas.abs() < cut, kept, 0)
+    return kept.sum(0)
+
+
+def drop_smallest(deltas: Tensor, count: int) -> Tensor:
+    """(T, *shape) with the `count` smallest magnitudes of each task, and any equal to them, at 0.
+
+    The counterpart of `trim`, which keeps what is as large as the last entry kept.
+    """
+    if count <= 0:
+        return deltas
+    cut = torch.stack([delta.abs().flatten().kthvalue(count).values for delta in deltas])
+    return torch.where(deltas.abs() > _per_task(cut, deltas), deltas, 0)
 
 
 @method("consensus_ta", source="arXiv 2405.07813", rest="method", alpha=0.3, elementwise=True)
