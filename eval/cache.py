@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from merging.errors import InputError
+from merging.writer import flush
 
 RECORD = "key.json"  # beside the content: the key in clear, and each file's SHA-256
 _verified: set[Path] = set()  # entries whose checksums this process has already compared
@@ -111,12 +112,3 @@ def _damaged(path: Path) -> InputError:
         f"cached file {path} is missing or does not match its recorded SHA-256",
         hint=f"remove {path.parent} and run again to rebuild it",
     )
-
-
-def flush(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

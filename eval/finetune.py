@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_cosine_schedule_with_warmup
 
-from eval.cache import digest, flush
+from eval.cache import digest
 from merging.checkpoints import Adapter, open_checkpoint
 from merging.errors import InputError
 from merging.progress import track
+from merging.writer import flush
 
 RESUME, PARTIAL = "resume.pt", ".partial"
 Loss = Callable[[nn.Module, Any], Tensor]

@@ -6,6 +6,7 @@ file can point outside its folder, and whatever is wrong is an InputError naming
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Mapping
@@ -24,11 +25,13 @@ from merging.writer import Writer, write_adapter
 __all__ = [
     "Adapter",
     "Checkpoint",
+    "NotFinite",
     "Source",
     "StateDict",
     "Writer",
     "check_adapter",
     "check_finite",
+    "not_finite",
     "open_checkpoint",
     "problems",
     "write_adapter",
@@ -328,8 +331,17 @@ def _compare(name: str, shape: tuple[int, ...], base: Source, common_rows: bool)
     return [f"tensor {name!r} has shape {list(shape)}, the base's has {list(expected)}"]
 
 
-def check_finite(tensor: Tensor, name: str, path: str) -> None:
-    """Raise InputError if any value is NaN or infinite, naming the first one's position."""
+class NotFinite(InputError):
+    """A tensor has a value that is NaN or infinite."""
+
+
+def check_finite(
+    tensor: Tensor,
+    name: str,
+    path: str,
+    hint: str = "the checkpoint is damaged or its training diverged",
+) -> None:
+    """Raise NotFinite if any value is NaN or infinite, naming the first one's position."""
     if not tensor.is_floating_point() or not tensor.numel():
         return
     values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
@@ -337,8 +349,24 @@ def check_finite(tensor: Tensor, name: str, path: str) -> None:
     if torch.isfinite(low) and torch.isfinite(high):
         return
     bad = (~torch.isfinite(values)).nonzero()
-    raise InputError(
+    raise NotFinite(
         f"{path}: tensor {name!r} has {len(bad)} values that are not finite, "
         f"the first at {bad[0].tolist()}",
-        hint="the checkpoint is damaged or its training diverged",
+        hint,
     )
+
+
+def not_finite(source: Source | Adapter, label: str) -> list[str]:
+    """A sentence for each tensor with values that are not finite; reads every tensor."""
+    if isinstance(source, Adapter):
+        factors = ((name, x) for name in source.keys() for x in source.factors(name)[:2])
+        tensors = itertools.chain(factors, source.dense.items())
+    else:
+        tensors = ((name, source.read(name)) for name in source.keys())
+    found = []
+    for name, tensor in tensors:
+        try:
+            check_finite(tensor, name, f"{label} ({source.path})")
+        except NotFinite as error:
+            found.append(error.message)
+    return found

@@ -531,7 +531,7 @@ def _merge(
             merged = (
                 deltas.mean(0) if item.rule == "average" else method(deltas, **context, **stats)
             )
-            yield _add(W0, merged), rows
+            yield _add(W0, merged, item.name), rows
         return
     W0, deltas = loaded
     stats = _statistics(options, method, experts, item, None)
@@ -542,7 +542,7 @@ def _merge(
     else:
         merged = _merge_factors(item, deltas, method, stats, device, context).dense()
         merged = merged.mT if item.layer.transposed else merged
-    yield _add(W0, merged.cpu()), None
+    yield _add(W0, merged.cpu(), item.name), None
 
 
 def _merge_factors(
@@ -594,6 +594,8 @@ def _statistics(
     if not method.needs or item.rule == "average":
         return {}
     tensors = [options.statistics[task][item.name] for task in experts]
+    for task, tensor in zip(experts, tensors, strict=True):
+        check_finite(tensor, item.name, f"the {method.needs} statistics of task {task!r}", "")
     if method.needs == "fisher":
         return {"fishers": torch.stack([t if rows is None else t[rows] for t in tensors])}
     return {"covariances": torch.stack([t if t.ndim == 2 else unpack(t) for t in tensors])}
@@ -652,8 +654,12 @@ def _subtract(expert: Source, name: str, rows: slice | None, W0: Tensor, out: Te
         torch.sub(W.to(W0.dtype), W0[:common], out=out[:common])
 
 
-def _add(W0: Tensor, delta: Tensor) -> Tensor:
-    return (_lift(W0) + delta).to(W0.dtype)
+def _add(W0: Tensor, delta: Tensor, name: str) -> Tensor:
+    merged = (_lift(W0) + delta).to(W0.dtype)
+    check_finite(
+        merged, name, "the merge", f"the method diverged, or its result leaves {W0.dtype}'s range"
+    )
+    return merged
 
 
 def _blocks(base: Source, name: str, stacked: int) -> Iterator[slice | None]:

@@ -177,7 +177,7 @@ class Writer:
                 data = content if isinstance(content, bytes) else Path(content).read_bytes()
                 _write_synced(target, data)
             self._sync(0)
-            _sync_folder(self._files)
+            flush(self._files)
             self._refuse_existing()
             whole = self._files if self._folder else self._files / self.output.name
             _publish(whole, self.output, self._aside)
@@ -379,7 +379,8 @@ def _write_synced(path: Path, data: bytes) -> None:
     os.replace(partial, path)
 
 
-def _sync_folder(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Ask the system to put a file or folder on the disk now."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)
@@ -397,7 +398,7 @@ def _publish(source: Path, output: Path, aside: Path) -> None:
         if output.is_dir():
             os.rename(output, aside)
         os.replace(source, output)
-    _sync_folder(output.parent)
+    flush(output.parent)
 
 
 def _swap(a: Path, b: Path) -> bool:

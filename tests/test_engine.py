@@ -93,14 +93,61 @@ def test_row_blocks_change_nothing(base, experts, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["actmat", "ties", "tsv_m", "average"])
-def test_devices_and_task_order_change_nothing(base, experts, name):
+def test_devices_and_task_order_change_no_bit(base, experts, name):
     method = create(name)
     merged = merge_state_dicts(base, experts, method, layers=LAYERS)
     shared = merge_state_dicts(base, experts, method, layers=LAYERS, device=["cpu", "cpu"])
     assert all(torch.equal(merged[k], shared[k]) for k in base)
     turned = dict(reversed(experts.items()))
     other = merge_state_dicts(base, turned, method, layers=LAYERS)
-    assert all(torch.allclose(merged[k], other[k], atol=1e-5) for k in base)
+    assert all(torch.equal(merged[k], other[k]) for k in base)
+
+
+def test_slerp_goes_from_the_first_name_to_the_second(base, experts):
+    pair = {t: experts[t] for t in ("b", "a")}
+    for method in (create("slerp", t=0.0), create("slerp", t=1.0)):
+        merged = merge_state_dicts(base, pair, method, layers=LAYERS)
+        expected = pair["a" if method.hyperparameters["t"] == 0 else "b"]
+        assert all(torch.allclose(merged[k], expected[k], atol=1e-5) for k in base)
+
+
+def test_one_report_names_every_value_that_is_not_finite(base, experts, tmp_path):
+    base["blocks.0.attn.in_proj_bias"][3] = float("nan")
+    experts["a"]["scale"] = torch.tensor(float("inf"))
+    experts["c"]["embed.weight"][2, 5] = -float("inf")
+    with pytest.raises(InputError) as error:
+        merge_state_dicts(base, experts, create("actmat"), layers=LAYERS, device=["cpu", "cpu"])
+    told = error.value.message.split("; ")
+    assert len(told) == 3
+    for sentence, pieces in zip(
+        told,
+        (
+            ("the base", "'blocks.0.attn.in_proj_bias' has 1 values", "first at [3]"),
+            ("expert 'a'", "'scale' has 1 values", "first at []"),
+            ("expert 'c'", "'embed.weight' has 1 values", "first at [2, 5]"),
+        ),
+        strict=True,
+    ):
+        assert all(piece in sentence for piece in pieces), sentence
+
+
+def test_statistics_and_results_that_are_not_finite_are_told(base, experts):
+    moments = {t: {name: torch.eye(8) for name in LAYERS} for t in experts}
+    moments["b"]["blocks.1.fc.weight"][0, 1] = float("nan")
+    with pytest.raises(InputError, match=r"covariance statistics of task 'b': .*'blocks.1.fc.wei"):
+        merge_state_dicts(base, experts, create("regmean"), layers=LAYERS, statistics=moments)
+    half = {name: tensor.half() for name, tensor in base.items() if tensor.is_floating_point()}
+    far = {t: {k: v + 4e4 for k, v in half.items()} for t in experts}
+    with pytest.raises(InputError, match="the merge: tensor 'embed.weight'") as error:
+        merge_state_dicts(half, far, create("task_arithmetic", alpha=1.0), layers=LAYERS)
+    assert "leaves torch.float16's range" in error.value.hint
+
+
+def test_a_difference_that_overflows_is_told(base, experts):
+    base["blocks.1.fc.weight"].fill_(-3e38)
+    experts["b"]["blocks.1.fc.weight"].fill_(3e38)
+    with pytest.raises(InputError, match=r"expert 'b' .* 'blocks.1.fc.weight' has 40 values"):
+        merge_state_dicts(base, experts, create("actmat"), layers=LAYERS)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -215,9 +262,14 @@ def test_checkpoints_give_what_state_dicts_give(base, experts, tmp_path):
 
 
 def test_depth_runs_along_the_blocks():
-    names = ["embed.weight", "blocks.0.a", "blocks.2.b", "blocks.4.c", "norm.weight"]
-    assert list(_depths(names).values()) == [0.0, 0.0, 0.5, 1.0, 1.0]
+    depths = {"embed.weight": 0, "blocks.0.a": 0, "blocks.2.b": 0.5, "blocks.4.c": 1, "norm.w": 1}
+    assert _depths(depths) == _depths(reversed(depths)) == depths
     assert _depths(["weight"]) == {"weight": 0.0}
+    # T5's file is alphabetical: its embedding comes last
+    t5 = {"decoder.block.0.a": 0, "encoder.final_layer_norm.w": 1, "lm_head.w": 1, "shared.w": 0}
+    assert _depths(t5) == t5
+    clip = {"proj": 1, "class_embedding": 0, "conv1.weight": 0, "ln_pre.bias": 0, "ln_post.bias": 1}
+    assert _depths(["blocks.0.a", *clip]) == {"blocks.0.a": 0} | clip
 
 
 def test_work_is_dealt_out_largest_first():

@@ -130,7 +130,7 @@ def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_p
         ([good[0], good[-2]], "no experts were given"),
         (good[1:], "base"),
         (lost, f"{tmp_path}/nowhere does not exist"),
-        ([*good, "method=regmean"], "statistics of task 'sun'"),
+        ([*good, "method=regmean"], "statistics of task 'rain'"),
         ([*good, "method=nothing"], "method/nothing"),
         ([*good, "precision=low"], "precision"),
     ]:
