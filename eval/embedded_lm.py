@@ -308,13 +308,11 @@ class EmbeddedLM:
         limit: int | None = None,
     ) -> dict[str, Score]:
         """Accuracy of the likeliest answer, by lm-eval."""
-        from lm_eval.models.huggingface import HFLM
-
         benchmarks = {task: self._benchmark(task) for task in tasks or self.tasks}
         self._load(state)
-        lm = HFLM(
+        lm = judge.wrap(
             self._model,
-            tokenizer=self._tokenizer,
+            self._tokenizer,
             batch_size=self.evaluation_batch_size,
             mixed_precision_dtype="bfloat16" if self.precision == "bf16" else None,
             softmax_dtype="float32",

@@ -33,6 +33,7 @@ from merging.progress import track
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOCAL_TASKS = Path(__file__).parents[1] / "configs" / "lm_tasks"
 
@@ -156,14 +157,48 @@ def load_lm(
             hint=f"known: {', '.join(sorted(model_registry.keys()))}",
         )
     try:
-        return get_model(backend).create_from_arg_obj(
-            dict(arguments), {"batch_size": batch_size, "device": device}
-        )
+        with _tied_as_loaded():
+            return get_model(backend).create_from_arg_obj(
+                dict(arguments), {"batch_size": batch_size, "device": device}
+            )
     except ModuleNotFoundError as error:
         raise InputError(
             f"backend {backend!r} needs the package {error.name!r}, which is not installed",
             hint=f"pip install {error.name}, or use backend hf",
         ) from error
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, **options: Any
+) -> LM:
+    """A model in memory as lm-eval's backend hf, which takes further `options`."""
+    from lm_eval.models.huggingface import HFLM
+
+    kind = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    with _tied_as_loaded():
+        return HFLM(model, backend=kind, tokenizer=tokenizer, batch_size=batch_size, **options)
+
+
+@contextmanager
+def _tied_as_loaded() -> Iterator[None]:
+    """Keep lm-eval from tying weights that a checkpoint has apart.
+
+    It calls `model.tie_weights()` on whatever it is given. Of T5 1.1, whose output head is its
+    own although its configuration cannot say so, that would judge a model with another head.
+    """
+    from transformers import PreTrainedModel
+
+    tie = PreTrainedModel.tie_weights
+
+    def unless_called_bare(model: PreTrainedModel, *args: Any, **given: Any) -> None:
+        if args or given:  # as transformers does while it loads
+            tie(model, *args, **given)
+
+    PreTrainedModel.tie_weights = unless_called_bare
+    try:
+        yield
+    finally:
+        PreTrainedModel.tie_weights = tie
 
 
 def judge(

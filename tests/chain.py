@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
 
 import merging
-from eval import checkpoints
+from eval import checkpoints, judge
 from merging.checkpoints import Adapter, open_checkpoint
 from merging.registry import CONTEXT
 
@@ -74,16 +75,25 @@ def by_hand(
     return merged
 
 
+def judged(model: PreTrainedModel, folder: Path) -> Tensor:
+    """lm-eval's log-likelihood of every answer to some questions."""
+    lm = judge.wrap(model, AutoTokenizer.from_pretrained(folder), batch_size=32)
+    benchmark = judge.Benchmark("tiny_meals")
+    found = judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark]), limit=5)
+    return torch.tensor([float(r[0][0]) for sample in found.samples for r in sample["resps"]])
+
+
 def check_methods(
     folder: Path,
     experts: Mapping[str, Path],
     layers: Mapping[str, merging.Layer],
     statistics: Callable[[str, str], Path],
-    load: Callable[[Path], torch.nn.Module],
-    logits: Callable[[torch.nn.Module], Tensor],
+    load: Callable[[Path], PreTrainedModel],
+    logits: Callable[[PreTrainedModel], Tensor],
     output: Path,
 ) -> None:
-    """Merge by every method, write, load with `from_pretrained`, and compare the logits."""
+    """Merge by every method, write, load with `from_pretrained`, and compare with the reference
+    merge the logits and what lm-eval makes of the model."""
     base = load_file(folder / "model.safetensors")
     reference, wrong = load(folder), {}
     for name in merging.methods():
@@ -110,7 +120,11 @@ def check_methods(
                 base, given, method, layers=layers, statistics=tensors or None
             )
         reference.load_state_dict(expected, strict=False)
-        given, wanted = logits(load(output / name)), logits(reference)
-        if not (error := (given - wanted).norm() / wanted.norm()) < TOLERANCE.get(name, 1e-4):
-            wrong[name] = error.item()
+        merged = load(output / name)
+        for given, wanted in (
+            (logits(merged), logits(reference)),
+            (judged(merged, output / name), judged(reference, folder)),
+        ):
+            if not (error := (given - wanted).norm() / wanted.norm()) < TOLERANCE.get(name, 1e-4):
+                wrong[name] = error.item()
     assert not wrong, wrong

@@ -10,11 +10,14 @@ import yaml
 from chain import check_methods, dense_expert
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from eval import embedded_lm, finetune, judge, tiny_lm
+import merging
+from eval import checkpoints, embedded_lm, finetune, judge, tiny_lm
 from eval.embedded_lm import EmbeddedLM
+from eval.sequential import merge_blocks
 from merging.errors import InputError
 
 CONFIG = Path("configs/suite/tiny_lm.yaml")
@@ -63,9 +66,30 @@ def test_every_method_written_and_loaded_equals_a_merge_by_hand(suite, finetunin
     assert in_memory == from_disk
 
 
-def test_experts_learn_their_own_task_and_merging_keeps_some_of_it(suite):
-    import merging
+@pytest.mark.parametrize("name", ["actmat", "tsv_m"])
+def test_a_merge_written_as_an_adapter_is_judged_as_the_dense_one(suite, name, tmp_path):
+    base, method = tiny_lm.model("llama"), merging.create(name)
+    experts = {task: suite.expert(task, finetuning="lora", seed=0) for task in suite.tasks}
+    for form, extra in (("dense", checkpoints.companions(base)), ("adapter", None)):
+        merging.merge_checkpoints(
+            base, experts, method, tmp_path / form, layers=suite.layers(), form=form, extra=extra
+        )
+    adapted = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    expected = logits(load(tmp_path / "dense"))
+    assert (logits(adapted) - expected).norm() < 1e-4 * expected.norm()
+    benchmark = judge.Benchmark("tiny_meals")
+    dense, adapter = {"pretrained": str(tmp_path / "dense")}, {"peft": str(tmp_path / "adapter")}
+    scores = [
+        judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark])).scores
+        for lm in (
+            judge.load_lm("hf", given, batch_size=20, device="cpu")
+            for given in (dense, {"pretrained": str(base)} | adapter)
+        )
+    ]
+    assert scores[0] == scores[1]
 
+
+def test_experts_learn_their_own_task_and_merging_keeps_some_of_it(suite):
     base = suite.base()
     start = suite.evaluate(base, "test")
     states = {
@@ -141,6 +165,27 @@ def test_fisher_covers_what_moved(suite):
     assert all(fisher[name].shape == base[name].shape for name in fisher)
     assert all((tensor >= 0).all() for tensor in fisher.values())
     assert sum(tensor.sum().item() for tensor in fisher.values()) > 0
+
+
+def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
+    """What the rows multi_task and regmean_pp of a table need."""
+    own = {"finetuning": "full", "seed": 0}
+    states = {
+        task: finetune.expert_state(suite.base(), suite.expert(task, **own)) for task in suite.tasks
+    }
+    together = finetune.expert_state(suite.base(), suite.multi_task(**own))
+    alone = suite.evaluate(states["meals"], "test")
+    scores = suite.evaluate(together, "test")
+    assert scores["weather"].accuracy > alone["weather"].accuracy
+    assert scores["animals"].accuracy > alone["animals"].accuracy
+    size = {"batches": 2, "batch_size": 5}
+    names = ["model.layers.1.mlp.down_proj.weight"]
+    through = suite.second_moments("meals", states["meals"], names, **size)
+    measured = load_file(suite.statistics("meals", "covariance", **own, **size))
+    assert set(through) == set(names)
+    torch.testing.assert_close(through[names[0]], measured[names[0]])
+    merged, _ = merge_blocks(suite, suite.base(), states, merging.create("regmean_pp"), **size)
+    assert set(suite.evaluate(merged, "test", limit=5)) == set(suite.tasks)
 
 
 def test_splits_share_no_text_and_never_change(suite):

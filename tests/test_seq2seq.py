@@ -7,11 +7,14 @@ import torch
 from chain import check_methods
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
+import merging
 from eval import finetune, judge, prompts, seq2seq, tiny_lm
 from eval.causal import IGNORED
 from eval.seq2seq import Example, Seq2SeqSuite
+from eval.sequential import merge_blocks
 from merging.errors import InputError
 
 KINDS = ["t5_gated_untied", "t5_relu_tied"]
@@ -116,8 +119,6 @@ def test_second_moments_leave_padding_out(suite):
     """Every sentence through the model alone, without padding, summed in float64."""
     task, name = "meals", "decoder.block.1.layer.1.EncDecAttention.k.weight"
     path = suite.statistics(task, "covariance", finetuning="full", seed=0, batches=2, batch_size=5)
-    from safetensors.torch import load_file
-
     measured = load_file(path)[name]
     model = load(tiny_lm.model(suite.model.removeprefix("tiny_")))
     expert = suite.expert(task, finetuning="full", seed=0)
@@ -161,12 +162,28 @@ def test_every_method_written_and_loaded_equals_a_merge_by_hand(kind, finetuning
         torch.testing.assert_close(merged.shared.weight.detach(), average)
 
 
-def test_a_merge_is_judged_by_lm_eval(suite):
-    from lm_eval.models.huggingface import HFLM
-    from transformers import AutoTokenizer
+def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
+    """What the rows multi_task and regmean_pp of a table need."""
+    own = {"finetuning": "full", "seed": 0}
+    states = {
+        task: finetune.expert_state(suite.base(), suite.expert(task, **own)) for task in suite.tasks
+    }
+    together = finetune.expert_state(suite.base(), suite.multi_task(**own))
+    assert all((together[name] != tensor).any() for name, tensor in suite.base().items())
+    size = {"batches": 2, "batch_size": 5}
+    names = ["decoder.block.1.layer.1.EncDecAttention.k.weight"]
+    through = suite.second_moments("meals", states["meals"], names, **size)
+    measured = load_file(suite.statistics("meals", "covariance", **own, **size))
+    assert set(through) == set(names)
+    torch.testing.assert_close(through[names[0]], measured[names[0]])
+    merged, _ = merge_blocks(suite, suite.base(), states, merging.create("regmean_pp"), **size)
+    assert set(suite.evaluate(merged, "test", limit=5)) == set(suite.tasks)
 
+
+def test_a_merge_is_judged_by_lm_eval(suite):
     folder = tiny_lm.model(suite.model.removeprefix("tiny_"))
-    lm = HFLM(load(folder), backend="seq2seq", tokenizer=AutoTokenizer.from_pretrained(folder))
+    model = load(folder)
+    lm = judge.load_lm("hf", {"pretrained": str(folder)}, batch_size=8, device="cpu")
     benchmark = judge.Benchmark("tiny_meals")
     found = judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark]), limit=20)
     assert found.scores["meals"].count == 20
@@ -175,7 +192,7 @@ def test_a_merge_is_judged_by_lm_eval(suite):
         tokens = lm.tokenizer(sample["arguments"][0][0])["input_ids"]
         answer = lm.tokenizer(sample["arguments"][0][1])["input_ids"]
         with torch.no_grad():
-            out = lm.model(torch.tensor([tokens]), labels=torch.tensor([answer])).logits[0]
+            out = model(torch.tensor([tokens]), labels=torch.tensor([answer])).logits[0]
         logp = out.log_softmax(-1)[range(len(answer)), answer].sum().item()
         assert float(sample["resps"][0][0][0]) == pytest.approx(logp, abs=1e-3)
 
