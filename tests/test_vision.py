@@ -443,6 +443,13 @@ def test_ilharcos_family_has_the_eight_tasks():
     assert set(config["task_names"]) == set(config["datasets"])
 
 
+def test_the_families_that_know_emnists_digits_are_given_them():
+    digits = "suite/dataset@suite.datasets.emnist=emnist_digits"
+    for overrides, classes in (([], 26), ([digits], 10)):
+        config = composed("suite=vision20", "suite/checkpoints=tall", *overrides)
+        assert len(config["datasets"]["emnist"]["classes"]) == classes
+
+
 @pytest.mark.parametrize(
     ("name", "count"),
     [("gtsrb", 43), ("flowers102", 102), ("eurosat", 10), ("emnist", 26), ("fer2013", 7)],
