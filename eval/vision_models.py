@@ -17,6 +17,7 @@ from typing import Any
 
 import open_clip
 import torch
+import torch.nn.functional as F
 from huggingface_hub import hf_hub_download, snapshot_download
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
@@ -241,7 +242,30 @@ def openclip_name(name: str) -> str | None:
 
 
 def _convert_adapter(adapter: Adapter, name: str, folder: Path) -> None:
-    write_adapter(folder / "adapter", adapter_factors(adapter, name), {})
+    write_adapter(folder / "adapter", _as_stored(adapter_factors(adapter, name)), _STORED)
+
+
+# From this version on PEFT adds both adapted weights of an nn.MultiheadAttention once, as `Adapter`
+# then reads them.
+_STORED = {"peft_version": "0.22.0"}
+
+
+def _as_stored(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors under PEFT's names for an attention, one module with two weights of one rank.
+
+    The smaller rank is filled up with zeros; a weight that was not adapted differs by zero.
+    """
+    stored = {name: pair for name, pair in factors.items() if ".attn." not in name}
+    blocks = dict.fromkeys(n.partition(".attn.")[0] for n in factors if ".attn." in n)
+    for attention in (f"{block}.attn" for block in blocks):
+        pairs = [factors.get(f"{attention}.{x}") for x in ("in_proj_weight", "out_proj.weight")]
+        rank, width = map(max, zip(*(pair[0].shape for pair in pairs if pair), strict=True))
+        names = (f"{attention}.weight", f"{attention}.base_layer.out_proj.weight")
+        for name, pair, rows in zip(names, pairs, (3 * width, width), strict=True):
+            A, B = pair or (torch.zeros(0, width), torch.zeros(rows, 0))
+            missing = rank - len(A)
+            stored[name] = (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)))
+    return stored
 
 
 def adapter_factors(adapter: Adapter, name: str) -> dict[str, tuple[Tensor, Tensor]]:

@@ -207,16 +207,15 @@ def test_unknown_architecture():
 # --- adapters -------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    raises=merging.InputError,
-    strict=True,
-    reason="write_adapter refuses packed attention, which peft versions apply differently",
+@pytest.mark.parametrize(
+    ("attention", "rank"),
+    [("q_proj v_proj out_proj", 6), ("q_proj k_proj v_proj", 9), ("out_proj", 3)],
 )
-def test_huggingface_adapter_is_packed_exactly(places, tmp_path):
+def test_huggingface_adapter_is_packed_exactly(places, tmp_path, attention, rank):
     model = randomised(CLIPVisionModelWithProjection(SMALL))
     model.save_pretrained(tmp_path / "base")
     base = tower_state(open_checkpoint(tmp_path / "base"), NAME)
-    targets = ["q_proj", "v_proj", "out_proj", "fc1", "fc2"]  # no k: its rows must stay 0
+    targets = ["fc1", "fc2", *attention.split()]  # rows of what is not adapted must stay 0
     adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=5, target_modules=targets))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -227,10 +226,19 @@ def test_huggingface_adapter_is_packed_exactly(places, tmp_path):
 
     folder = tower_checkpoint(Published("lora"), NAME)
     adapter = open_checkpoint(folder)
-    assert adapter.rank("transformer.resblocks.0.attn.in_proj_weight") == 6
+    assert set(adapter.keys()) == set(merging.linear_layers(tower()))
+    assert adapter.rank("transformer.resblocks.0.attn.in_proj_weight") == rank
+    assert adapter.rank("transformer.resblocks.0.mlp.c_fc.weight") == 3
     with torch.no_grad():
         found = loaded(finetune.expert_state(base, folder))(images())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+    twice = {"a": adapter, "b": adapter}  # merged in their own rank, q, k and v apart
+    merged = merging.merge_state_dicts(
+        base, twice, merging.create("actmat"), layers=merging.linear_layers(tower())
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(merged)(images()), expected, atol=1e-4, rtol=0)
 
 
 def test_lora_on_attention_is_what_the_adapter_file_says(tmp_path):
