@@ -42,6 +42,7 @@ class MergeCheckpoints:
     architecture: str | None = None
     split_qkv: bool = True
     vocabulary: str = "refuse"
+    form: str = "dense"
     device: Any = "auto"
     seed: int = 0
     overwrite: bool = False
@@ -78,7 +79,8 @@ def main(settings: MergeCheckpoints) -> None:
     layers = layers_of(described if described.is_dir() else described.parent, source.keys())
     extra = {}
     if output.suffix != ".safetensors":
-        extra = companions(base) | {"README.md": model_card(settings, method).encode()}
+        extra = companions(base) if settings.form == "dense" else {}
+        extra |= {"README.md": model_card(settings, method).encode()}
     report = merging.merge_checkpoints(
         base,
         settings.experts,
@@ -89,6 +91,7 @@ def main(settings: MergeCheckpoints) -> None:
         device=devices,
         split_qkv=settings.split_qkv,
         vocabulary=settings.vocabulary,
+        form=settings.form,
         overwrite=settings.overwrite,
         extra=extra,
     )

@@ -75,12 +75,17 @@ def by_hand(
     return merged
 
 
-def judged(model: PreTrainedModel, folder: Path) -> Tensor:
-    """lm-eval's log-likelihood of every answer to some questions."""
-    lm = judge.wrap(model, AutoTokenizer.from_pretrained(folder), batch_size=32)
-    benchmark = judge.Benchmark("tiny_meals")
-    found = judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark]), limit=5)
-    return torch.tensor([float(r[0][0]) for sample in found.samples for r in sample["resps"]])
+def lm_eval_of(folder: Path) -> Callable[[PreTrainedModel], Tensor]:
+    """lm-eval's log-likelihood of every answer to some questions, as a function of a model."""
+    tokenizer, benchmark = AutoTokenizer.from_pretrained(folder), judge.Benchmark("tiny_meals")
+    manager = judge.task_manager([benchmark])
+
+    def judged(model: PreTrainedModel) -> Tensor:
+        lm = judge.wrap(model, tokenizer, batch_size=32)
+        samples = judge.judge(lm, "meals", benchmark, manager, limit=5).samples
+        return torch.tensor([float(r[0][0]) for sample in samples for r in sample["resps"]])
+
+    return judged
 
 
 def check_methods(
@@ -95,7 +100,7 @@ def check_methods(
     """Merge by every method, write, load with `from_pretrained`, and compare with the reference
     merge the logits and what lm-eval makes of the model."""
     base = load_file(folder / "model.safetensors")
-    reference, wrong = load(folder), {}
+    reference, judged, wrong = load(folder), lm_eval_of(folder), {}
     for name in merging.methods():
         method = merging.create(name)
         tasks = list(experts)[: 2 if name == "slerp" else None]
@@ -121,10 +126,8 @@ def check_methods(
             )
         reference.load_state_dict(expected, strict=False)
         merged = load(output / name)
-        for given, wanted in (
-            (logits(merged), logits(reference)),
-            (judged(merged, output / name), judged(reference, folder)),
-        ):
+        for shown in (logits, judged):
+            given, wanted = shown(merged), shown(reference)
             if not (error := (given - wanted).norm() / wanted.norm()) < TOLERANCE.get(name, 1e-4):
                 wrong[name] = error.item()
     assert not wrong, wrong

@@ -5,12 +5,14 @@ import sys
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 import merging
 from eval import tiny
 from experiments import cli, merge
+from merging.checkpoints import write_adapter
 
 LAYER = "encoder.layer.0.attention.self.query.weight"
 WORDS = "embeddings.word_embeddings.weight"
@@ -136,6 +138,49 @@ def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_p
     ]:
         code, _, err = call(*line)
         assert code == cli.BAD_INPUT, (line, err)
+        assert told in err
+        assert not output.exists()
+
+
+@pytest.fixture
+def adapters(base, tmp_path):
+    """Two adapters of one layer."""
+    paths = {}
+    for seed, name in enumerate(["sun", "rain"]):
+        generator = torch.Generator().manual_seed(seed)
+        width = load_file(base / "model.safetensors")[LAYER].shape
+        factors = [torch.randn(2, d, generator=generator) for d in (width[1], width[0])]
+        paths[name] = tmp_path / name
+        write_adapter(paths[name], {LAYER: (factors[0], factors[1].mT)}, {})
+    return paths
+
+
+def test_adapters_can_stay_an_adapter(call, base, adapters, tmp_path):
+    dense, output = tmp_path / "dense", tmp_path / "merged"
+    assert call(*arguments(base, adapters, dense, "method=tsv_m"))[0] == 0
+    code, _, err = call(*arguments(base, adapters, output, "method=tsv_m", "form=adapter"))
+    assert code == 0, err
+    assert {path.name for path in output.iterdir()} == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors",
+    }  # fmt: skip
+    for path in adapters.values():
+        sha256 = hashlib.sha256((path / "adapter_model.safetensors").read_bytes()).hexdigest()
+        assert sha256 in (output / "README.md").read_text()
+    merged = PeftModel.from_pretrained(AutoModel.from_pretrained(base), output).merge_and_unload()
+    expected = AutoModel.from_pretrained(dense).state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_cannot_stay_an_adapter_is_told(call, base, experts, adapters, tmp_path):
+    output = tmp_path / "merged"
+    for given, more, told in [
+        (experts, "method=tsv_m", "is a dense checkpoint"),
+        (adapters, "method=ties", "method 'ties' changes single entries"),
+        (adapters, "vocabulary=any", "vocabulary is 'any', expected one of: refuse, common_rows"),
+    ]:
+        code, _, err = call(*arguments(base, given, output, "form=adapter", more))
+        assert code == cli.BAD_INPUT
         assert told in err
         assert not output.exists()
 
