@@ -14,18 +14,23 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal import hydra as hydra_internals
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from eval.suite import Unsupported
 from merging.errors import InputError
@@ -75,9 +80,9 @@ def command(
                 os.environ[TRACEBACK] = "1"
             os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of Hydra's printer
             try:
-                # argparse wants -m before all overrides, people write it anywhere
-                sys.argv[1:] = prepare(sorted(sys.argv[1:], key=lambda a: a not in MULTIRUN))
-                _refuse_foreign_targets(sys.argv[1:])
+                # argparse wants options before all overrides, people write them anywhere
+                sys.argv[1:] = prepare(sorted(sys.argv[1:], key=_is_override))
+                _refuse_options(sys.argv[1:])
                 hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config)(job)()
             except JobFailed as failed:
                 sys.exit(failed.args[0])
@@ -90,6 +95,10 @@ def command(
         return main
 
     return decorate
+
+
+def _is_override(argument: str) -> bool:
+    return argument not in MULTIRUN and not re.match(r"--[a-z-]+=", argument)
 
 
 def _configure_logging() -> None:
@@ -190,14 +199,77 @@ def _declared(target: Any, where: str) -> type:
     )
 
 
-def _refuse_foreign_targets(overrides: Sequence[str]) -> None:
-    """Hydra builds launchers and sweepers before `read_settings` could see their targets."""
-    for override in overrides:
-        if re.match(r"[+~]*hydra\b.*_target_", override):
+def _refuse_options(arguments: Sequence[str]) -> None:
+    """Refuse the options of Hydra that read something other than this project's configuration."""
+    given = get_args_parser().parse_args(list(arguments))
+    if given.experimental_rerun:
+        raise InputError("--experimental-rerun would unpickle a file, which can run any code")
+    if given.config_name or given.config_path:
+        raise InputError(
+            "each command has its own configuration, which cannot be exchanged",
+            hint="add files of your own with --config-dir",
+        )
+
+
+_HANDLERS = {"logging.StreamHandler", "logging.FileHandler"}
+_STREAMS = {"ext://sys.stdout", "ext://sys.stderr"}
+
+
+def check_hydra(node: DictConfig, where: str = "hydra") -> None:
+    """Refuse code named in the `hydra` part of a configuration, wherever that was set.
+
+    Allowed: what the options of hydra/launcher, hydra/sweeper and hydra/sweeper/sampler construct,
+    and logging to a terminal or a file. So no callbacks, and no functions for logging or a search
+    space. A cluster's launcher may hold shell commands for its jobs (`setup`), as it must.
+    """
+    for key, value in _items(node):
+        place = f"{where}.{key}"
+        if key == "_target_":
+            allowed = _registered(where.replace(".", "/"))
+        elif key in {"()", "custom_search_space"}:  # names of functions, to logging and Optuna
+            allowed = set()
+        elif key == "class":
+            allowed = _HANDLERS
+        elif isinstance(value, str) and value.startswith("ext://"):
+            allowed = _STREAMS
+        else:
+            check_hydra(value, place)
+            continue
+        if value is not None and value not in allowed:
             raise InputError(
-                f"{override!r} would construct an object outside this project",
+                f"{place} is {value!r}, which would run code outside this project",
                 hint="choose with hydra/launcher=... and hydra/sweeper=... instead",
             )
+
+
+def _items(node: Any) -> Iterator[tuple[str, Any]]:
+    """Keys and resolved values of a mapping or list; none of what is neither, or still unknown."""
+    if not OmegaConf.is_config(node) or node._is_none() or node._is_missing():
+        return
+    for key in node if OmegaConf.is_dict(node) else range(len(node)):
+        with suppress(InterpolationResolutionError):  # set by Hydra when a job starts: no mapping
+            yield str(key), None if OmegaConf.is_missing(node, key) else node[key]
+
+
+def _registered(group: str) -> set[str]:
+    """What the options of a group construct that Hydra and its installed plugins registered."""
+    store = ConfigStore.instance()
+    with suppress(OSError):  # there is no such group
+        names = [name for name in store.list(group) if name.endswith(".yaml")]
+        return {store.load(f"{group}/{name}").node._target_ for name in names}
+    return set()
+
+
+class _CheckedLoader(ConfigLoaderImpl):
+    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
+        composed = super().load_configuration(*args, **kwargs)
+        check_hydra(composed.hydra)
+        return composed
+
+
+# Between composing a configuration and constructing what its `hydra` part names, which is before
+# a job could see it, Hydra (1.3) asks nobody.
+hydra_internals.ConfigLoaderImpl = _CheckedLoader
 
 
 def build(node: Mapping[str, Any]) -> Any:

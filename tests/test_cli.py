@@ -9,9 +9,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra.errors import MissingConfigException
 
-from experiments import cli, experiment, records, run
+from experiments import (
+    analyse,
+    bench,
+    cli,
+    experiment,
+    factorial,
+    finetune,
+    merge,
+    records,
+    run,
+    statistics,
+    tables,
+)
 from merging.errors import InputError
 from tests.linear_suite import LinearSuite
 
@@ -60,6 +73,10 @@ def test_a_run_prints_its_table(call):
         (["suite._target_=os.system"], "suite._target_ is 'os.system'"),
         (["+suite.zoom=2"], "suite has no setting 'zoom'"),
         (["hydra.sweeper._target_=os.system"], "outside this project"),
+        (["+hydra.callbacks.x._target_=os.system"], "hydra.callbacks.x._target_ is 'os.system'"),
+        (["--experimental-rerun=job.pickle"], "would unpickle a file"),
+        (["--config-name=other"], "each command has its own configuration"),
+        (["--config-path", "/tmp"], "each command has its own configuration"),
         (["method=actmat", "seed==1"], "Error parsing override"),
         (["device=cuda:99"], "device 'cuda:99' was asked for"),
         (["tracker.name=tensorboard"], "unknown tracker 'tensorboard'"),
@@ -215,6 +232,69 @@ def test_hydras_other_doors_are_closed(key):
         cli.check_targets({"_target_": "eval.text.TextSuite", key: True})
 
 
+CODE = {
+    "launcher": "launcher: {_target_: os.mkdir}",
+    "sweeper": "sweeper: {_target_: os.mkdir}",
+    "hidden": "callbacks: {x: '${evil}'}",
+    "inside": "callbacks: {x: [{y: {_target_: os.mkdir, path: CANARY}}]}",
+    "callback": "callbacks: {x: {_target_: os.mkdir, path: CANARY}}",
+    "handler": "job_logging: {handlers: {x: {class: os.mkdir, path: CANARY}}}",
+    "formatter": "hydra_logging: {formatters: {x: {(): os.mkdir, path: CANARY}}}",
+    "stream": "job_logging: {handlers: {x: {class: logging.StreamHandler, stream: ext://this.s}}}",
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_file_of_ones_own_cannot_name_code_for_hydra_to_run(call, tmp_path, kind, multirun):
+    canary = tmp_path / "canary"
+    (tmp_path / "own/attack").mkdir(parents=True)
+    text = "# @package _global_\nevil: {_target_: os.mkdir, path: CANARY}\nhydra:\n  " + CODE[kind]
+    (tmp_path / "own/attack/it.yaml").write_text(text.replace("CANARY", str(canary)))
+    sweep = ["-m"] if multirun else []
+    code, _, err = call(*sweep, f"--config-dir={tmp_path}/own", "+attack=it")
+    assert code == cli.BAD_INPUT, err
+    assert "which would run code outside this project" in err
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("group", ["launcher", "sweeper"])
+def test_an_option_of_ones_own_cannot_replace_hydras(call, tmp_path, group):
+    (tmp_path / f"own/hydra/{group}").mkdir(parents=True)
+    text = f"_target_: os.mkdir\npath: {tmp_path}/canary\n"
+    (tmp_path / f"own/hydra/{group}/it.yaml").write_text(text)
+    code, _, err = call("-m", f"hydra/{group}=it", f"--config-dir={tmp_path}/own")
+    assert code == cli.BAD_INPUT
+    assert f"hydra.{group}._target_ is 'os.mkdir'" in err
+    assert not (tmp_path / "canary").exists()
+
+
+def test_optuna_cannot_be_told_to_run_code(call):
+    code, _, err = call("hydra/sweeper=optuna", "hydra.sweeper.custom_search_space=os.system")
+    assert code == cli.BAD_INPUT
+    assert "hydra.sweeper.custom_search_space is 'os.system'" in err
+    code, _, err = call("hydra/sweeper=optuna", "hydra.sweeper.sampler._target_=os.system")
+    assert code == cli.BAD_INPUT
+    assert "hydra.sweeper.sampler._target_ is 'os.system'" in err
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "hydra/launcher=joblib",
+        "hydra/launcher=submitit_local",
+        "hydra/launcher=submitit_slurm",
+        "hydra/sweeper=optuna",
+        "hydra/sweeper=optuna hydra/sweeper/sampler=cmaes",
+        "hydra/job_logging=default hydra/hydra_logging=hydra_debug",
+    ],
+)
+def test_hydras_own_choices_stay(choice):
+    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        composed = compose("experiment", choice.split(), return_hydra_config=True)
+    cli.check_hydra(composed.hydra)
+
+
 # --- errors and settings ------------------------------------------------------------------------
 
 
@@ -249,6 +329,38 @@ class Outer:
 def test_settings_are_typed():
     composed = cli.OmegaConf.create({"name": "x", "inner": {"size": "3"}})
     assert cli.read_settings(Outer, composed) == Outer("x", Inner(3))
+
+
+COMMANDS = [run, merge, finetune, statistics, tables, analyse, factorial, bench]
+
+
+@pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)
+def test_every_command_keeps_to_the_exit_codes(monkeypatch, capsys, module):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["command", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        return stop.value.code, capsys.readouterr().err
+
+    def raising(error):
+        def read(*_):
+            raise error
+
+        monkeypatch.setattr(cli, "read_settings", read)
+
+    monkeypatch.setenv(cli.TRACEBACK, "0")
+    code, err = call("+colour=red")
+    assert code == 2 and err.startswith("error: unknown config key 'colour'\nhint: ")
+    raising(ZeroDivisionError("oh"))
+    code, err = call()
+    assert code == 1 and err.startswith("error: ZeroDivisionError: oh\nhint: ")
+    assert "--traceback" in err and "Traceback" not in err
+    raising(KeyboardInterrupt())
+    assert call()[0] == 130
+    raising(InputError("a is b", "make it c"))
+    assert call() == (2, "error: a is b\nhint: make it c\n")
+    code, err = call("--traceback")
+    assert code == 2 and err.startswith("Traceback (most recent call last)")
 
 
 def test_no_traceback_reaches_the_terminal_of_a_real_process(tmp_path):
