@@ -75,6 +75,14 @@ class Checkpoints:
 
 
 @dataclass
+class Clip:
+    models: list[str]
+    experts: int
+    images: int
+    methods: list[str]
+
+
+@dataclass
 class DecoderRun:
     method: str
     blocks: int
@@ -104,6 +112,7 @@ class Bench:
     lora: Lora
     scaling: Scaling
     checkpoints: Checkpoints
+    clip: Clip
     decoder: Decoder
 
 
@@ -217,6 +226,23 @@ def checkpoints(run: Run) -> Iterator[Row]:
             yield {"method": name, "who": who, "read_and_write_seconds": moved, **report}
 
 
+def clip(run: Run) -> Iterator[Row]:
+    """Whole CLIP towers at their real shapes: read, merged, written, loaded and run."""
+    from experiments import bench_clip  # open_clip would weigh on the other parts' memory
+
+    chosen = run.settings.clip
+    for model in chosen.models:
+        base, experts = bench_clip.towers(run.folder, model, chosen.experts)
+        for name in chosen.methods:
+            output = run.folder / "merged.safetensors"
+            call = (model, base, experts, name, output, chosen.images)
+            row = {"model": model, "method": name, "experts": len(experts)}
+            yield row | in_fresh_process(bench_clip.round_trip, *call)
+            output.unlink()
+        for path in (base, *experts.values()):
+            path.unlink()
+
+
 def decoder(run: Run) -> Iterator[Row]:
     """Blocks of a 7B model merged from bfloat16 shards; experts that no later run needs go."""
     chosen = run.settings.decoder
@@ -232,7 +258,7 @@ def decoder(run: Run) -> Iterator[Row]:
         yield asdict(this) | report
 
 
-PARTS = {p.__name__: p for p in (accuracy, methods, lora, scaling, checkpoints, decoder)}
+PARTS = {p.__name__: p for p in (accuracy, methods, lora, scaling, checkpoints, clip, decoder)}
 
 
 # --- The command ------------------------------------------------------------------------------
@@ -281,7 +307,7 @@ def check(settings: Bench) -> None:
                     f"{where}.methods: no textbook implementation of {name!r}",
                     f"known: {', '.join(TEXTBOOK)}",
                 )
-    merged = [*settings.scaling.methods, *settings.checkpoints.methods]
+    merged = [*settings.scaling.methods, *settings.checkpoints.methods, *settings.clip.methods]
     for name in [*merged, *(run.method for run in settings.decoder.runs)]:
         if merging.create(name).needs:
             raise InputError(f"method {name!r} needs statistics, expected one that needs none")

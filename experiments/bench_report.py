@@ -219,6 +219,17 @@ def _checkpoints_section(table: pd.DataFrame) -> list[str]:
     return ["## From files to a file\n", markdown(header, rows)]
 
 
+def _clip_section(table: pd.DataFrame) -> list[str]:
+    rows = [
+        [r.model, r.method, str(r.experts), str(r.tensors), str(r.layers), _s(r.seconds),
+         _mb(r.peak_bytes), _mb(r.bytes_read), _s(r.load_seconds), _s(r.embed_seconds)]
+        for r in table.itertuples()
+    ]  # fmt: skip
+    header = ["model", "method", "experts", "tensors", "by the method", "s", "peak MB", "MB read",
+              "loaded in s", "images in s"]  # fmt: skip
+    return ["## CLIP vision towers, from files to embeddings\n", markdown(header, rows)]
+
+
 def _decoder_section(table: pd.DataFrame) -> list[str]:
     rows = [
         [r.method, str(r.blocks), "yes" if r.vocabulary else "no", _s(r.seconds),
@@ -235,6 +246,7 @@ SECTIONS: Mapping[str, Callable[[pd.DataFrame], list[str]]] = {
     "lora": _lora_section,
     "scaling": _scaling_section,
     "checkpoints": _checkpoints_section,
+    "clip": _clip_section,
     "decoder": _decoder_section,
 }
 

@@ -28,6 +28,7 @@ TINY = [
     "lora={experts: 2, rank: 2, shapes: [[3, 12, 16]], methods: [actmat, tsv_m]}",
     "scaling={experts: [2, 4], shape: [8, 12], widths: [8, 16], at: 2, methods: [average]}",
     "checkpoints={experts: 2, blocks: 1, width: 16, methods: [average, actmat]}",
+    "clip={models: [ViT-S-8-32px], experts: 2, images: 2, methods: [average, actmat]}",
     "decoder={experts: 2, hidden: 16, intermediate: 24, vocabulary: 50}",
 ]
 
@@ -216,10 +217,13 @@ def test_all_parts_leave_tables_figures_and_a_summary(here, tmp_path):
     }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no checkpoint stays
     summary = (tmp_path / "out" / "summary.md").read_text()
-    for title in ("Targets", "vit_b_32", "float64", "own rank", "Growth", "files", "7B"):
+    for title in ("Targets", "vit_b_32", "float64", "own rank", "Growth", "files", "CLIP", "7B"):
         assert title in summary
     table = pd.read_csv(tmp_path / "out" / "methods.csv")
     assert len(table) == 14 and (table.filter(like="seconds") > 0).all(axis=None)
+    towers = pd.read_csv(tmp_path / "out" / "clip.csv")
+    assert (towers.tensors == 4 * 12 + 8).all()  # blocks of 12; embeddings, two norms, projection
+    assert towers.layers.tolist() == [4 * 12 + 8, 4 * 4]  # average is the rule of all tensors
     errors = pd.read_csv(tmp_path / "out" / "accuracy.csv")
     assert (errors.ours < 1e-4).all()
 
