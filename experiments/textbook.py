@@ -238,6 +238,17 @@ def anchored(D: Tensor) -> Tensor:
     return ((D @ C).sum(0) + 1e-4 * tsv_m(D)) @ inverse(C.sum(0), 1e-4)
 
 
+@_printed
+def bounded(D: Tensor) -> Tensor:
+    C = D.mT @ D
+    l, V = torch.linalg.eigh(C.sum(0))
+    kept = l > len(l) * torch.finfo(torch.float32).eps * l.max()
+    solved = (D @ C).sum(0) @ V / l
+    near = solved.square().sum(0) <= 1.01 * l
+    A = tsv_m(D) @ V
+    return torch.where(kept & near, solved, A) @ V.mT
+
+
 def shrunk(D: Tensor, shrinkage: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """C_t = (1 - r) S_t + r tr(S_t) / p I of the rows of each delta, S_t = D_t^T D_t."""
     p = D.shape[2]

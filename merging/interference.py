@@ -71,6 +71,7 @@ _NORM = {"task_weight": "inverse_norm"}
     "anchored", "arXiv 2605.12843, data-free form", "lam", "relative", "anchor",
     filter="ridge", anchor="tsv_m",
 )  # fmt: skip
+@_member("bounded", "ours: what ACTMat does not stretch, else TSV-M", filter="gain", anchor="tsv_m")
 @_member("ledoit_wolf", "Ledoit & Wolf 2004", estimator="ledoit_wolf", filter="none")
 @_member("oas", "Chen et al. 2010", estimator="oas", filter="none")
 @_member("regmean", "arXiv 2212.09849, eq. 2", "rtol", "gram_scale", estimator="inputs")
@@ -102,7 +103,9 @@ def interference(
     covariances: (T, d_in, d_in) measured second moments, for estimator "inputs".
     estimator: delta, centred, trimmed (k), ledoit_wolf, oas, identity, or inputs (gram_scale).
     task_weight: uniform, or inverse_norm, w_t = 1 / |D_t|^2.
-    filter: cut (rtol), ridge (lam), exponential (t, rho), effective_rank, or none.
+    filter: cut (rtol), ridge (lam), exponential (t, rho), effective_rank, none, or gain: what cut
+        keeps, but for directions v that the solution moves further than all experts together,
+        |D v|^2 > sum_t |D_t v|^2 (in units of mean w_t, if they differ).
     anchor: what is kept where the filter is 0: zero, or any method of the registry by name
         ("average", "sum" for task arithmetic with alpha 1, "tsv_m", ...).
     rtol: eigenvalues up to rtol * max l are cut; None is torch.linalg.pinv's default, the
@@ -128,9 +131,8 @@ def interference(
         ridge = lam * scale if filter == "ridge" else 0.0
         D = _damped(S, N, A, ridge, width)
     if D is None:
-        D = _filtered(
-            S, N, A, partial(spectral_filter, filter, rtol=rtol, t=t, rho=rho, d_in=width)
-        )
+        spectral = partial(spectral_filter, filter, rtol=rtol, t=t, rho=rho, d_in=width)
+        D = _filtered(S, N, A, spectral, _bound(weights) if filter == "gain" else math.inf)
     return D.to(deltas.dtype)
 
 
@@ -207,8 +209,14 @@ def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width
     return D if D is not None else _filtered(S, N, A, partial(spectral_filter, "cut", d_in=width))
 
 
-def _filtered(S: Tensor, N: Tensor, A: Tensor | None, filter: Callable) -> Tensor:
-    """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0."""
+def _filtered(
+    S: Tensor, N: Tensor, A: Tensor | None, filter: Callable, bound: float | Tensor = math.inf
+) -> Tensor:
+    """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0.
+
+    bound: F is 0 as well where the solution N V / l stretches a direction by more, squared, than
+        this multiple of l.
+    """
     values, vectors = eigh(S)  # (d,), (d, d)
     kept = int((filter(values) > 0).sum())  # the first: no filter prefers a smaller eigenvalue
     if S.dtype == torch.float32 and 0 < kept < len(S):
@@ -216,9 +224,20 @@ def _filtered(S: Tensor, N: Tensor, A: Tensor | None, filter: Callable) -> Tenso
     F = filter(values)
     kept = int((F > 0).sum())
     V, l, F = vectors[:, :kept], values[:kept], F[:kept]
+    solved = product(N, V) / l  # (d_out, kept), D V
+    F = F * (solved.square().sum(0) <= bound * l)
     if A is None:
-        return product(product(N, V) * (F / l), V.mT)
-    return A + product((product(N, V) / l - product(A, V)) * F, V.mT)
+        return product(solved * F, V.mT)
+    return A + product((solved - product(A, V)) * F, V.mT)
+
+
+def _bound(weights: Tensor) -> Tensor:
+    """Of |D v|^2 / l: l is sum_t w_t |D_t v|^2, so that this is sum_t |D_t v|^2 if weights agree.
+
+    With a hair's breadth, since one task alone reaches it: D v = D_t v.
+    """
+    moved = weights > 0
+    return 1.01 / weights[moved].mean() if moved.any() else weights.new_ones(())
 
 
 def _cut(rtol: float | None, d_in: int) -> float:
@@ -232,10 +251,11 @@ def spectral_filter(
 
     cut: 1 above rtol * max l (None: d_in times the epsilon of float32).
     exponential: (1 - exp(-l t)) for the ceil(rho d_in) largest (arXiv 2606.07289).
+    gain: as cut; `interference` then drops the directions that are stretched too far.
     effective_rank: 1 for the K largest, K = ceil((sum sqrt l)^2 / sum l) (arXiv 2606.07289).
     """
     index = torch.arange(len(l), device=l.device)
-    if name == "cut":
+    if name in {"cut", "gain"}:
         return (l > _cut(rtol, d_in) * l.max()).to(l)
     if name == "exponential":
         return -torch.expm1(-l * t) * (index < math.ceil(rho * d_in)) * (l > 0)
@@ -245,7 +265,7 @@ def spectral_filter(
         K = torch.ceil(l.sqrt().sum().square() / energy - 1e-6) if energy > 0 else 0
         return ((index < K) & (l > 0)).to(l)
     raise InputError(
-        f"unknown filter {name!r}", "known: none, ridge, cut, exponential, effective_rank"
+        f"unknown filter {name!r}", "known: none, ridge, cut, gain, exponential, effective_rank"
     )
 
 

@@ -43,8 +43,8 @@ def plain(name, D, C=None):
     default = d * EPS32
     w = 1 / D.square().sum((1, 2))
     CC = D.mT @ D
-    if name in {"actmat", "wudi_closed", "aswudi", "swudi", "ridge"}:
-        weights = torch.ones(T).double() if name in {"actmat", "ridge"} else w
+    if name in {"actmat", "bounded", "wudi_closed", "aswudi", "swudi", "ridge"}:
+        weights = torch.ones(T).double() if name in {"actmat", "bounded", "ridge"} else w
         S = (weights[:, None, None] * CC).sum(0)
         N = (weights[:, None, None] * (D @ CC)).sum(0)
         if name == "ridge":
@@ -53,6 +53,14 @@ def plain(name, D, C=None):
             return textbook(N, S, default)
         l, V = torch.linalg.eigh(S)
         l, V = l.flip(0).clamp_min(0), V.flip(1)
+        if name == "bounded":
+            v = [x for x, lx in zip(V.T, l, strict=True) if lx > default * l[0]]
+            D_v = [N @ x / (x @ S @ x) for x in v]
+            far = [y.norm() > 1.005 * (D @ x).norm() for x, y in zip(v, D_v, strict=True)]
+            X = create("tsv_m")(D)
+            for x, y, too_far in zip(v, D_v, far, strict=True):
+                X = X if too_far else X + torch.outer(y - X @ x, x)
+            return X
         if name == "aswudi":
             K = math.ceil(l.sqrt().sum() ** 2 / l.sum())
             return N @ V[:, :K] @ torch.diag(1 / l[:K]) @ V[:, :K].T
@@ -105,7 +113,7 @@ def shrinkage(name, x):
     return min(1.0, ((1 - 2 / p) * t2 + tt) / ((n + 1 - 2 / p) * (t2 - tt / p)))
 
 
-CUT = ["actmat", "actmat_centred", "tact", "wudi_closed", "swudi", "aswudi", "regmean"]
+CUT = ["actmat", "bounded", "actmat_centred", "tact", "wudi_closed", "swudi", "aswudi", "regmean"]
 SMOOTH = ["ridge", "oas", "ledoit_wolf", "anchored", "wudi"]
 
 
@@ -133,14 +141,35 @@ def test_by_hand_two_orthogonal_tasks():
     assert torch.allclose(create("ridge", lam=13.0)(D), torch.tensor([[35 / 26, 0.0]]))
 
 
-@pytest.mark.parametrize("name", ["actmat", "wudi_closed", "oas", "ledoit_wolf", "swudi", "mats"])
+def test_what_is_stretched_too_far_is_left_to_the_anchor():
+    # The tasks read inputs (1, a) and (1, -a), nearly the same. To tell them apart the solution
+    # moves (0, 1) by (1 + a^2) / (a sqrt 2), where each task moves it by a.
+    a = 0.1
+    D = torch.tensor([[[1.0, a], [0.0, 0.0]], [[0.0, 0.0], [1.0, -a]]])
+    shared, apart = (1 + a**2) / 2, (1 + a**2) / (2 * a)
+    both = torch.tensor([[shared, apart], [shared, -apart]])
+    assert torch.allclose(create("actmat")(D), both)
+    for anchor in ("zero", "average", "tsv_m"):
+        kept = create("interference", filter="gain", anchor=anchor)(D)
+        assert torch.allclose(kept[:, 0], both[:, 0])
+        other = 0 * both if anchor == "zero" else create(anchor)(D)
+        assert torch.allclose(kept[:, 1], other[:, 1])
+    named = create("interference", filter="gain", anchor="tsv_m")
+    assert torch.equal(create("bounded")(D), named(D))
+
+
+@pytest.mark.parametrize(
+    "name", ["actmat", "wudi_closed", "oas", "ledoit_wolf", "swudi", "mats", "bounded"]
+)
 @pytest.mark.parametrize("rank", [None, 2])
 def test_one_task_returns_the_expert(name, rank):
     D = deltas(1, rank=rank)
     assert relative(create(name)(D, covariances=moments(1)), D[0]) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["actmat", "wudi_closed", "oas", "regmean", "tact", "anchored"])
+@pytest.mark.parametrize(
+    "name", ["actmat", "bounded", "wudi_closed", "oas", "regmean", "tact", "anchored"]
+)
 def test_equal_covariances_give_the_average_and_equal_deltas_themselves(name):
     D = deltas()
     same = moments(1).expand(3, -1, -1)
@@ -187,7 +216,7 @@ def test_scale_and_rotation_equivariance(seed, scale):
     D = deltas(3, 5, 8, seed, dtype=torch.float64)
     Q = torch.linalg.qr(deltas(1, 8, 8, seed + 1, dtype=torch.float64)[0])[0]
     P = torch.linalg.qr(deltas(1, 5, 5, seed + 2, dtype=torch.float64)[0])[0]
-    for name in ["actmat", "wudi_closed", "oas", "ledoit_wolf", "aswudi"]:
+    for name in ["actmat", "bounded", "wudi_closed", "oas", "ledoit_wolf", "aswudi"]:
         m = create(name)
         assert relative(m(scale * D), scale * m(D)) < 1e-6
         assert relative(m(D @ Q), m(D) @ Q) < 1e-6
