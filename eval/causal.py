@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -244,6 +244,12 @@ class CausalSuite:
                     f"benchmark {column!r} belongs to expert {expert!r}, which suite "
                     f"{self.name!r} does not have",
                     hint=f"known: {', '.join(self.tasks)}",
+                )
+            known = {f.name for f in fields(judge.Benchmark)}
+            if unknown := sorted(set(own) - known):
+                raise InputError(
+                    f"benchmark {column!r} has no setting {unknown[0]!r}",
+                    hint=f"known: expert, {', '.join(sorted(known))}",
                 )
             found[column] = judge.Benchmark(**own)
         return found

@@ -15,12 +15,12 @@ from rich.table import Table
 import merging
 from eval.architecture import layers_of
 from eval.cache import file_sha256
-from eval.checkpoints import companions, require_same_tokenizers
+from eval.checkpoints import companions, require_mergeable
 from experiments.cli import command
 from experiments.experiment import resolve_device
 from experiments.markup import markdown
 from experiments.records import versions
-from merging.checkpoints import Adapter, open_checkpoint
+from merging.checkpoints import open_checkpoint
 from merging.errors import InputError
 from merging.progress import track
 
@@ -71,19 +71,21 @@ def main(settings: MergeCheckpoints) -> None:
         raise InputError("no experts were given", hint="add experts.NAME=PATH for each of them")
     devices = settings.device if isinstance(settings.device, list) else [settings.device]
     devices = [resolve_device(device) for device in devices]
-    source, *_ = [open_checkpoint(path) for path in (base, *settings.experts.values())]
-    if isinstance(source, Adapter):
-        raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
-    require_same_tokenizers(base, {task: Path(path) for task, path in settings.experts.items()})
+    experts = {task: Path(path) for task, path in settings.experts.items()}
+    require_mergeable(base, experts, vocabulary=settings.vocabulary, name=settings.base)
     described = Path(settings.architecture) if settings.architecture else base
-    layers = layers_of(described if described.is_dir() else described.parent, source.keys())
-    extra = {}
-    if output.suffix != ".safetensors":
-        extra = companions(base) if settings.form == "dense" else {}
-        extra |= {"README.md": model_card(settings, method).encode()}
+    names = open_checkpoint(base).keys()
+    layers = layers_of(described if described.is_dir() else described.parent, names)
+
+    def extra() -> dict[str, bytes | Path]:
+        if output.suffix == ".safetensors":
+            return {}
+        files = companions(base) if settings.form == "dense" else {}
+        return files | {"README.md": model_card(settings, method).encode()}
+
     report = merging.merge_checkpoints(
         base,
-        settings.experts,
+        experts,
         method,
         output,
         layers=layers,
@@ -111,7 +113,8 @@ tags: [merge]
 # A merge by {method.name}
 
 Method: {method.name} ({method.source}), hyperparameters `{own}`.
-Data beside the checkpoints: {method.data}. Packed q, k, v were merged {packed}.
+Data beside the checkpoints: {method.data}. Packed q, k, v were merged {packed}. Rule for
+vocabularies of different sizes: {settings.vocabulary}.
 
 {markdown(["role", "checkpoint", "SHA-256 of its weights"], rows)}
 Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.

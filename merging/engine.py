@@ -52,6 +52,7 @@ Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | None
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Vocabulary = Literal["refuse", "common_rows"]
 Form = Literal["dense", "adapter"]
+Files = Mapping[str, bytes | Path]
 
 
 @dataclass
@@ -148,7 +149,7 @@ def merge_checkpoints(
     vocabulary: Vocabulary = "refuse",
     form: Form = "dense",
     overwrite: bool = False,
-    extra: Mapping[str, bytes | Path] | None = None,
+    extra: Files | Callable[[], Files] | None = None,
 ) -> Report:
     """Merge checkpoint files into one safetensors checkpoint, streamed, atomic and resumable.
 
@@ -159,7 +160,8 @@ def merge_checkpoints(
     output: a `.safetensors` file or a folder; it appears when it is whole, and an interrupted
         merge continues from the last whole tensor.
     statistics: task name -> safetensors file of {weight name: tensor}, or the tensors.
-    extra: further files of an output folder, by name (config, tokenizer, model card).
+    extra: further files of an output folder, by name (config, tokenizer, model card); a function
+        that makes them is called when all is merged.
     Other arguments as in `merge_state_dicts`. Returns the report.
     """
     report = Report()
@@ -179,7 +181,8 @@ def merge_checkpoints(
         settings = joint_settings(opened, str(base))
         factors, whole = _run_factored(source, opened, method, options, report)
         pairs = {name: (f.A, f.B) for name, f in factors.items()}
-        write_adapter(output, pairs, settings, dense=whole, extra=extra, overwrite=overwrite)
+        files = extra() if callable(extra) else extra
+        write_adapter(output, pairs, settings, dense=whole, extra=files, overwrite=overwrite)
     else:
         writer = Writer(
             output,
@@ -190,7 +193,7 @@ def merge_checkpoints(
         )
         with writer:
             _run(source, opened, method, writer, options, report)
-            writer.finish(extra)
+            writer.finish(extra() if callable(extra) else extra)
     for finished in (source, *opened.values()):
         finished.close()
     return report

@@ -371,6 +371,13 @@ def test_an_adapter_of_another_base(models, tmp_path):
         "second": adapter(tmp_path / "other", "owner/another"),
     }
     refused(models, "trained on different bases", experts=two, benchmarks={})
+    with pytest.raises(InputError, match="adapter of owner/another, expected owner/base"):
+        checkpoints.require_mergeable(
+            models / "base",
+            {"second": tmp_path / "other"},
+            vocabulary="refuse",
+            name="owner/base",
+        )
 
 
 def test_an_adapter_that_fits_is_an_expert(models, tmp_path):
@@ -395,6 +402,11 @@ def test_benchmarks_that_cannot_run(models, monkeypatch):
         ),
     )
     refused(models, "knows no task 'aime31'", benchmarks={"aime31": {"expert": "first"}})
+    refused(
+        models,
+        "benchmark 'animals' has no setting 'shots'",
+        benchmarks={"animals": BENCHMARKS["animals"] | {"shots": 3}},
+    )
     refused(
         models,
         "belongs to expert 'third'",

@@ -124,7 +124,8 @@ def test_statistics_are_keyed_by_expert(call, base, experts, tmp_path):
     torch.testing.assert_close(load_file(output / "model.safetensors")[LAYER], average)
 
 
-def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_path):
+def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_path, monkeypatch):
+    monkeypatch.setattr(merge, "weights_sha256", lambda path: pytest.fail("hashed before checks"))
     output = tmp_path / "merged"
     good = arguments(base, experts, output)
     lost = [*good, f"experts.snow={tmp_path}/nowhere"]
