@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import merging
@@ -21,36 +20,16 @@ from eval.vision import Recipe, VisionSuite
 from eval.vision_data import ImageSet, pixels, training_batches
 from merging.checkpoints import open_checkpoint
 from merging.errors import InputError
+from tests.images import COLOURS, image_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PREPROCESS = PreprocessCfg(size=32)
-COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 @pytest.fixture(autouse=True)
 def places(tmp_path, monkeypatch):
     monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MODEL_MERGING_CHECKPOINTS", str(tmp_path))
-
-
-def image_folder(folder, names=tuple(COLOURS), counts=(40, 12), size=(40, 36), seed=0):
-    """A data set as the hub has them: parquet files with `image` and `label` columns."""
-    rng = np.random.default_rng(seed)
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))}
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, count in zip(("train", "test"), counts, strict=True):
-        labels = [i % len(names) for i in range(count)]
-        colours = [list(COLOURS.values())[label % 3] for label in labels]
-        noise = rng.integers(0, 90, (count, size[1], size[0], 3))
-        pictures = [np.clip(c + n - 45, 0, 255) for c, n in zip(colours, noise, strict=True)]
-        rows = {
-            "image": [Image.fromarray(p.astype(np.uint8)) for p in pictures],
-            "label": labels,
-        }
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    return folder
 
 
 @pytest.fixture
