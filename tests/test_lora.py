@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from merging import InputError, create, linear_layers, merge_checkpoints, merge_state_dicts, methods
 from merging.checkpoints import open_checkpoint, write_adapter
@@ -205,3 +206,46 @@ def test_what_cannot_be_an_adapter_is_one_sentence(adapters, tmp_path):
     bias = {"first.bias": torch.zeros(20)}
     write_adapter(tmp_path / "biased", factors, CONFIG, dense=bias)
     refused("trained 'first.bias'", experts | {"biased": tmp_path / "biased"})
+
+
+class Block(nn.Module):
+    """Two of GPT-2's layers, which store (d_in, d_out); the first packs q, k and v."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_attn, self.c_proj = Conv1D(24, 8), Conv1D(8, 24)
+
+    def forward(self, x):
+        return self.c_proj(torch.tanh(self.c_attn(x)))
+
+
+@pytest.mark.parametrize("name", ["actmat", "tsv_m", "regmean"])
+def test_transposed_and_packed_layers_on_several_devices(tmp_path, name):
+    torch.manual_seed(0)
+    block, experts = Block(), {}
+    save_file(block.state_dict(), tmp_path / "base.safetensors")
+    for task in ("a", "b"):
+        factors = {
+            "c_attn.weight": (torch.randn(2, 8), torch.randn(24, 2)),
+            "c_proj.weight": (torch.randn(2, 24), torch.randn(8, 2)),
+        }
+        experts[task] = tmp_path / task
+        write_adapter(experts[task], factors, {"fan_in_fan_out": True})
+    moment = {"c_attn.weight": torch.eye(8), "c_proj.weight": torch.eye(24)}
+    options = {"layers": block, "statistics": {"a": moment, "b": moment}}
+    for form, devices in (("dense", "cpu"), ("adapter", ["cpu", "cpu"])):
+        output = tmp_path / f"{form}{'.safetensors' * (form == 'dense')}"
+        merge_checkpoints(
+            tmp_path / "base.safetensors",
+            experts,
+            create(name),
+            output,
+            device=devices,
+            form=form,
+            **options,
+        )
+    dense = Block()
+    dense.load_state_dict(load_file(tmp_path / "dense.safetensors"))
+    x = torch.randn(4, 8)
+    adapted = peft.PeftModel.from_pretrained(block, tmp_path / "adapter")
+    torch.testing.assert_close(adapted(x), dense(x), rtol=1e-4, atol=1e-4)
