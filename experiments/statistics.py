@@ -41,7 +41,7 @@ def main(settings: Collect) -> None:
     for task in track(tasks, f"{settings.kind} statistics"):
         suite.expert(task, finetuning=settings.finetuning, seed=settings.seed)
         path, seconds = collect(settings, suite, task, settings.kind)
-        log.info("%s: %s, %.1f s", task, path, seconds)
+        log.info("%s: %s, %.1f s, %.1f MB", task, path, seconds, path.stat().st_size / 1e6)
 
 
 if __name__ == "__main__":
