@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merging import linalg
 from merging.errors import InputError
 from merging.registry import method
 
@@ -147,7 +148,7 @@ def model_stock(deltas: Tensor) -> Tensor:
 def task_gram(deltas: Tensor) -> Tensor:
     """Inner products of T deltas, (T, *shape) -> (T, T), float64, in bounded memory."""
     chunks = deltas.reshape(len(deltas), -1).split(_CHUNK, dim=1)
-    return sum(chunk.double() @ chunk.double().mT for chunk in chunks)
+    return sum(linalg.gram(chunk.double().mT) for chunk in chunks)
 
 
 def _cosines(gram: Tensor) -> Tensor:
