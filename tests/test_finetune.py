@@ -1,6 +1,11 @@
 """Training is deterministic and resumable, moves what it is told to, and writes PEFT's format."""
 
+import itertools
 import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +87,45 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, schedule):
     assert first_seen == [16]  # 8 finished steps of 2 micro-batches
     assert equal(state, whole)
     assert not (tmp_path / "cut" / RESUME).exists()
+
+
+DISK = ((torch, "save"), (finetune, "flush"), (Path, "replace"), (Path, "unlink"))
+
+
+def killed(output, n):
+    """Train, and die by SIGKILL at call n of `DISK`, with half a file where one is being saved."""
+    left = itertools.count(n, -1)
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if next(left) == 0:
+                if function.__name__ == "save":
+                    function(*args, **kwargs)
+                    os.truncate(args[1], args[1].stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    torch.set_num_threads(1)  # threads do not survive the fork
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in DISK:
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        run(output)
+
+
+def test_killed_at_every_call_that_touches_the_disk(tmp_path):
+    whole, fork = run(tmp_path / "whole"), multiprocessing.get_context("fork")
+    for n in itertools.count():
+        child = fork.Process(target=killed, args=(tmp_path / str(n), n))
+        child.start()
+        child.join()
+        if child.exitcode == 0:
+            break
+        assert child.exitcode == -signal.SIGKILL
+        assert equal(run(tmp_path / str(n)), whole)
+        assert list((tmp_path / str(n)).iterdir()) == []
+    assert n == 8  # two files saved, flushed and renamed; at the end two removals
 
 
 def test_a_resume_file_of_another_run_is_not_used(tmp_path):
