@@ -548,7 +548,7 @@ def test_what_peft_saves_is_what_peft_merges(tmp_path):
         use_rslora=True,
     )
     x = torch.randn(5, 1, 8)
-    expected = model(x)
+    expected = model(x)  # up to 1e3 in size, where factors of normal entries multiply
     model.save_pretrained(tmp_path / "safe")
     (tmp_path / "bin").mkdir()
     saved = load_file(tmp_path / "safe/adapter_model.safetensors")
@@ -562,7 +562,7 @@ def test_what_peft_saves_is_what_peft_merges(tmp_path):
         state = base | adapter.dense | {n: base[n] + adapter.delta(n) for n in adapter.keys()}
         merged = Block()
         merged.load_state_dict(state)
-        torch.testing.assert_close(merged(x), expected, rtol=1e-5, atol=1e-5)
+        assert (merged(x) - expected).norm() < 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize(("version", "factor"), [(None, 2), ("0.21.2", 2), ("0.22.0", 1)])

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
-from merging.checkpoints import StateDict, open_checkpoint
+from merging.checkpoints import StateDict, open_checkpoint, write_adapter
 from merging.engine import _depths, _Item, _key, _options, _share
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
@@ -288,3 +288,58 @@ def test_other_statistics_start_an_interrupted_merge_over(base, experts, tmp_pat
     options.statistics["a"]["blocks.1.fc.weight"] *= 2
     assert _key(source, {}, create("regmean"), options) != key
     assert _key(source, {}, create("actmat"), options) != key
+
+
+def test_statistics_may_be_files(base, experts, tmp_path):
+    """Read tensor by tensor, with the result of the same statistics in memory."""
+    generator = torch.Generator().manual_seed(1)
+    moments = {}
+    for task in experts:
+        z = torch.randn(40, 8, generator=generator)
+        moments[task] = {name: z.mT @ z for name in LAYERS}
+        save_file(moments[task], tmp_path / f"{task}.moments.safetensors")
+    for name, tensors in {"base": base, **experts}.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    merge_checkpoints(
+        tmp_path / "base.safetensors",
+        {t: tmp_path / f"{t}.safetensors" for t in experts},
+        create("regmean"),
+        tmp_path / "merged.safetensors",
+        layers=LAYERS,
+        statistics={t: tmp_path / f"{t}.moments.safetensors" for t in experts},
+    )
+    expected = merge_state_dicts(
+        base, experts, create("regmean"), layers=LAYERS, statistics=moments
+    )
+    merged = load_file(tmp_path / "merged.safetensors")
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+def test_what_fisher_statistics_leave_out_is_averaged(base, experts):
+    fisher = {t: {name: torch.rand(base[name].shape) for name in LAYERS} for t in experts}
+    report = Report()
+    merge_state_dicts(
+        base, experts, create("fisher"), layers=LAYERS, statistics=fisher, report=report
+    )
+    assert report.rules["embed.weight"] == "average"
+    assert report.rules["blocks.1.fc.weight"] == "fisher"
+
+
+def adapter(folder, a):
+    factors = {"fc.weight": (a, torch.ones(4, len(a)))}
+    write_adapter(folder, factors, {"modules_to_save": ["head"]}, dense={"head": torch.ones(3)})
+    return open_checkpoint(folder)
+
+
+def test_values_of_adapters_and_their_base_that_are_not_finite(tmp_path):
+    base = {"fc.weight": torch.zeros(4, 5), "head": torch.zeros(3)}
+    good = adapter(tmp_path / "good", torch.ones(2, 5))
+    bad = adapter(tmp_path / "bad", torch.full((2, 5), float("nan")))
+    for name in ("actmat", "average", "tact"):
+        with pytest.raises(InputError, match=r"expert 'y' .*bad\): tensor 'fc.weight' has 10"):
+            merge_state_dicts(base, {"x": good, "y": bad}, create(name), layers=["fc.weight"])
+        broken = base | {"fc.weight": torch.full((4, 5), float("inf"))}
+        with pytest.raises(InputError, match="the base .* 'fc.weight' has 20 values"):
+            merge_state_dicts(broken, {"x": good}, create(name), layers=["fc.weight"])
+    with pytest.raises(InputError, match="is an adapter, expected a whole checkpoint"):
+        merge_checkpoints(tmp_path / "good", {"x": tmp_path / "bad"}, create("average"), "out")

@@ -111,8 +111,8 @@ def folder():
 
 BASE = StateDict({"layer.q.weight": torch.ones(3, 5)})
 STATE = {
-    "layer.q.weight": torch.randn(6, 5),
-    "layer.q.bias": torch.randn(6).bfloat16(),
+    "layer.q.weight": torch.linspace(-1, 1, 30).view(6, 5),
+    "layer.q.bias": torch.linspace(0, 3, 6).bfloat16(),
     "ids": torch.arange(4),
     "mask": torch.tensor([True, False]),
     "empty": torch.empty(0, 3),
