@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+import merging
+from merging import linalg
 from merging.linalg import eigh, gram, product, row_space, sharpen, solve_positive
 from merging.openblas import _amd_with_avx512
+from merging.packed import pack, unpack
 
 
 def draw(*shape, dtype=torch.float32, seed=0):
@@ -90,3 +93,38 @@ def test_only_amd_cpus_with_avx512_get_its_kernels(tmp_path):
         (tmp_path / "cpuinfo").write_text(text + "\nprocessor\t: 1\n")
         assert _amd_with_avx512(tmp_path / "cpuinfo") is expected
     assert not _amd_with_avx512(tmp_path / "absent")
+
+
+def test_what_is_hardly_positive_definite_is_left_to_the_spectral_route():
+    right = torch.ones(1, 2, dtype=torch.float64)
+    assert solve_positive(right, torch.diag(torch.tensor([1.0, 1e-16]).double())) is None
+    assert solve_positive(right, torch.diag(torch.tensor([1.0, 1e-14]).double())) is not None
+
+
+def test_a_row_space_by_torchs_own_routine(monkeypatch):
+    rows = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
+    expected = row_space(rows)
+    monkeypatch.setattr(linalg, "_on_cpu", lambda matrix: False)
+    Q = row_space(rows)
+    torch.testing.assert_close(Q.mT @ Q, torch.eye(6))
+    torch.testing.assert_close(Q @ Q.mT, expected @ expected.mT)
+
+
+@pytest.mark.parametrize("name", ["actmat", "wudi_closed", "aswudi", "swudi", "ridge", "oas"])
+def test_wide_layers_solved_in_float32_agree_with_float64(name, monkeypatch):
+    deltas = 0.02 * torch.randn(3, 20, 40, generator=torch.Generator().manual_seed(0))
+    hyper = {"rtol": 1e-2} if name in {"actmat", "wudi_closed"} else {}
+    expected = merging.create(name, **hyper)(deltas.double())
+    monkeypatch.setattr(linalg, "DOUBLE_UP_TO", 0)
+    monkeypatch.setattr(linalg, "SOLVED_IN_DOUBLE_UP_TO", 0)
+    merged = merging.create(name, **hyper)(deltas)
+    assert (merged - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_packing_a_symmetric_matrix():
+    matrix = torch.arange(9.0).view(3, 3)
+    matrix = matrix + matrix.mT
+    assert pack(matrix).tolist() == [0.0, 4.0, 8.0, 8.0, 12.0, 16.0]
+    assert torch.equal(unpack(pack(matrix)), matrix)
+    with pytest.raises(merging.InputError, match="5 numbers are no upper triangle"):
+        unpack(torch.zeros(5))

@@ -285,6 +285,37 @@ def test_storages_without_a_name(tmp_path):
         open_checkpoint(tmp_path / "x.pt")
 
 
+class Part:
+    """Pickles as a tensor of two floats in a storage of four, of which it names a view."""
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (..., 0, (2,), (1,), False, None)
+
+
+class ViewPickler(pickle.Pickler):
+    def persistent_id(self, value):
+        view = "view", self.start, 2
+        return ("storage", torch.FloatStorage, "0", "cpu", 4, view) if value is ... else None
+
+
+@pytest.mark.parametrize("start", [0, 2, 3, -1])
+def test_views_in_files_of_the_oldest_torch(tmp_path, start):
+    path = tmp_path / "x.pt"
+    with open(path, "wb") as file:
+        for part in (0x1950A86A20F9469CFC6C, 1001, {}):
+            pickle.dump(part, file, 2)
+        pickler = ViewPickler(file, 2)
+        pickler.start = start
+        pickler.dump({"w": Part()})
+        pickle.dump(["0"], file, 2)
+        file.write((4).to_bytes(8, "little") + numpy.arange(4, dtype="f4").tobytes())
+    if start in (0, 2):
+        assert open_checkpoint(path).read("w").tolist() == [start, start + 1]
+        return
+    with pytest.raises(InputError, match="a view outside its storage"):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("legacy", [False, True])
 def test_truncated_files(tmp_path, legacy):
     content = save(Encoder(), tmp_path / "x.pt", legacy).read_bytes()
