@@ -218,18 +218,18 @@ class _Lazy(Mapping):
 
     def __init__(self, source: Source) -> None:
         self.source = source
-        self.names = set(source.keys())
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.names:
-            raise KeyError(name)
         return self.source.read(name)
+
+    def __contains__(self, name: object) -> bool:  # without reading it, as Mapping's own would
+        return name in self.source
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.keys())
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.source.keys())
 
 
 def _options(

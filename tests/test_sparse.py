@@ -195,6 +195,7 @@ def test_pcb_agrees_with_the_plain_formula_per_tensor_and_over_the_model():
     a, b = stack(T=3, seed=1), 2 * stack(T=3, shape=(10,), seed=2)
     method = merging.create("pcb", ratio=0.25, alpha=1.0)
     assert_close(method(a), plain_pcb(a, 0.25).float(), rtol=1e-4, atol=1e-5)
+    assert merging.create("pcb", scope="layer").prepare(lambda: iter([("a", a)])) == {}
     context = method.prepare(lambda: iter([("a", a), ("b", b)]))
     merged = torch.cat([method(x, **context).flatten() for x in (a, b)])
     whole = plain_pcb(torch.cat([a.flatten(1), b], dim=1), 0.25)
