@@ -1,5 +1,6 @@
 """The embedded vision suite's sources and pre-training; its figures are in results/."""
 
+import csv
 import pickle
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def digits():
     """The suite with its smallest task alone, three steps of each kind of training."""
     config = configuration()
     config["datasets"] = {"digits": config["datasets"]["digits"]}
+    config["shots"] = None
     config["pretraining"]["steps"] = config["recipes"]["full"]["steps"] = 3
     return VisionSuite(**config)
 
@@ -42,6 +44,16 @@ def test_at_least_six_tasks_of_real_images():
     drawn = {"letters"}
     assert len(set(suite.tasks) - drawn) >= 6
     assert all(f["path"].split(":")[1] in vision_packages.TASKS for f in suite.datasets.values())
+
+
+def test_committed_experts_are_far_above_zero_shot_and_merge():
+    with (CONFIGS.parent / "results/embedded_vision/table.csv").open() as file:
+        rows = {row["row"]: row for row in csv.DictReader(file) if row["finetuning"] == "full"}
+    real = set(configuration()["datasets"]) - {"letters"}
+    means = {row: sum(float(found[task]) for task in real) / 6 for row, found in rows.items()}
+    assert int(rows["experts"]["seeds"]) >= 3
+    assert means["experts"] > means["zero_shot"] + 15
+    assert means["actmat"] > means["average"] > means["zero_shot"] + 2
 
 
 def test_unknown_package_is_refused():
