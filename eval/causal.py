@@ -310,8 +310,10 @@ class CausalSuite:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = self._checked["base"]
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(self.device)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", trust_remote_code=False
+        ).to(self.device)
         source = open_checkpoint(expert)
         with torch.no_grad():
             checkpoints.load_into(model, source)

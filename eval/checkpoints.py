@@ -119,7 +119,7 @@ def require_chat_template(folder: Path) -> None:
     """InputError unless the tokenizer of a folder brings a chat template."""
     from transformers import AutoTokenizer
 
-    if not AutoTokenizer.from_pretrained(folder).chat_template:
+    if not AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template:
         raise InputError(
             f"the tokenizer of {folder} has no chat template",
             hint="use suite.chat_template=false, or add a chat_template.jinja to the folder",
@@ -160,5 +160,5 @@ def _tokens(folder: Path) -> dict[int, str]:
         return {}
     from transformers import AutoTokenizer
 
-    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
     return {number: token for token, number in vocabulary.items()}

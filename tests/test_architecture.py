@@ -1,6 +1,8 @@
 """Layers are chosen by what a module is, told by the checkpoint's own configuration."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +87,13 @@ def test_names_that_match_nothing_are_told(folder, caplog):
     assert layers_of(folder, {"something.else"}) is None
     assert "no layer of BertModel" in caplog.text
     assert torch.get_default_device().type == "cpu"
+
+
+def test_code_that_comes_with_a_checkpoint_is_refused_wherever_one_is_loaded():
+    calls = [
+        call
+        for path in (Path(__file__).parents[1] / "eval").glob("*.py")
+        for call in re.findall(r"Auto\w+\.from_pretrained\(([^()]*)\)", path.read_text())
+    ]
+    assert len(calls) >= 9
+    assert all("trust_remote_code=False" in call for call in calls), calls
