@@ -12,20 +12,19 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eval import bigbench, causal, checkpoints, finetune, judge, recipes, statistics, tiny, tiny_lm
 from eval.cache import cached, digest, file_sha256
 from eval.packages import Package
 from eval.suite import Finetuning, Score, Split, Statistic
+from eval.trained import TrainedSuite
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 from merging.progress import track
@@ -146,14 +145,16 @@ def smollm2() -> Path:
     def build(folder: Path) -> None:
         gguf = MODEL.folder() / GGUF
         where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-        quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, trust_remote_code=False
+        )
         # the loaded object calls itself quantised and refuses to be saved: a fresh one does not
         config = quantised.config
         del config.quantization_config
         model = type(quantised)(config)
         model.load_state_dict(quantised.state_dict())
         model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(folder)
 
     key = {"sha256": MODEL.sha256, "file": GGUF, "transformers": __version__}
     return cached("models", key, build)
@@ -169,7 +170,7 @@ DECODERS: dict[str, Callable[[], Path]] = {
 
 
 @dataclass(frozen=True)
-class EmbeddedLM:
+class EmbeddedLM(TrainedSuite):
     """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
 
     decoder: a name in `DECODERS`.
@@ -212,74 +213,6 @@ class EmbeddedLM:
             "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
             "experts": experts,
         }
-
-    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        """`model.safetensors` with every tensor of the base, or a PEFT adapter folder."""
-        key = self._expert_key(task, finetuning, seed)
-        return self._trained([task], key, finetuning, seed)
-
-    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
-        """Checkpoint of one model fine-tuned on all tasks at once, for as many steps as the
-        experts together: what merging is measured by."""
-        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
-        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
-
-    def _trained(
-        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
-    ) -> Path:
-        build = partial(self._finetune, tasks, finetuning, seed)
-        folder = cached("experts", key, build, resumable=True)
-        return folder if finetuning == "lora" else folder / "model.safetensors"
-
-    def statistics(
-        self,
-        task: str,
-        kind: Statistic,
-        *,
-        finetuning: Finetuning,
-        seed: int,
-        batches: int = 10,
-        batch_size: int = 32,
-    ) -> Path:
-        """Second moments of every layer over all tokens of prompts and answers, or the Fisher
-        diagonal of every tensor that moved, of `batches * batch_size` training examples."""
-        self._check_available(task, batches, batch_size)
-        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
-        key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
-
-        def build(folder: Path) -> None:
-            expert = self.expert(task, finetuning=finetuning, seed=seed)
-            self._load(finetune.expert_state(self._base, expert))
-            measure = self._moments if kind == "covariance" else self._fisher
-            with self._autocast():
-                found = measure(task, batches, batch_size)
-            statistics.save(folder / f"{kind}.safetensors", found, about)
-
-        return cached("statistics", key, build) / f"{kind}.safetensors"
-
-    def second_moments(
-        self,
-        task: str,
-        state: Mapping[str, Tensor],
-        names: Iterable[str],
-        *,
-        batches: int,
-        batch_size: int,
-    ) -> dict[str, Tensor]:
-        """Second moments of the named layers' inputs through a model with any state; not cached."""
-        self._check_available(task, batches, batch_size)
-        self._load(state)
-        with self._autocast():
-            return self._moments(task, batches, batch_size, names)
-
-    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
-        available = len(self._examples(task))
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training inputs, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
 
     def evaluate(
         self,
@@ -360,7 +293,9 @@ class EmbeddedLM:
     def _fresh(self) -> PreTrainedModel:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            self._folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         model.name_or_path = self.decoder  # what adapters say they belong to
         return model
 
@@ -373,7 +308,7 @@ class EmbeddedLM:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._folder)
+        return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
@@ -387,11 +322,6 @@ class EmbeddedLM:
     def _load(self, state: Mapping[str, Tensor]) -> None:
         checkpoints.require_same(state, self._base, self.name)
         self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
     # --- experts and statistics ---------------------------------------------------------------
 
@@ -410,6 +340,12 @@ class EmbeddedLM:
             "precision": self.precision,
             "seed": seed,
         }
+
+    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        return {"version": VERSION}
+
+    def _available(self, task: str) -> int:
+        return len(self._examples(task))
 
     def _finetune(
         self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
@@ -432,11 +368,7 @@ class EmbeddedLM:
             label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
             **recipe.arguments(len(tasks)),
         )
-        if finetuning == "lora":
-            finetune.save_adapter(model, folder)
-        else:
-            state = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        finetune.save_expert(model, self._base, folder)
 
     def _batches(
         self, examples: Sequence[causal.Example], size: int, seed: int, first: int
@@ -458,17 +390,20 @@ class EmbeddedLM:
     def _moments(
         self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
+        """Over all tokens of prompts and answers."""
         sample = self._sample(task, batches * batch_size, batch_size)
-        return statistics.second_moments(
-            self._model,
-            track(sample, f"second moments of {task}", batches),
-            self.layers() if names is None else names,
-            forward=causal.answer_logits,
-            mask=lambda batch, name: batch["attention_mask"],
-        )
+        with finetune.autocast(self.device, self.precision):
+            return statistics.second_moments(
+                self._model,
+                track(sample, f"second moments of {task}", batches),
+                self.layers() if names is None else names,
+                forward=causal.answer_logits,
+                mask=lambda batch, name: batch["attention_mask"],
+            )
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Of an answer's first token, drawn from the model's own distribution."""
+        """Of every tensor that moved, for an answer's first token, drawn from the model's own
+        distribution."""
         generator = torch.Generator(self.device).manual_seed(SPLIT_SEED)
         count = batches * batch_size
 
@@ -476,4 +411,5 @@ class EmbeddedLM:
             return statistics.sampled(causal.answer_logits(model, batch)[0][0, 0], generator)
 
         sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
-        return statistics.diagonal_fisher(self._model, sample, log_prob, self._moved)
+        with finetune.autocast(self.device, self.precision):
+            return statistics.diagonal_fisher(self._model, sample, log_prob, self._moved)

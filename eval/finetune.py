@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -87,17 +87,12 @@ def train(
     settings = [steps, lr, schedule, warmup, weight_decay, clip, accumulate, seed, precision]
     run = digest({"settings": settings, "names": sorted(moving)})
     first = _restore(resume, run, moving, optimiser, scheduler)
-    autocast = (
-        nullcontext()
-        if precision == "fp32"
-        else torch.autocast(torch.device(device).type, torch.bfloat16)
-    )
     stream = iter(batches(first * accumulate))
     with torch.random.fork_rng():
         for step in track(range(first, steps), label):
             torch.manual_seed(seed * 1_000_003 + step)  # dropout is a function of the step alone
             for _ in range(accumulate):
-                with autocast:
+                with autocast(device, precision):
                     value = loss(model, next(stream)) / accumulate
                 value.backward()
             if not torch.isfinite(value):
@@ -111,6 +106,15 @@ def train(
     for leftover in (resume, resume.with_suffix(PARTIAL)):
         leftover.unlink(missing_ok=True)
     model.eval()
+
+
+def autocast(
+    device: str | torch.device, precision: Literal["fp32", "bf16"]
+) -> AbstractContextManager[None]:
+    """Under it forward passes compute in `precision`; weights keep theirs."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, torch.bfloat16)
 
 
 def _trainable(model: nn.Module) -> set[str]:
@@ -185,6 +189,16 @@ def add_lora(
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's, not ours to heed
         torch.manual_seed(seed)
         return get_peft_model(model, config)
+
+
+def save_expert(model: nn.Module, names: Iterable[str], folder: Path) -> None:
+    """Write what was fine-tuned: `model.safetensors` with the named tensors, each of them once
+    however many modules share it, or the adapter folder of a PEFT model."""
+    if isinstance(model, PeftModel):
+        return save_adapter(model, folder)
+    state = model.state_dict()
+    tensors = {name: state[name].cpu().contiguous() for name in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -7,23 +7,22 @@ prompt; the choice with the highest score counts (length-normalised rank classif
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutput
 
 from eval import checkpoints, finetune, prompts, recipes, statistics, tiny, tiny_lm
-from eval.cache import cached, digest
+from eval.cache import digest
 from eval.causal import IGNORED
 from eval.suite import Finetuning, Score, Split, Statistic
+from eval.trained import TrainedSuite
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 from merging.progress import track
@@ -109,7 +108,7 @@ def rank(model: PreTrainedModel, examples: Sequence[Example], device: str = "cpu
 
 
 @dataclass(frozen=True)
-class Seq2SeqSuite:
+class Seq2SeqSuite(TrainedSuite):
     """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
 
     model: folder or hub name of the base, or "tiny_..." (eval.tiny_lm).
@@ -164,71 +163,7 @@ class Seq2SeqSuite:
         self._require(task)
         if given := (self.experts or {}).get(task):
             return checkpoints.local(given)
-        key = self._expert_key(task, finetuning, seed)
-        return self._trained([task], key, finetuning, seed)
-
-    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
-        """Checkpoint of one model fine-tuned on all tasks at once, for as many steps as the
-        experts together: what merging is measured by."""
-        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
-        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
-
-    def _trained(
-        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
-    ) -> Path:
-        build = partial(self._finetune, tasks, finetuning, seed)
-        folder = cached("experts", key, build, resumable=True)
-        return folder if finetuning == "lora" else folder / "model.safetensors"
-
-    def statistics(
-        self,
-        task: str,
-        kind: Statistic,
-        *,
-        finetuning: Finetuning,
-        seed: int,
-        batches: int = 10,
-        batch_size: int = 32,
-    ) -> Path:
-        """Second moments of every layer over tokens that are no padding, or the Fisher diagonal
-        of every tensor, of `batches * batch_size` training examples."""
-        self._check_available(task, batches, batch_size)
-        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
-        key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
-
-        def build(folder: Path) -> None:
-            expert = self.expert(task, finetuning=finetuning, seed=seed)
-            self._load(finetune.expert_state(self._base, expert))
-            measure = self._moments if kind == "covariance" else self._fisher
-            with self._autocast():
-                found = measure(task, batches, batch_size)
-            statistics.save(folder / f"{kind}.safetensors", found, about)
-
-        return cached("statistics", key, build) / f"{kind}.safetensors"
-
-    def second_moments(
-        self,
-        task: str,
-        state: Mapping[str, Tensor],
-        names: Iterable[str],
-        *,
-        batches: int,
-        batch_size: int,
-    ) -> dict[str, Tensor]:
-        """Second moments of the named layers' inputs through a model with any state; not cached."""
-        self._check_available(task, batches, batch_size)
-        self._load(state)
-        with self._autocast():
-            return self._moments(task, batches, batch_size, names)
-
-    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
-        available = len(self._examples[self._require(task)]["train"])
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training inputs, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
+        return super().expert(task, finetuning=finetuning, seed=seed)
 
     def evaluate(
         self,
@@ -240,7 +175,7 @@ class Seq2SeqSuite:
         """Accuracy of length-normalised rank classification."""
         chosen = [self._require(task) for task in tasks or self.tasks]
         self._load(state)
-        with self._autocast():
+        with finetune.autocast(self.device, self.precision):
             return {task: self._score(task, self._examples[task][split][:limit]) for task in chosen}
 
     def _score(self, task: str, examples: Sequence[Example]) -> Score:
@@ -325,7 +260,9 @@ class Seq2SeqSuite:
     def _fresh(self) -> PreTrainedModel:
         from transformers import AutoModelForSeq2SeqLM
 
-        model = AutoModelForSeq2SeqLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            self._folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
         model.name_or_path = self.model  # what adapters say they belong to
         return model
 
@@ -338,7 +275,7 @@ class Seq2SeqSuite:
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self._folder)
+        return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
@@ -347,11 +284,6 @@ class Seq2SeqSuite:
     def _load(self, state: Mapping[str, Tensor]) -> None:
         checkpoints.require_same(state, self._base, self.name)
         self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
-
-    def _autocast(self) -> AbstractContextManager[None]:
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16)
 
     # --- experts and statistics ---------------------------------------------------------------
 
@@ -366,6 +298,12 @@ class Seq2SeqSuite:
             "precision": self.precision,
             "seed": seed,
         }
+
+    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        return {"version": VERSION}
+
+    def _available(self, task: str) -> int:
+        return len(self._examples[self._require(task)]["train"])
 
     def _finetune(
         self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
@@ -387,11 +325,7 @@ class Seq2SeqSuite:
             label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
             **recipe.arguments(len(tasks)),
         )
-        if finetuning == "lora":
-            finetune.save_adapter(model, folder)
-        else:
-            state = {name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        finetune.save_expert(model, self._base, folder)
 
     def _batches(
         self, examples: Sequence[Example], recipe: recipes.Recipe, seed: int, first: int
@@ -411,16 +345,18 @@ class Seq2SeqSuite:
     def _moments(
         self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
+        """Over all tokens that are no padding."""
         sample = self._sample(task, batches * batch_size, batch_size)
-        return statistics.second_moments(
-            self._model,
-            track(sample, f"second moments of {task}", batches),
-            self.layers() if names is None else names,
-            mask=token_mask,
-        )
+        with finetune.autocast(self.device, self.precision):
+            return statistics.second_moments(
+                self._model,
+                track(sample, f"second moments of {task}", batches),
+                self.layers() if names is None else names,
+                mask=token_mask,
+            )
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Of an answer's first token, drawn from the model's own distribution."""
+        """Of every tensor, for an answer's first token, drawn from the model's own distribution."""
         generator = torch.Generator(self.device).manual_seed(self.split_seed)
         count = batches * batch_size
 
@@ -429,7 +365,8 @@ class Seq2SeqSuite:
             return statistics.sampled(logits[0, 0], generator)
 
         sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
-        return statistics.diagonal_fisher(self._model, sample, log_prob, self._base)
+        with finetune.autocast(self.device, self.precision):
+            return statistics.diagonal_fisher(self._model, sample, log_prob, self._base)
 
 
 Asked = list[tuple[str, list[str], int]]  # one question, in the words of each template

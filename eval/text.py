@@ -12,13 +12,13 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
@@ -28,6 +28,7 @@ from eval.cache import cached, digest, file_sha256
 from eval.onednn import accelerate
 from eval.packages import Package, read_member
 from eval.suite import Finetuning, Score, Split, Statistic
+from eval.trained import TrainedSuite
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 
@@ -119,7 +120,7 @@ class Examples(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TextSuite:
+class TextSuite(TrainedSuite):
     """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
 
     encoder: a name in `ENCODERS`.
@@ -188,72 +189,6 @@ class TextSuite:
             "recipe": asdict(self._recipe(finetuning)),
             "experts": experts,
         }
-
-    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        """`model.safetensors` with the encoder's whole state dict, or a PEFT adapter folder."""
-        key = self._expert_key(task, finetuning, seed)
-        return self._trained([task], key, finetuning, seed)
-
-    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
-        """Checkpoint of one model fine-tuned on all tasks at once, what merging is measured by."""
-        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
-        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
-
-    def _trained(
-        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
-    ) -> Path:
-        build = partial(self._finetune, tasks, finetuning, seed)
-        folder = cached("experts", key, build, resumable=True)
-        return folder if finetuning == "lora" else folder / "model.safetensors"
-
-    def statistics(
-        self,
-        task: str,
-        kind: Statistic,
-        *,
-        finetuning: Finetuning,
-        seed: int,
-        batches: int = 10,
-        batch_size: int = 32,
-    ) -> Path:
-        """Second moments (d_in, d_in) of every layer, or the Fisher diagonal of every encoder
-        parameter, over `batches * batch_size` training inputs drawn without replacement."""
-        self._check_available(task, batches, batch_size)
-        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
-        mode = self.moment_tokens if kind == "covariance" else self.fisher_labels
-        key = {"version": VERSION, "about": about, "mode": mode, "size": [batches, batch_size]}
-
-        def build(folder: Path) -> None:
-            expert = self.expert(task, finetuning=finetuning, seed=seed)
-            self._load(finetune.expert_state(self._base, expert))
-            measure = self._moments if kind == "covariance" else self._fisher
-            found = measure(task, batches, batch_size)
-            statistics.save(folder / f"{kind}.safetensors", found, about)
-
-        return cached("statistics", key, build) / f"{kind}.safetensors"
-
-    def second_moments(
-        self,
-        task: str,
-        state: Mapping[str, Tensor],
-        names: Iterable[str],
-        *,
-        batches: int,
-        batch_size: int,
-    ) -> dict[str, Tensor]:
-        """Second moments of the named layers' inputs through a model with any state; not cached."""
-        self._check_available(task, batches, batch_size)
-        self._load(state)
-        return self._moments(task, batches, batch_size, names)
-
-    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
-        available = len(self._pairs(task, "train"))
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training inputs, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
 
     def evaluate(
         self,
@@ -430,6 +365,13 @@ class TextSuite:
             "seed": seed,
         }
 
+    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        mode = self.moment_tokens if kind == "covariance" else self.fisher_labels
+        return {"version": VERSION, "mode": mode}
+
+    def _available(self, task: str) -> int:
+        return len(self._pairs(task, "train"))
+
     def training(
         self, tasks: Sequence[str], *, finetuning: Finetuning, seed: int
     ) -> finetune.Training:
@@ -485,11 +427,7 @@ class TextSuite:
     ) -> None:
         model, batches, loss, _, settings = self.training(tasks, finetuning=finetuning, seed=seed)
         finetune.train(model, batches, loss, output=folder, **settings)
-        if finetuning == "lora":
-            finetune.save_adapter(model, folder)
-        else:
-            state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        finetune.save_expert(model, self._base, folder)
 
     def _padded(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and booleans for the real ones, both (batch, longest sentence)."""
@@ -506,6 +444,7 @@ class TextSuite:
     def _moments(
         self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
+        """Over the tokens that `moment_tokens` names."""
         tokens = self._examples(task, "train").tokens
         sample = self._sample(task, batches * batch_size).split(batch_size)
         padded = (self._padded([tokens[i] for i in batch]) for batch in sample)
@@ -518,6 +457,7 @@ class TextSuite:
         )
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Of every encoder parameter, for labels as `fisher_labels` says."""
         examples, head = self._examples(task, "train"), self._heads[task].to(self.device)
         generator = torch.Generator(self.device).manual_seed(self.split_seed)
 

@@ -11,7 +11,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from eval import finetune, statistics, vision_models
 from eval.cache import cached, digest
 from eval.checkpoints import require_same
 from eval.suite import Finetuning, Score, Split, Statistic
+from eval.trained import TrainedSuite
 from eval.vision_data import (
     ImageSet,
     cropped,
@@ -81,7 +82,7 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class VisionSuite:
+class VisionSuite(TrainedSuite):
     """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
 
     model: open_clip's name of the architecture.
@@ -112,6 +113,8 @@ class VisionSuite:
     workers: int = 0
     device: str = "cpu"
     metric: str = "accuracy"
+
+    examples = "images"  # a constant of the class, not a field
 
     def __post_init__(self) -> None:
         if (self.clip is None) == (self.pretraining is None):
@@ -148,60 +151,7 @@ class VisionSuite:
         """`model.safetensors` with the tower's state dict, or a PEFT adapter folder."""
         if published := self._published(task, finetuning):
             return vision_models.tower_checkpoint(published, self.architecture, self._base_path)
-        return self._trained([task], self._expert_key(task, finetuning, seed), finetuning, seed)
-
-    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
-        """The base fine-tuned on all tasks at once: what merging is measured against."""
-        keys = [self._expert_key(task, finetuning, seed) for task in self.tasks]
-        return self._trained(self.tasks, {"multi_task": keys}, finetuning, seed)
-
-    def statistics(
-        self,
-        task: str,
-        kind: Statistic,
-        *,
-        finetuning: Finetuning,
-        seed: int,
-        batches: int = 10,
-        batch_size: int = 32,
-    ) -> Path:
-        """Second moments (d_in, d_in) of every layer over all tokens, or the Fisher diagonal of
-        every tower parameter, over `batches * batch_size` training images."""
-        self._check_available(task, batches, batch_size)
-        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
-        key = {"version": VERSION, "about": about, "size": [batches, batch_size]}
-
-        def build(folder: Path) -> None:
-            expert = self.expert(task, finetuning=finetuning, seed=seed)
-            self._load(finetune.expert_state(self._base, expert))
-            measure = self._moments if kind == "covariance" else self._fisher
-            found = measure(task, batches, batch_size)
-            statistics.save(folder / f"{kind}.safetensors", found, about)
-
-        return cached("statistics", key, build) / f"{kind}.safetensors"
-
-    def second_moments(
-        self,
-        task: str,
-        state: Mapping[str, Tensor],
-        names: Iterable[str],
-        *,
-        batches: int,
-        batch_size: int,
-    ) -> dict[str, Tensor]:
-        """Second moments of the named layers' inputs through a tower with any state; not cached."""
-        self._check_available(task, batches, batch_size)
-        self._load(state)
-        return self._moments(task, batches, batch_size, names)
-
-    def _check_available(self, task: str, batches: int, batch_size: int) -> None:
-        available = len(self._images(task).rows("train"))
-        if batches * batch_size > available:
-            raise InputError(
-                f"task {task!r} has {available} training images, statistics over "
-                f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
-            )
+        return super().expert(task, finetuning=finetuning, seed=seed)
 
     def evaluate(
         self,
@@ -353,12 +303,11 @@ class VisionSuite:
             "seed": seed,
         }
 
-    def _trained(
-        self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int
-    ) -> Path:
-        build = partial(self._finetune, tasks, finetuning, seed)
-        folder = cached("experts", key, build, resumable=True)
-        return folder if finetuning == "lora" else folder / "model.safetensors"
+    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        return {"version": VERSION}
+
+    def _available(self, task: str) -> int:
+        return len(self._images(task).rows("train"))
 
     def training(
         self, tasks: Sequence[str], *, finetuning: Finetuning, seed: int
@@ -427,11 +376,7 @@ class VisionSuite:
     ) -> None:
         model, batches, loss, _, settings = self.training(tasks, finetuning=finetuning, seed=seed)
         finetune.train(model, batches, loss, output=folder, **settings)
-        if finetuning == "lora":
-            finetune.save_adapter(model, folder)
-        else:
-            state = {name: t.cpu().contiguous() for name, t in model.state_dict().items()}
-            save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        finetune.save_expert(model, self._base, folder)
 
     def _training_sample(self, task: str, count: int) -> tuple[Tensor, Tensor]:
         """(count, 3, size, size) training images without augmentation, the same for every
@@ -444,11 +389,13 @@ class VisionSuite:
     def _moments(
         self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
     ) -> dict[str, Tensor]:
+        """Over all tokens of images without augmentation."""
         images, _ = self._training_sample(task, batches * batch_size)
         chosen = self.layers() if names is None else names
         return statistics.second_moments(self._tower, images.split(batch_size), chosen)
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Of every tower parameter, for labels drawn from the model's own distribution."""
         images, _ = self._training_sample(task, batches * batch_size)
         head = self._head(task).to(self.device)
         generator = torch.Generator(self.device).manual_seed(0)
