@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import merging
 from eval import checkpoints, judge
+from eval.sequential import merge_blocks
+from eval.trained import TrainedSuite
 from merging.checkpoints import Adapter, open_checkpoint
 from merging.registry import CONTEXT
 
@@ -132,3 +134,17 @@ def check_methods(
             if not (error := (given - wanted).norm() / wanted.norm()) < TOLERANCE.get(name, 1e-4):
                 wrong[name] = error.item()
     assert not wrong, wrong
+
+
+def check_block_by_block(
+    suite: TrainedSuite, states: Mapping[str, Mapping[str, Tensor]], task: str, layer: str
+) -> None:
+    """Second moments of one layer, through the state of its fully fine-tuned expert, are those of
+    the expert's statistics; and a merge block after block is a model that can be evaluated."""
+    size = {"batches": 2, "batch_size": 5}
+    found = suite.second_moments(task, states[task], [layer], **size)
+    file = suite.statistics(task, "covariance", finetuning="full", seed=0, **size)
+    assert set(found) == {layer}
+    torch.testing.assert_close(found[layer], load_file(file)[layer])
+    merged, _ = merge_blocks(suite, suite.base(), states, merging.create("regmean_pp"), **size)
+    assert set(suite.evaluate(merged, "test", limit=5)) == set(suite.tasks)

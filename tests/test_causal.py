@@ -23,13 +23,7 @@ BENCHMARKS = {
     "animals": {"expert": "first", "task": "tiny_animals"},
     "meals": {"expert": "second", "task": "tiny_meals"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODEL_MERGING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def load(folder):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from chain import check_methods, dense_expert
+from chain import check_block_by_block, check_methods, dense_expert
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import PeftModel
@@ -17,17 +17,10 @@ from transformers import AutoModelForCausalLM
 import merging
 from eval import checkpoints, embedded_lm, finetune, judge, tiny_lm
 from eval.embedded_lm import EmbeddedLM
-from eval.sequential import merge_blocks
 from merging.errors import InputError
 
 CONFIG = Path("configs/suite/tiny_lm.yaml")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODEL_MERGING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
@@ -178,14 +171,7 @@ def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
     scores = suite.evaluate(together, "test")
     assert scores["weather"].accuracy > alone["weather"].accuracy
     assert scores["animals"].accuracy > alone["animals"].accuracy
-    size = {"batches": 2, "batch_size": 5}
-    names = ["model.layers.1.mlp.down_proj.weight"]
-    through = suite.second_moments("meals", states["meals"], names, **size)
-    measured = load_file(suite.statistics("meals", "covariance", **own, **size))
-    assert set(through) == set(names)
-    torch.testing.assert_close(through[names[0]], measured[names[0]])
-    merged, _ = merge_blocks(suite, suite.base(), states, merging.create("regmean_pp"), **size)
-    assert set(suite.evaluate(merged, "test", limit=5)) == set(suite.tasks)
+    check_block_by_block(suite, states, "meals", "model.layers.1.mlp.down_proj.weight")
 
 
 def test_splits_share_no_text_and_never_change(suite):

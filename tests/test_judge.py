@@ -15,13 +15,7 @@ from eval.judge import Benchmark
 from merging.errors import InputError
 
 GENERATION = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 1, "until": []}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODEL_MERGING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

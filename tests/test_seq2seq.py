@@ -4,27 +4,19 @@ import json
 
 import pytest
 import torch
-from chain import check_methods
+from chain import check_block_by_block, check_methods
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-import merging
 from eval import finetune, judge, prompts, seq2seq, tiny_lm
 from eval.causal import IGNORED
 from eval.seq2seq import Example, Seq2SeqSuite
-from eval.sequential import merge_blocks
 from merging.errors import InputError
 
 KINDS = ["t5_gated_untied", "t5_relu_tied"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MODEL_MERGING_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -170,14 +162,7 @@ def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
     }
     together = finetune.expert_state(suite.base(), suite.multi_task(**own))
     assert all((together[name] != tensor).any() for name, tensor in suite.base().items())
-    size = {"batches": 2, "batch_size": 5}
-    names = ["decoder.block.1.layer.1.EncDecAttention.k.weight"]
-    through = suite.second_moments("meals", states["meals"], names, **size)
-    measured = load_file(suite.statistics("meals", "covariance", **own, **size))
-    assert set(through) == set(names)
-    torch.testing.assert_close(through[names[0]], measured[names[0]])
-    merged, _ = merge_blocks(suite, suite.base(), states, merging.create("regmean_pp"), **size)
-    assert set(suite.evaluate(merged, "test", limit=5)) == set(suite.tasks)
+    check_block_by_block(suite, states, "meals", "decoder.block.1.layer.1.EncDecAttention.k.weight")
 
 
 def test_a_merge_is_judged_by_lm_eval(suite):

@@ -34,15 +34,7 @@ def config(**changes):
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        root = tmp_path_factory.mktemp("cache")
-        patch.setenv("MODEL_MERGING_CACHE", str(root))
-        yield root
-
-
-@pytest.fixture(scope="module")
-def suite(root) -> TextSuite:
+def suite(own_cache) -> TextSuite:
     return instantiate(config())
 
 
@@ -84,7 +76,7 @@ def test_the_splits_are_disjoint_and_independent_of_training(suite):
             assert other._texts[task][split] == suite._texts[task][split]
 
 
-def test_a_text_tested_anywhere_is_learnt_nowhere(root, monkeypatch):
+def test_a_text_tested_anywhere_is_learnt_nowhere(own_cache, monkeypatch):
     pairs = [(f"the cat number {i}", "pets" if i % 2 else "farm") for i in range(300)]
     spelt = [(f"The  CAT number {i} ", label) for i, (_, label) in enumerate(pairs)]
     monkeypatch.setitem(
