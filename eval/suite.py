@@ -41,6 +41,7 @@ class Suite(Protocol):
     slow (data, experts, statistics) is cached by all it depends on; an unknown task is an
     `InputError`. Two members are optional: `multi_task(finetuning=..., seed=...) -> Path`, one
     model trained on all tasks at once, and `second_moments` (see `eval.sequential.Sequential`).
+    Suites that train their experts inherit what is cached from `eval.trained.TrainedSuite`.
     """
 
     name: str
