@@ -28,7 +28,8 @@ def composed(config, *overrides, hydra=False):
 
 
 def test_every_method_has_a_file_and_every_file_a_method():
-    assert names("method") == sorted([*merging.methods(), *UNMERGED])
+    assert names("method") == sorted([*merging.methods(), *UNMERGED, "recommended"])
+    assert composed("experiment", "method=recommended").method.name in merging.methods()
 
 
 @pytest.mark.parametrize("name", merging.methods())
