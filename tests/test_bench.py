@@ -267,3 +267,4 @@ def test_the_committed_shapes_are_the_models():
         "vit_l_14": 24 * 12 * 1024**2,
         "t5_large": (24 * 12 + 24 * 16) * 1024**2,
     }
+    assert len(settings().scaling.shape) == 2  # one matrix: d_out, d_in
