@@ -1,4 +1,4 @@
-"""`python -m experiments.readme`: the README's table, from results/embedded_text/table.csv."""
+"""`python -m experiments.readme`: the README's table, from the tables of results/."""
 
 from __future__ import annotations
 
@@ -9,22 +9,34 @@ import pandas as pd
 from experiments.markup import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
-START, END = "<!-- table: results/embedded_text -->\n", "<!-- end -->"
+START, END = "<!-- table: results -->\n", "<!-- end -->"
+COLUMNS = {  # title -> suite, fine-tuning
+    "text": ("embedded_text", "full"),
+    "text, LoRA": ("embedded_text", "lora"),
+    "vision": ("embedded_vision", "full"),
+    "language model, LoRA": ("embedded_lm", "lora"),
+}
 
 
-def table(csv: Path) -> str:
-    """Mean test accuracy, full fine-tuning and LoRA side by side, as Markdown."""
-    rows = pd.read_csv(csv, keep_default_na=False)
-    rows["accuracy"] = [
-        f"{m:.1f} ± {e:.1f}" for m, e in zip(rows["mean"], rows.mean_se, strict=True)
-    ]
-    full = rows[rows.finetuning == "full"]
-    lora = rows[rows.finetuning == "lora"].set_index("row").accuracy
+def table(results: Path) -> str:
+    """Mean test accuracy of the methods that every suite was measured with, as Markdown."""
+    parts = {
+        title: _rows(results / suite / "table.csv", f) for title, (suite, f) in COLUMNS.items()
+    }
+    first = next(iter(parts.values()))
+    shared = [row for row in first.index if all(row in part.index for part in parts.values())]
     lines = [
-        [row.row, row.data, row.accuracy, f"{row.normalised:.1f}", lora.get(row.row, "")]
-        for row in full.itertuples()
+        [row, first.data[row], *(part.accuracy[row] for part in parts.values())] for row in shared
     ]
-    return markdown(["method", "data", "full", "normalised", "LoRA"], lines)
+    return markdown(["method", "data", *parts], lines)
+
+
+def _rows(csv: Path, finetuning: str) -> pd.DataFrame:
+    """Data and "mean ± standard error" by row of a suite's table, best first."""
+    rows = pd.read_csv(csv, keep_default_na=False, na_values={"mean_se": ""})
+    rows = rows[rows.finetuning == finetuning].set_index("row")
+    error = rows.mean_se.map(lambda e: "" if pd.isna(e) else f" ± {e:.1f}")  # none of one seed
+    return rows.assign(accuracy=rows["mean"].map("{:.1f}".format) + error)
 
 
 def inserted(readme: str, table: str) -> str:
@@ -35,4 +47,4 @@ def inserted(readme: str, table: str) -> str:
 
 if __name__ == "__main__":
     page = ROOT / "README.md"
-    page.write_text(inserted(page.read_text(), table(ROOT / "results/embedded_text/table.csv")))
+    page.write_text(inserted(page.read_text(), table(ROOT / "results")))

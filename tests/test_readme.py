@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_is_the_one_of_the_results():
-    assert inserted(README, table(ROOT / "results/embedded_text/table.csv")) == README
+    assert inserted(README, table(ROOT / "results")) == README
 
 
 @pytest.mark.parametrize("line", re.findall(r"^python -m experiments\.run (.*)$", README, re.M))
