@@ -146,9 +146,15 @@ def _cholesky(matrix: Tensor, shift: float | Tensor = 0.0) -> Tensor | None:
 
 def row_space(stack: Tensor) -> Tensor:
     """Orthonormal basis Q (d_in, k) of the span of all rows of (..., d_in), k <= rows <= d_in."""
+    return in_row_space(stack)[0]
+
+
+def in_row_space(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """The same and the rows in it: Q (d_in, k) and X (..., k), stack = X Q^T."""
     columns = stack.reshape(-1, stack.shape[-1]).mT
-    if not _on_cpu(columns):
-        return torch.linalg.qr(columns)[0]
-    return torch.from_numpy(
-        scipy.linalg.qr(columns.numpy(), mode="economic", check_finite=False)[0]
-    )
+    if _on_cpu(columns):
+        options = {"mode": "economic", "check_finite": False}
+        Q, R = map(torch.from_numpy, scipy.linalg.qr(columns.numpy(), **options))
+    else:
+        Q, R = torch.linalg.qr(columns)
+    return Q, R.mT.reshape(*stack.shape[:-1], -1)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from merging.linalg import product, row_space
+from merging.linalg import in_row_space, product, row_space
 from merging.registry import Method
 
 _EXACT = 1e-5  # relative error up to which float32 factors count as the matrix itself
@@ -38,8 +38,9 @@ def in_joint_basis(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
 
     k is the smaller of d_in and the sum of the ranks.
     """
-    Q = row_space(torch.cat([f.A for f in factors]))
-    return torch.stack([product(f.scale * f.B, f.A @ Q) for f in factors]), Q
+    Q, rows = in_row_space(torch.cat([f.A for f in factors]))
+    parts = rows.split([len(f.A) for f in factors])  # A_t Q, (r_t, k) each
+    return torch.stack([product(f.scale * f.B, A) for f, A in zip(factors, parts, strict=True)]), Q
 
 
 def merge_factors(
@@ -52,8 +53,10 @@ def merge_factors(
     """
     merged = []
     for block in zip(*(f.B.chunk(parts) for f in factors), strict=True):  # (d_out / parts, r) each
-        P = row_space(torch.cat(block, dim=1).mT) if method.column_space else None  # (d_out, j)
-        rows = block if P is None else [product(P.mT, B) for B in block]
+        P, rows = None, block
+        if method.column_space:
+            P, columns = in_row_space(torch.cat(block, dim=1).mT)  # (d_out, j)
+            rows = columns.mT.split([B.shape[1] for B in block], dim=1)  # P^T B_t, (j, r_t) each
         M, Q = in_joint_basis([f._replace(B=B) for f, B in zip(factors, rows, strict=True)])
         D = method(M, d_in=len(Q), d_out=len(block[0]), **context)
         merged.append(D if P is None else product(P, D))

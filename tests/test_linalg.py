@@ -5,7 +5,7 @@ import torch
 
 import merging
 from merging import linalg
-from merging.linalg import eigh, gram, product, row_space, sharpen, solve_positive
+from merging.linalg import eigh, gram, in_row_space, product, row_space, sharpen, solve_positive
 from merging.openblas import _amd_with_avx512
 from merging.packed import pack, unpack
 
@@ -128,3 +128,10 @@ def test_packing_a_symmetric_matrix():
     assert torch.equal(unpack(pack(matrix)), matrix)
     with pytest.raises(merging.InputError, match="5 numbers are no upper triangle"):
         unpack(torch.zeros(5))
+
+
+def test_rows_are_given_in_their_basis():
+    rows = torch.randn(2, 3, 10, generator=torch.Generator().manual_seed(0))
+    Q, X = in_row_space(rows)
+    assert X.shape == (2, 3, 6) and torch.equal(Q, row_space(rows))
+    torch.testing.assert_close(X @ Q.mT, rows)
