@@ -81,7 +81,8 @@ def summarise(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
             }
             | pd.DataFrame(list(part.accuracy)).mean().to_dict()
         )
-    rows = pd.DataFrame(lines)
+    # the last bits depend on the order of the records; they decide how a tie is printed
+    rows = pd.DataFrame(lines).round(9)
     return rows.sort_values(["finetuning", "mean", "row"], ascending=[True, False, True])
 
 

@@ -49,11 +49,11 @@ def frame(**rows):
     return pd.DataFrame(lines, columns=columns)
 
 
-def test_the_published_grid_has_24_cells_and_no_hyperparameter():
+def test_the_published_grid_has_20_cells_and_no_hyperparameter():
     settings = composed()
     methods = factorial.grid(settings.cells)
-    assert len(methods) == 24
-    assert len({tuple(sorted(m.items())) for m in methods}) == 24
+    assert len(methods) == 20
+    assert len({tuple(sorted(m.items())) for m in methods}) == 20
     named = [m["name"] for m in methods if m["name"] != "interference"]
     assert {"actmat", "actmat_centred", "aswudi", "wudi_closed", "oas", "ledoit_wolf"} <= {*named}
     free = {"ridge", "exponential", "trimmed"}
