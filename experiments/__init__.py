@@ -1,9 +1,8 @@
 """The command lines.
 
 Merging alternates between the threads of torch and those of SciPy's BLAS. By default torch's keep
-a core busy for milliseconds while they wait, which takes it from the other: three times the merge,
-and ten times the training where a second process runs. They sleep at once instead, for 5 % of
-training on an idle machine. Read when torch is loaded, hence here; a setting of yours is kept.
+a core busy for milliseconds while they wait, which takes it from the other; here they sleep at
+once. Read when torch is loaded, hence here; a setting of yours is kept.
 """
 
 import os

@@ -210,8 +210,7 @@ def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None
 
     (T, d_out, d_in) -> (d_out, d_in). With u_r, s_r D's singular vectors and values,
     s_r <- s_r / mean_t max(<u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, floor): what several tasks share
-    was counted once for each of them. A task that is 0 along u_r counts as `floor`. The authors'
-    code has a rule of its own for directions on which all tasks agree in sign; it is left out.
+    was counted once for each of them. A task that is 0 along u_r counts as `floor`.
     of: the method whose merge is calibrated, or "sum", task arithmetic with alpha 1.
     """
     U, s, V = singular_triplets(_merge(of, deltas, d_in))
