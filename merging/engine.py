@@ -621,6 +621,8 @@ def _deltas(
 ) -> Tensor:
     """(T, *shape) differences to W0; an expert that lacks rows or a tensor has 0 there."""
     W0 = _lift(W0)
+    if any(isinstance(expert, Adapter) for expert in experts.values()):
+        check_finite(W0, name, "the base")  # a difference to a dense expert shows it by itself
     stack = W0.new_empty(len(experts), *W0.shape)
     for delta, (task, expert) in zip(stack, experts.items(), strict=True):
         if isinstance(expert, Adapter):
@@ -635,7 +637,6 @@ def _deltas(
 
 def _expand(adapter: Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
     rows = rows or slice(None)
-    check_finite(W0, name, "the base")
     if name in adapter:
         out.copy_(adapter.delta(name)[rows])
     elif name in adapter.dense:
