@@ -1,5 +1,10 @@
 """Model merging: several models fine-tuned from one base become one model, layer by layer."""
 
+from merging.loading import loading_torch
+
+with loading_torch():
+    import torch  # noqa: F401
+
 from merging import (  # noqa: F401  (they fill the registry)
     ace,
     baselines,

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merging.openblas import fastest_kernels
+from merging.loading import loading_openblas
 
-with fastest_kernels():
+with loading_openblas():
     import scipy.linalg
 
 # Up to this width float64 is used throughout: it costs next to nothing.
@@ -151,10 +151,5 @@ def row_space(stack: Tensor) -> Tensor:
 
 def in_row_space(stack: Tensor) -> tuple[Tensor, Tensor]:
     """The same and the rows in it: Q (d_in, k) and X (..., k), stack = X Q^T."""
-    columns = stack.reshape(-1, stack.shape[-1]).mT
-    if _on_cpu(columns):
-        options = {"mode": "economic", "check_finite": False}
-        Q, R = map(torch.from_numpy, scipy.linalg.qr(columns.numpy(), **options))
-    else:
-        Q, R = torch.linalg.qr(columns)
+    Q, R = torch.linalg.qr(stack.reshape(-1, stack.shape[-1]).mT)
     return Q, R.mT.reshape(*stack.shape[:-1], -1)

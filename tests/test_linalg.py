@@ -6,7 +6,7 @@ import torch
 import merging
 from merging import linalg
 from merging.linalg import eigh, gram, in_row_space, product, row_space, sharpen, solve_positive
-from merging.openblas import _amd_with_avx512
+from merging.loading import _amd_with_avx512
 from merging.packed import pack, unpack
 
 
