@@ -93,9 +93,9 @@ def close(found, expected, tolerance=1e-3):
 def test_a_ridge_goes_from_the_pseudo_inverse_to_the_anchor(problem, anchor):
     D = problem[0][:, :, : problem[0].shape[1]]  # no wider than high: well conditioned
     pinv = create("actmat", rtol=1e-9)(D)
-    kept = D.sum(0) if anchor == "sum" else create(anchor)(D)
-    close(create("anchored", lam=1e12, anchor=anchor)(D), kept)
-    close(create("ridge", lam=1e12)(D) * 1e12, (D @ D.mT @ D).sum(0))  # to 0, as N / lam
+    kept, N = D.sum(0) if anchor == "sum" else create(anchor)(D), (D @ D.mT @ D).sum(0)
+    close(create("anchored", lam=1e12, anchor=anchor)(D), kept + N / 1e12)  # kept may be 0
+    close(create("ridge", lam=1e12)(D) * 1e12, N)
     if torch.linalg.matrix_rank(D).min() == D.shape[2]:
         close(create("ridge", lam=1e-10)(D), pinv)
         close(create("anchored", lam=1e-10, anchor=anchor)(D), pinv)
