@@ -93,11 +93,11 @@ class Adapter:
         a, b = (self._source.read(key).float() for key in self._factors[name])
         return a, b, self._scales[name]
 
-    def delta(self, name: str) -> Tensor:
-        """scale * B @ A in float32, laid out as the base stores the weight."""
+    def delta(self, name: str, rows: slice = slice(None)) -> Tensor:
+        """scale * B @ A in float32, or those rows of it, laid out as the base stores the weight."""
         a, b, scale = self.factors(name)
-        delta = scale * (b @ a)
-        return delta.mT if self.transposed else delta
+        left, right = (a.mT, b.mT) if self.transposed else (b, a)
+        return scale * (left[rows] @ right)
 
     def close(self) -> None:
         self._source.close()

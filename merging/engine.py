@@ -6,14 +6,14 @@ import itertools
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import psutil
 import torch
@@ -40,9 +40,11 @@ from merging.packed import unpack
 from merging.progress import track
 from merging.registry import Method, create
 
-# Entry-by-entry rules run on blocks of rows of about this size: small enough to stay in a CPU's
-# last-level cache, and what bounds the memory of merging a 100,000-row embedding.
-BLOCK_BYTES = 1 << 24
+# Rules that look at single entries read windows of rows of about this size from all files together,
+# which bounds the memory of merging a 100,000-row embedding, and compute on blocks of them that
+# stay in a CPU's last-level cache.
+WINDOW_BYTES = 1 << 27
+BLOCK_BYTES = 1 << 23
 # Pieces of names of what comes before the first block: embeddings, patches, a first norm.
 _STEM = re.compile(
     r"embed(?!_out)|wte|wpe|shared|position|token|conv1|stem|patch|ln_pre|norm_pre|pre_layrnorm"
@@ -98,6 +100,27 @@ class _Item:
     rule: Literal["layer", "rest", "average", "base"]
     layer: Layer | None
     numel: int
+
+
+class _Piece(NamedTuple):
+    """What is read, merged and written at a time."""
+
+    item: _Item
+    rows: slice | None  # of the base's tensor; None: all
+
+
+class _Values(NamedTuple):
+    """What an expert says of a piece of a tensor."""
+
+    tensor: Tensor  # may lack the last rows: the expert does not have them
+    moved: bool  # the tensor is the difference to the base already
+
+
+class _Loaded(NamedTuple):
+    W0: Tensor
+    # factors or differences where the piece is merged as one matrix; the experts' own values, None
+    # of those that do not touch it, where entry by entry; no experts' where the base's values stay
+    experts: Tensor | list[Factors] | list[_Values | None]
 
 
 def merge_state_dicts(
@@ -345,21 +368,25 @@ def _run(
     # a file cannot share memory between names, so tied tensors are written under each
     copies = {i.name: [n for n, first in base.tied.items() if first == i.name] for i in items}
     todo = [i for i in items if not {i.name, *copies[i.name]} <= sink.done]
-    lock = threading.Lock()
 
-    def load(item: _Item) -> Any:
-        return _load(base, experts, method, item)
+    def pieces(item: _Item) -> Iterator[_Piece]:
+        return _pieces(base, item, method, len(experts))
 
-    def merge(item: _Item, loaded: Any, device: str) -> None:
-        extra = context | {"depth": depths[item.name]}
-        for tensor, rows in _merge(base, experts, method, item, loaded, options, device, extra):
-            with lock:
-                for name in (item.name, *copies[item.name]):
-                    sink.write(name, tensor, rows)
+    def load(piece: _Piece) -> _Loaded:
+        return _load(base, experts, method, piece)
 
-    with _measured(report, base, experts, options), _all_told(base, experts):
+    def write(piece: _Piece, merged: Tensor) -> None:
+        for name in (piece.item.name, *copies[piece.item.name]):
+            sink.write(name, merged, piece.rows)
+
+    with _measured(report, base, experts, options), _all_told(base, experts), _behind(write) as put:
         context = method.prepare(lambda: _stream(base, experts, items, options))
-        _each(todo, options.devices, load, merge)
+
+        def merge(piece: _Piece, loaded: _Loaded, device: str) -> None:
+            extra = context | {"depth": depths[piece.item.name]}
+            put(piece, _merge(experts, method, piece, loaded, options, device, extra))
+
+        _each(todo, options.devices, pieces, load, merge)
 
 
 def _run_factored(
@@ -375,21 +402,26 @@ def _run_factored(
     depths = _depths([item.name for item in items])
     merged, whole = {}, _Memory(base)
 
-    def load(item: _Item) -> Any:
-        return _factors(experts, item.name) or _load(base, experts, method, item)
+    def pieces(item: _Item) -> Iterable[_Piece]:
+        if _factored(experts, item.name):
+            return [_Piece(item, None)]
+        return _pieces(base, item, method, len(experts))
 
-    def merge(item: _Item, loaded: Any, device: str) -> None:
-        context = {"depth": depths[item.name]}
+    def load(piece: _Piece) -> _Loaded | list[Factors]:
+        return _factors(experts, piece.item.name) or _load(base, experts, method, piece)
+
+    def merge(piece: _Piece, loaded: _Loaded | list[Factors], device: str) -> None:
+        item, context = piece.item, {"depth": depths[piece.item.name]}
         if isinstance(loaded, list):
             stats = _statistics(options, method, experts, item, None)
             found = _merge_factors(item, loaded, method, stats, device, context)
             merged[item.name] = Factors(found.A.cpu(), found.B.cpu(), 1.0)
-            return
-        for tensor, rows in _merge(base, experts, method, item, loaded, options, device, context):
-            whole.write(item.name, tensor, rows)
+        else:
+            tensor = _merge(experts, method, piece, loaded, options, device, context)
+            whole.write(item.name, tensor, piece.rows)
 
     with _measured(report, base, experts, options), _all_told(base, experts):
-        _each([i for i in items if i.rule != "base"], options.devices, load, merge)
+        _each([i for i in items if i.rule != "base"], options.devices, pieces, load, merge)
     return {i.name: merged[i.name] for i in items if i.name in merged}, whole.tensors
 
 
@@ -420,15 +452,20 @@ def _all_told(base: Source, experts: Mapping[str, Source | Adapter]) -> Iterator
 def _each(
     items: Sequence[_Item],
     devices: Sequence[str],
-    load: Callable[[_Item], Any],
-    merge: Callable[[_Item, Any, str], None],
+    pieces: Callable[[_Item], Iterable[_Piece]],
+    load: Callable[[_Piece], Any],
+    merge: Callable[[_Piece, Any, str], None],
 ) -> None:
-    """merge(item, load(item), device) for every item: dealt out to the devices, loaded ahead."""
+    """merge(piece, load(piece), device) for the pieces of all items, loaded ahead.
+
+    Items are dealt out to the devices; the pieces of one item keep their order.
+    """
 
     def work(device: str, share: Sequence[_Item]) -> None:
-        loaded = _ahead(lambda item: (item, load(item)), share)
-        for item, given in track(loaded, f"merging on {device}", len(share)):
-            merge(item, given, device)
+        todo = [piece for item in share for piece in pieces(item)]
+        loaded = _ahead(lambda piece: (piece, load(piece)), todo)
+        for piece, given in track(loaded, f"merging on {device}", len(todo)):
+            merge(piece, given, device)
 
     if len(devices) == 1:
         work(devices[0], items)
@@ -481,17 +518,40 @@ def _rule(item: _Item, method: Method) -> str:
     return f"{method.name} ({parts} parts)" if parts > 1 else method.name
 
 
+def _pieces(base: Source, item: _Item, method: Method, experts: int) -> Iterator[_Piece]:
+    """Windows of rows where the rule looks at single entries, else the whole tensor."""
+    if not _by_entry(item, method):
+        yield _Piece(item, None)
+        return
+    shape = base.shape(item.name)
+    row_bytes = base.dtype(item.name).itemsize * _numel(shape[1:]) * (experts + 2)
+    for rows in _row_blocks(shape, row_bytes, WINDOW_BYTES):
+        yield _Piece(item, rows)
+
+
+def _by_entry(item: _Item, method: Method) -> bool:
+    return item.rule in {"average", "base"} or method.elementwise
+
+
 def _load(
-    base: Source, experts: Mapping[str, Source | Adapter], method: Method, item: _Item
-) -> tuple[Tensor, Tensor | list[Factors]] | None:
-    """The base's tensor and the differences to it, read ahead; None where blocks are read later."""
-    if item.rule in {"average", "base"} or method.elementwise:
-        return None
-    W0 = base.read(item.name)
+    base: Source, experts: Mapping[str, Source | Adapter], method: Method, piece: _Piece
+) -> _Loaded:
+    """The base's values, and the experts' in the form in which they will be merged."""
+    item, rows = piece
+    W0 = base.read(item.name, rows)
+    if item.rule == "base":
+        return _Loaded(W0, [])
+    if _by_entry(item, method):
+        return _Loaded(W0, _values(experts, item.name, rows, len(W0) if W0.ndim else 1))
     if item.rule == "layer" and method.row_space and (factors := _factors(experts, item.name)):
         check_finite(W0, item.name, base.path)
-        return W0, factors
-    return W0, _deltas(W0, experts, item.name)
+        return _Loaded(W0, factors)
+    return _Loaded(W0, _deltas(W0, experts, item.name))
+
+
+def _factored(experts: Mapping[str, Source | Adapter], name: str) -> bool:
+    """Whether all experts are adapters, and none has saved the tensor in full."""
+    return all(isinstance(e, Adapter) and name not in e.dense for e in experts.values())
 
 
 def _factors(experts: Mapping[str, Source | Adapter], name: str) -> list[Factors] | None:
@@ -499,9 +559,9 @@ def _factors(experts: Mapping[str, Source | Adapter], name: str) -> list[Factors
 
     None where an expert is dense or saved the tensor in full.
     """
-    adapters = list(experts.values())
-    if not all(isinstance(e, Adapter) and name not in e.dense for e in adapters):
+    if not _factored(experts, name):
         return None
+    adapters = list(experts.values())
     d_out, d_in = next(e.shape(name) for e in adapters if name in e)
     still = Factors(torch.zeros(0, d_in), torch.zeros(d_out, 0), 1.0)
     found = [Factors(*e.factors(name)) if name in e else still for e in adapters]
@@ -512,40 +572,61 @@ def _factors(experts: Mapping[str, Source | Adapter], name: str) -> list[Factors
 
 
 def _merge(
-    base: Source,
     experts: Mapping[str, Source | Adapter],
     method: Method,
-    item: _Item,
-    loaded: tuple[Tensor, Tensor | list[Factors]] | None,
+    piece: _Piece,
+    loaded: _Loaded,
     options: _Options,
     device: str,
     context: dict[str, Any],
-) -> Iterator[tuple[Tensor, slice | None]]:
-    """The merged tensor, whole or in blocks of rows, on the CPU in the base's dtype."""
+) -> Tensor:
+    """The merged piece, on the CPU in the base's dtype."""
+    item, W0 = piece.item, loaded.W0
     if item.rule == "base":
-        for rows in _blocks(base, item.name, 1):
-            yield base.read(item.name, rows), rows
-        return
-    if loaded is None:
-        for rows in _blocks(base, item.name, len(experts)):
-            W0 = base.read(item.name, rows)
-            deltas = _deltas(W0, experts, item.name, rows)
-            stats = _statistics(options, method, experts, item, rows)
-            merged = (
-                deltas.mean(0) if item.rule == "average" else method(deltas, **context, **stats)
-            )
-            yield _add(W0, merged, item.name), rows
-        return
-    W0, deltas = loaded
+        return W0
+    if _by_entry(item, method):
+        return _merge_entries(experts, method, piece, loaded, options, context)
     stats = _statistics(options, method, experts, item, None)
-    if item.rule == "rest":
-        merged = method(deltas.to(device), **_on(stats, device), **context)
-    elif isinstance(deltas, Tensor):
-        merged = _merge_layer(deltas.to(device), method, item.layer, _on(stats, device), context)
-    else:
-        merged = _merge_factors(item, deltas, method, stats, device, context).dense()
+    if isinstance(loaded.experts, list):
+        merged = _merge_factors(item, loaded.experts, method, stats, device, context).dense()
         merged = merged.mT if item.layer.transposed else merged
-    yield _add(W0, merged.cpu(), item.name), None
+    else:
+        deltas, stats = loaded.experts.to(device), _on(stats, device)
+        if item.rule == "rest":
+            merged = method(deltas, **stats, **context)
+        else:
+            merged = _merge_layer(deltas, method, item.layer, stats, context)
+    return _add(W0, merged.cpu(), item.name)
+
+
+def _merge_entries(
+    experts: Mapping[str, Source | Adapter],
+    method: Method,
+    piece: _Piece,
+    loaded: _Loaded,
+    options: _Options,
+    context: dict[str, Any],
+) -> Tensor:
+    """The same block by block of rows: bound by memory, and so on the CPU whatever the device."""
+    item, W0 = piece.item, loaded.W0
+    stats = _statistics(options, method, experts, item, piece.rows)
+    # what is linear shows values that are not finite in its result
+    linear = item.rule == "average" or method.row_space
+    merged, stack = torch.empty_like(W0), None
+    for rows in _row_blocks(W0.shape, 4 * _numel(W0.shape[1:]) * (len(experts) + 2), BLOCK_BYTES):
+        base = W0 if rows is None else W0[rows]
+        if stack is None or stack.shape[1:] != base.shape:
+            stack = _lift(base).new_empty(len(experts), *base.shape)
+        deltas = _differences(base, loaded.experts, rows, stack)
+        if not linear:
+            _check_deltas(deltas, item.name, experts)
+        if item.rule == "average":
+            moved = deltas.mean(0)
+        else:
+            own = {k: v if rows is None else v[:, rows] for k, v in stats.items()}
+            moved = method(deltas, **own, **context)
+        _add(base, moved, item.name, out=merged if rows is None else merged[rows])
+    return merged
 
 
 def _merge_factors(
@@ -616,61 +697,78 @@ def _lift(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def _deltas(
-    W0: Tensor, experts: Mapping[str, Source | Adapter], name: str, rows: slice | None = None
-) -> Tensor:
+def _deltas(W0: Tensor, experts: Mapping[str, Source | Adapter], name: str) -> Tensor:
     """(T, *shape) differences to W0; an expert that lacks rows or a tensor has 0 there."""
-    W0 = _lift(W0)
     if any(isinstance(expert, Adapter) for expert in experts.values()):
         check_finite(W0, name, "the base")  # a difference to a dense expert shows it by itself
-    stack = W0.new_empty(len(experts), *W0.shape)
-    for delta, (task, expert) in zip(stack, experts.items(), strict=True):
-        if isinstance(expert, Adapter):
-            _expand(expert, name, rows, W0, delta)
-        elif name in expert:
-            _subtract(expert, name, rows, W0, delta)
-        else:
-            delta.zero_()
-        check_finite(delta, name, f"expert {task!r} ({expert.path}) or the base")
+    stack = _lift(W0).new_empty(len(experts), *W0.shape)
+    _differences(W0, _values(experts, name, None, len(W0) if W0.ndim else 1), None, stack)
+    _check_deltas(stack, name, experts)
     return stack
 
 
-def _expand(adapter: Adapter, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
-    rows = rows or slice(None)
-    if name in adapter:
-        out.copy_(adapter.delta(name)[rows])
-    elif name in adapter.dense:
-        torch.sub(adapter.dense[name][rows].to(W0.dtype), W0, out=out)
-    else:
-        out.zero_()
+def _values(
+    experts: Mapping[str, Source | Adapter], name: str, rows: slice | None, count: int
+) -> list[_Values | None]:
+    """What each expert says of `rows`, or of the base's `count` rows where they are None."""
+    start, stop = (rows.start, rows.stop) if rows else (0, count)
+
+    def values(expert: Source | Adapter) -> _Values | None:
+        if isinstance(expert, Adapter):
+            own = rows or slice(None)
+            if name in expert:
+                return _Values(expert.delta(name, own), moved=True)
+            return _Values(expert.dense[name][own], moved=False) if name in expert.dense else None
+        if name not in expert:
+            return None
+        shape = expert.shape(name)
+        if not shape or (shape[0] == count and rows is None):
+            return _Values(expert.read(name), moved=False)
+        stored = slice(min(start, shape[0]), min(stop, shape[0]))
+        return _Values(expert.read(name, stored), moved=False)
+
+    return [values(expert) for expert in experts.values()]
 
 
-def _subtract(expert: Source, name: str, rows: slice | None, W0: Tensor, out: Tensor) -> None:
-    if rows is None and expert.shape(name) == tuple(W0.shape):
-        torch.sub(expert.read(name).to(W0.dtype), W0, out=out)
-        return
-    have = expert.shape(name)[0]
-    start, stop, _ = (rows or slice(0, len(W0))).indices(max(have, len(W0)))
-    common = max(0, min(stop, have) - start)
-    out[common:].zero_()
-    if common:
-        W = expert.read(name, slice(start, start + common))
-        torch.sub(W.to(W0.dtype), W0[:common], out=out[:common])
+def _differences(
+    W0: Tensor, experts: Sequence[_Values | None], rows: slice | None, out: Tensor
+) -> Tensor:
+    """Write the experts' differences to W0 in `rows` of what was read of them to `out` (T, ...)."""
+    W0 = _lift(W0)
+    for delta, given in zip(out, experts, strict=True):
+        if given is None:
+            delta.zero_()
+            continue
+        values = given.tensor if rows is None else given.tensor[rows]
+        if values.shape != W0.shape:
+            delta[len(values) :].zero_()
+            delta, ours = delta[: len(values)], W0[: len(values)]
+        else:
+            ours = W0
+        if given.moved:
+            delta.copy_(values)
+        else:
+            torch.sub(values.to(W0.dtype), ours, out=delta)
+    return out
 
 
-def _add(W0: Tensor, delta: Tensor, name: str) -> Tensor:
-    merged = (_lift(W0) + delta).to(W0.dtype)
+def _check_deltas(deltas: Tensor, name: str, experts: Mapping[str, Source | Adapter]) -> None:
+    for delta, (task, expert) in zip(deltas, experts.items(), strict=True):
+        check_finite(delta, name, f"expert {task!r} ({expert.path}) or the base")
+
+
+def _add(W0: Tensor, delta: Tensor, name: str, out: Tensor | None = None) -> Tensor:
+    """W0 + delta in W0's dtype, rounded once."""
+    merged = torch.add(_lift(W0), delta, out=torch.empty_like(W0) if out is None else out)
     check_finite(
         merged, name, "the merge", f"the method diverged, or its result leaves {W0.dtype}'s range"
     )
     return merged
 
 
-def _blocks(base: Source, name: str, stacked: int) -> Iterator[slice | None]:
-    """Blocks of rows of which `stacked` + 2 float32 copies fit `BLOCK_BYTES`."""
-    shape = base.shape(name)
-    row_bytes = 4 * max(1, _numel(shape[1:])) * (stacked + 2)
-    step = max(1, BLOCK_BYTES // row_bytes)
+def _row_blocks(shape: Sequence[int], row_bytes: int, limit: int) -> Iterator[slice | None]:
+    """Blocks of rows of about `limit` bytes; None for all where one block is enough."""
+    step = max(1, limit // max(1, row_bytes))
     if not shape or shape[0] <= step:
         yield None
         return
@@ -702,6 +800,26 @@ def _ahead(load: Callable[[Given], Result], items: Sequence[Given]) -> Iterator[
                 waiting.append(pool.submit(load, following))
             yield result
             del result
+
+
+@contextmanager
+def _behind(write: Callable[..., None], waiting: int = 2) -> Iterator[Callable[..., None]]:
+    """`write` as another thread does it, in order; what it raises, a later call or the end does.
+
+    waiting: so many calls may be outstanding before the next one waits.
+    """
+    outstanding, lock = deque(), threading.Lock()
+    with ThreadPoolExecutor(1) as pool:
+
+        def put(*arguments: Any) -> None:
+            with lock:
+                outstanding.append(pool.submit(write, *arguments))
+                while len(outstanding) > waiting:
+                    outstanding.popleft().result()
+
+        yield put
+        while outstanding:
+            outstanding.popleft().result()
 
 
 def _share(items: Sequence[_Item], workers: int) -> list[list[_Item]]:

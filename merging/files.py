@@ -17,7 +17,7 @@ from torch import Tensor
 from merging.errors import InputError
 
 HEADER_LIMIT = 100_000_000  # bytes; the limit of the safetensors library
-MAPPED_BYTES = 1 << 20  # below this, copying is faster than setting up pages
+MAPPED_BYTES = 1 << 22  # below this, copying is faster than setting up pages
 MAPPED_LIMIT = 256  # mappings alive at once: each holds a file descriptor
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
 from merging.checkpoints import StateDict, open_checkpoint, write_adapter
-from merging.engine import _depths, _Item, _key, _options, _share
+from merging.engine import _behind, _depths, _Item, _key, _options, _share
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
 
@@ -85,11 +85,46 @@ def test_rules_for_the_rest(base, experts):
         assert torch.allclose(summed[name], base[name] + stack(base, experts, name).sum(0))
 
 
-def test_row_blocks_change_nothing(base, experts, monkeypatch):
-    whole = merge_state_dicts(base, experts, create("average"), layers=LAYERS)
-    monkeypatch.setattr("merging.engine.BLOCK_BYTES", 400)
-    pieces = merge_state_dicts(base, experts, create("average"), layers=LAYERS)
+@pytest.mark.parametrize("name", ["average", "ties", "fisher"])
+@pytest.mark.parametrize("window, block", [(1 << 27, 400), (700, 300), (1500, 1 << 23)])
+def test_windows_and_blocks_of_rows_change_nothing(
+    base, experts, monkeypatch, tmp_path, name, window, block
+):
+    fishers = {t: {k: x.float().square() for k, x in e.items()} for t, e in experts.items()}
+    settings = {"layers": LAYERS, "statistics": fishers if name == "fisher" else None}
+    whole = merge_state_dicts(base, experts, create(name), **settings)
+    monkeypatch.setattr("merging.engine.WINDOW_BYTES", window)
+    monkeypatch.setattr("merging.engine.BLOCK_BYTES", block)
+    pieces = merge_state_dicts(base, experts, create(name), **settings, device=["cpu", "cpu"])
     assert all(torch.equal(pieces[k], whole[k]) for k in base)
+    paths = {}
+    for task, state in {"base": base, **experts}.items():
+        paths[task] = tmp_path / f"{task}.safetensors"
+        save_file(state, paths[task])
+    paths_base, output = paths.pop("base"), tmp_path / "merged.safetensors"
+    merge_checkpoints(paths_base, paths, create(name), output, **settings)
+    written = load_file(output)
+    assert all(torch.equal(written[k], whole[k]) for k in base)
+
+
+def test_what_writing_raises_is_raised_by_a_later_call_or_at_the_end():
+    written = []
+
+    def write(number):
+        if number == 2:
+            raise OSError("no space")
+        written.append(number)
+
+    with _behind(write) as put:
+        for number in (0, 1, 3, 4):
+            put(number)
+    assert written == [0, 1, 3, 4]
+    with pytest.raises(OSError, match="no space"), _behind(write) as put:
+        put(2)
+    with pytest.raises(OSError, match="no space"), _behind(write, waiting=1) as put:
+        put(2)
+        put(5)
+        pytest.fail("the second call waits for the first")
 
 
 @pytest.mark.parametrize("name", ["actmat", "ties", "tsv_m", "average"])
