@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -72,6 +71,7 @@ class Checkpoints:
     blocks: int
     width: int
     methods: list[str]
+    repeats: Repeats
 
 
 @dataclass
@@ -96,6 +96,7 @@ class Decoder:
     intermediate: int
     vocabulary: int
     runs: list[DecoderRun]
+    repeats: Repeats
 
 
 @dataclass
@@ -219,11 +220,8 @@ def checkpoints(run: Run) -> Iterator[Row]:
         for who, merge in (("ours", bench_files.merge), ("textbook", bench_files.textbook_merge)):
             if who == "textbook" and name not in bench_files.SCRIPTS:
                 continue
-            output = run.folder / "merged.safetensors"
-            report = in_fresh_process(merge, base, experts, name, output)
-            moved = in_fresh_process(bench_files.read_and_write, [base, *experts.values()], output)
-            output.unlink()
-            yield {"method": name, "who": who, "read_and_write_seconds": moved, **report}
+            call = (chosen.repeats, merge, base, experts, name, run.folder / "merged.safetensors")
+            yield {"method": name, "who": who} | in_fresh_process(bench_files.repeatedly, *call)
 
 
 def clip(run: Run) -> Iterator[Row]:
@@ -252,10 +250,8 @@ def decoder(run: Run) -> Iterator[Row]:
     for i, this in enumerate(chosen.runs):
         files.keep([(r.blocks, r.vocabulary) for r in chosen.runs[i:]])
         base, experts = files.models(this.blocks, this.vocabulary)
-        output = run.folder / "merged"
-        report = in_fresh_process(bench_files.merge, base, experts, this.method, output)
-        shutil.rmtree(output)
-        yield asdict(this) | report
+        call = (bench_files.merge, base, experts, this.method, run.folder / "merged")
+        yield asdict(this) | in_fresh_process(bench_files.repeatedly, chosen.repeats, *call)
 
 
 PARTS = {p.__name__: p for p in (accuracy, methods, lora, scaling, checkpoints, clip, decoder)}

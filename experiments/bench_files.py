@@ -6,6 +6,7 @@ import functools
 import json
 import resource
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import merging
-from experiments.cost import read_file, write_file
+from experiments.cost import Repeats, read_file, write_file
 
 RELATIVE_MOVE = 0.02
+_CHUNK = 1 << 24  # bytes written at a time
+Merge = Callable[[Path, Mapping[str, Path], str, Path], dict[str, Any]]
 SCRIPTS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "average": lambda deltas: deltas.mean(0),
     "task_arithmetic": lambda deltas: 0.3 * deltas.sum(0),
@@ -148,6 +151,31 @@ def merge(base: Path, experts: Mapping[str, Path], method: str, output: Path) ->
     }
 
 
+def repeatedly(
+    repeats: Repeats, merge: Merge, base: Path, experts: Mapping[str, Path], method: str, out: Path
+) -> dict[str, Any]:
+    """The first merge's costs with the median of the seconds of all; reading and writing likewise.
+
+    In turn, so that a disk or a neighbour that is slow for a while slows both.
+    """
+    costs = []
+    while repeats.wanted([cost["seconds"] for cost in costs]):
+        _remove(out)
+        cost = merge(base, experts, method, out)
+        moved = read_and_write([base, *experts.values()], out)
+        costs.append(cost | {"read_and_write_seconds": moved})
+    _remove(out)
+    names = ("seconds", "read_and_write_seconds")
+    return costs[0] | {name: statistics.median(cost[name] for cost in costs) for name in names}
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def textbook_merge(
     base: Path, experts: Mapping[str, Path], method: str, output: Path
 ) -> dict[str, Any]:
@@ -168,12 +196,17 @@ def textbook_merge(
 
 
 def read_and_write(inputs: Sequence[Path], output: Path) -> float:
-    """Seconds to read all inputs and write the output's bytes once more, and nothing else."""
-    data = output.read_bytes()
+    """Seconds to read all inputs and write as many bytes as the output has, and nothing else."""
+    copy, count = output.with_suffix(".copy"), sum(path.stat().st_size for path in _files(output))
+    data = memoryview(bytearray(_CHUNK))
     start = time.perf_counter()
-    for path in inputs:
+    for path in (file for folder in inputs for file in _files(folder)):
         read_file(path)
-    write_file(output.with_suffix(".copy"), data)
+    write_file(copy, (data[: count - done] for done in range(0, count, _CHUNK)))
     seconds = time.perf_counter() - start
-    output.with_suffix(".copy").unlink()
+    copy.unlink()
     return seconds
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]

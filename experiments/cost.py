@@ -7,7 +7,7 @@ import os
 import resource
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,8 +106,12 @@ class Cost(NamedTuple):
 class Repeats:
     """How often to measure: at most so many times, and no more after `patience` seconds."""
 
-    most: int = 3
+    most: int = 15
     patience: float = 2.0
+
+    def wanted(self, seconds: Sequence[float]) -> bool:
+        """Whether to measure once more after these."""
+        return len(seconds) < self.most and sum(seconds) < self.patience
 
 
 def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result:
@@ -129,7 +133,7 @@ def _measure(repeats: Repeats, function: Callable[..., Any], *arguments: Any) ->
     function(*(_tiny(a) for a in arguments))  # libraries set themselves up at their first call
     before = psutil.Process().memory_info().rss
     seconds = []
-    while len(seconds) < repeats.most and sum(seconds) < repeats.patience:
+    while repeats.wanted(seconds):
         start = time.perf_counter()
         function(*arguments)
         seconds.append(time.perf_counter() - start)
@@ -181,7 +185,8 @@ def rates(folder: Path, width: int = 3072, entries: int = 1 << 26) -> Rates:
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _fastest(lambda: target.copy_(source))
     path = folder / "rate"
-    written = source.nbytes / _fastest(lambda: write_file(path, source.numpy().data), 2)
+    data = [memoryview(source.numpy()).cast("B")]
+    written = source.nbytes / _fastest(lambda: write_file(path, data), 2)
     read = source.nbytes / _fastest(lambda: read_file(path), 2)
     path.unlink()
     gemm32, symv32, gemm64, symv64 = found
@@ -206,11 +211,12 @@ def read_file(path: Path) -> int:
     return total
 
 
-def write_file(path: Path, data: memoryview | bytes) -> None:
+def write_file(path: Path, chunks: Iterable[memoryview]) -> None:
+    """Write bytes until they are on the disk."""
     with path.open("wb", buffering=0) as file:
-        rest = memoryview(data).cast("B")
-        while rest:
-            rest = rest[file.write(rest) :]
+        for rest in chunks:
+            while rest:
+                rest = rest[file.write(rest) :]
         os.fsync(file)
 
 
