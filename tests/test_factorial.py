@@ -178,19 +178,38 @@ def test_actmat_overshoots_where_eigenvalues_are_small():
     assert gain == pytest.approx([1 / 2, 1 / (2 * e**4)], rel=1e-2)
 
 
-def test_suites_side_by_side_by_the_worst_case(settings, tmp_path):
-    factorial.main.__wrapped__(settings)
-    source = Path(settings.output) / "linear" / "factorial_full" / "cells.csv"
-    other = Path(settings.output) / "other" / "cells.csv"
-    other.parent.mkdir(parents=True)
-    table = pd.read_csv(source)
-    table.assign(difference=-table.difference).to_csv(other, index=False)
-    factorial.main.__wrapped__(replace(settings, together=["linear/factorial_full", "other"]))
-    lines = (Path(settings.output) / "factorial.md").read_text().splitlines()
-    assert "| row | linear/factorial_full | other | worst |" in lines
-    assert next(line for line in lines if "average" in line).endswith("| -25.00 |")
-    with pytest.raises(InputError, match=r"none/cells\.csv does not exist"):
+def test_suites_side_by_side_by_the_worst_case(settings, tmp_path, monkeypatch):
+    cells = ("delta", "uniform", "cut", "zero")
+    tables = {
+        "one": frame(actmat=(*cells, [60.0, 62.0]), oas=(*cells, [64.0, 64.0]),
+                     average=("", "", "", "", [70.0, 70.0])),
+        "two": frame(actmat=(*cells, [50.0, 51.0]), oas=(*cells, [49.0, 52.0]),
+                     average=("", "", "", "", [41.0, 41.0])),
+    }  # fmt: skip
+    monkeypatch.setattr(factorial, "_frame", lambda folder: tables[folder.name])
+    path = factorial.side_by_side(tmp_path, ["one", "two"], "actmat")
+    assert path.read_text().splitlines()[4:] == [
+        "| row | one | two | mean | behind the best, at most |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        "| oas | +3.00 ± 1.00 | +0.00 ± 1.00 | +1.50 ± 0.00 | 6.00 |",
+        "| actmat | +0.00 ± 0.00 | +0.00 ± 0.00 | +0.00 ± 0.00 | 9.00 |",
+        "| average | +9.00 ± 1.00 | -9.50 ± 0.50 | -0.25 ± 0.75 | 9.50 |",
+    ]
+
+
+def test_without_one_of_the_tables_there_is_no_comparison(settings):
+    with pytest.raises(InputError, match=r"none/records\.jsonl does not exist"):
         factorial.main.__wrapped__(replace(settings, together=["none"]))
+
+
+def test_the_committed_comparison_follows_from_the_committed_records(tmp_path):
+    folders = ["embedded_text/factorial_full", "embedded_text/factorial_lora",
+               "embedded_vision/factorial_full"]  # fmt: skip
+    for folder in folders:
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(RESULTS / folder / "records.jsonl", tmp_path / folder)
+    written = factorial.side_by_side(tmp_path, folders, "bounded").read_text()
+    assert written == (RESULTS / "factorial.md").read_text()
 
 
 def test_the_config_names_methods_that_exist():
