@@ -1,8 +1,7 @@
 """Settings that torch and SciPy's OpenBLAS read from the environment once, when they are loaded.
 
 Merging alternates between the threads of the two. By default either's keep a core busy for a while
-when they have nothing to do, which takes it from the other: a merge then takes up to three times
-as long. Here they go to sleep.
+when they have nothing to do, which takes it from the other's. Here they go to sleep.
 
 Besides, OpenBLAS (0.3.31 at least) takes AMD's Zen 5 for a CPU without AVX-512, as the MKL inside
 torch does: half the speed. Its kernels for Intel's AVX-512 run there as well.

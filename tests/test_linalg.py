@@ -1,12 +1,14 @@
 """The routines behind the solvers, in every layout and at their limits."""
 
+import os
+
 import pytest
 import torch
 
 import merging
 from merging import linalg
 from merging.linalg import eigh, gram, in_row_space, product, row_space, sharpen, solve_positive
-from merging.loading import _amd_with_avx512
+from merging.loading import _amd_with_avx512, loading_torch
 from merging.packed import pack, unpack
 
 
@@ -95,19 +97,20 @@ def test_only_amd_cpus_with_avx512_get_its_kernels(tmp_path):
     assert not _amd_with_avx512(tmp_path / "absent")
 
 
+def test_settings_for_loading_are_defaults_for_a_while(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with loading_torch():
+        assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    with loading_torch():
+        assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_WAIT_POLICY" not in os.environ
+
+
 def test_what_is_hardly_positive_definite_is_left_to_the_spectral_route():
     right = torch.ones(1, 2, dtype=torch.float64)
     assert solve_positive(right, torch.diag(torch.tensor([1.0, 1e-16]).double())) is None
     assert solve_positive(right, torch.diag(torch.tensor([1.0, 1e-14]).double())) is not None
-
-
-def test_a_row_space_by_torchs_own_routine(monkeypatch):
-    rows = torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(0))
-    expected = row_space(rows)
-    monkeypatch.setattr(linalg, "_on_cpu", lambda matrix: False)
-    Q = row_space(rows)
-    torch.testing.assert_close(Q.mT @ Q, torch.eye(6))
-    torch.testing.assert_close(Q @ Q.mT, expected @ expected.mT)
 
 
 @pytest.mark.parametrize("name", ["actmat", "wudi_closed", "aswudi", "swudi", "ridge", "oas"])
