@@ -217,7 +217,7 @@ def check_comparable(found: Sequence[Record]) -> None:
 def check_complete(frame: pd.DataFrame, baseline: str) -> None:
     """InputError when a row lacks a seed that another row has, or a reference row is absent."""
     for finetuning, part in frame.groupby("finetuning"):
-        seeds = sorted(part.seed.unique())
+        seeds = sorted(part.seed.unique().tolist())
         for row in dict.fromkeys([*REFERENCES, baseline, *part.row]):
             if missing := sorted(set(seeds) - set(part.seed[part.row == row])):
                 raise InputError(
