@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from PIL import Image
@@ -131,7 +132,7 @@ def sweep_lines(points: pd.DataFrame) -> Figure:
             axes.set_xscale("log")
         axes.set_xlabel(parameter)
         axes.set_ylabel(f"{measure} accuracy, %")
-        axes.legend(frameon=False, fontsize=8)
+        _legend_beside(axes)
     return figure
 
 
@@ -156,8 +157,13 @@ def selection_curves(found: Sequence[Record]) -> Figure:
                           markeredgecolor=colour)  # fmt: skip
         axes.set_xlabel(found[0]["selection"]["parameter"])
         axes.set_ylabel("validation accuracy, %")
-        axes.legend(frameon=False, fontsize=8)
+        _legend_beside(axes)
     return figure
+
+
+def _legend_beside(axes: Axes) -> None:
+    """A legend that cannot cover a line."""
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def accuracy_against_cost(rows: pd.DataFrame) -> Figure:

@@ -99,6 +99,7 @@ def curves(frame: pd.DataFrame) -> pd.DataFrame:
     columns = ["parameter", "value", "method", "finetuning", "seed", "mean", "normalised"]
     table = pd.DataFrame(points, columns=columns)
     numeric = table.value.map(lambda v: isinstance(v, int | float) and not isinstance(v, bool))
+    numeric &= table.value.notna()  # a default of None has no place on an axis
     return table[numeric].astype({"value": float}).sort_values(columns, ignore_index=True)
 
 

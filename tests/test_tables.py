@@ -146,14 +146,17 @@ def test_sweeps_get_a_file_and_a_figure(runs, tmp_path):
             record("actmat", seed, (0.6, 0.6), hyperparameters={"rtol": None, "alpha": alpha})
             for alpha in (0.5, 1.5)
         ]
+    runs.append(record("actmat", 0, (0.7, 0.7), hyperparameters={"rtol": 1e-3, "alpha": 1.0}))
     tables.render(runs, tmp_path)
     sweeps = pd.read_csv(tmp_path / "sweeps.csv")
-    assert set(sweeps.row) == {"actmat (alpha=0.5)", "actmat (alpha=1.5)"}
-    assert set(sweeps["mean"]) == {60.0}
+    found = {"actmat (alpha=0.5)": 60.0, "actmat (alpha=1.5)": 60.0, "actmat (rtol=0.001)": 70.0}
+    assert sweeps.set_index("row")["mean"].to_dict() == found
     assert (tmp_path / "sweep_alpha_full.png").exists()
     points = frames.curves(frames.to_frame(runs))
     # the defaults stand in the curve too
-    assert sorted(points.value.unique()) == [0.5, 1.0, 1.5]
+    values = points.groupby("parameter").value.unique().map(sorted).to_dict()
+    # unless they are no numbers: rtol's is None
+    assert values == {"alpha": [0.5, 1.0, 1.5], "rtol": [0.001]}
     assert "actmat (alpha=0.5)" not in (tmp_path / "table.md").read_text()
 
 
