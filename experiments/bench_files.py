@@ -19,6 +19,7 @@ from torch import Tensor
 
 import merging
 from experiments.cost import Repeats, read_file, write_file
+from merging.writer import remove
 
 RELATIVE_MOVE = 0.02
 _CHUNK = 1 << 24  # bytes written at a time
@@ -160,20 +161,13 @@ def repeatedly(
     """
     costs = []
     while repeats.wanted([cost["seconds"] for cost in costs]):
-        _remove(out)
+        remove(out)
         cost = merge(base, experts, method, out)
         moved = read_and_write([base, *experts.values()], out)
         costs.append(cost | {"read_and_write_seconds": moved})
-    _remove(out)
+    remove(out)
     names = ("seconds", "read_and_write_seconds")
     return costs[0] | {name: statistics.median(cost[name] for cost in costs) for name in names}
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def textbook_merge(

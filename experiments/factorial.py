@@ -155,7 +155,9 @@ def render(folder: Path, baseline: str) -> Path:
 def _frame(folder: Path) -> pd.DataFrame:
     path = folder / "records.jsonl"
     if not path.exists():
-        raise InputError(f"{path} does not exist", "run the factorial without run=false")
+        raise InputError(
+            f"{path} does not exist", "run the factorial of that suite first, without run=false"
+        )
     return to_frame(records.load_lines(path))
 
 

@@ -542,7 +542,7 @@ def _load(
     if item.rule == "base":
         return _Loaded(W0, [])
     if _by_entry(item, method):
-        return _Loaded(W0, _values(experts, item.name, rows, len(W0) if W0.ndim else 1))
+        return _Loaded(W0, _values(experts, item.name, rows, W0))
     if item.rule == "layer" and method.row_space and (factors := _factors(experts, item.name)):
         check_finite(W0, item.name, base.path)
         return _Loaded(W0, factors)
@@ -614,9 +614,9 @@ def _merge_entries(
     linear = item.rule == "average" or method.row_space
     merged, stack = torch.empty_like(W0), None
     for rows in _row_blocks(W0.shape, 4 * _numel(W0.shape[1:]) * (len(experts) + 2), BLOCK_BYTES):
-        base = W0 if rows is None else W0[rows]
+        base = _lift(W0 if rows is None else W0[rows])
         if stack is None or stack.shape[1:] != base.shape:
-            stack = _lift(base).new_empty(len(experts), *base.shape)
+            stack = base.new_empty(len(experts), *base.shape)
         deltas = _differences(base, loaded.experts, rows, stack)
         if not linear:
             _check_deltas(deltas, item.name, experts)
@@ -702,16 +702,16 @@ def _deltas(W0: Tensor, experts: Mapping[str, Source | Adapter], name: str) -> T
     if any(isinstance(expert, Adapter) for expert in experts.values()):
         check_finite(W0, name, "the base")  # a difference to a dense expert shows it by itself
     stack = _lift(W0).new_empty(len(experts), *W0.shape)
-    _differences(W0, _values(experts, name, None, len(W0) if W0.ndim else 1), None, stack)
+    _differences(_lift(W0), _values(experts, name, None, W0), None, stack)
     _check_deltas(stack, name, experts)
     return stack
 
 
 def _values(
-    experts: Mapping[str, Source | Adapter], name: str, rows: slice | None, count: int
+    experts: Mapping[str, Source | Adapter], name: str, rows: slice | None, W0: Tensor
 ) -> list[_Values | None]:
-    """What each expert says of `rows`, or of the base's `count` rows where they are None."""
-    start, stop = (rows.start, rows.stop) if rows else (0, count)
+    """What each expert says of the base's `rows` W0; None: all."""
+    start = rows.start if rows else 0
 
     def values(expert: Source | Adapter) -> _Values | None:
         if isinstance(expert, Adapter):
@@ -722,9 +722,9 @@ def _values(
         if name not in expert:
             return None
         shape = expert.shape(name)
-        if not shape or (shape[0] == count and rows is None):
+        if not shape:
             return _Values(expert.read(name), moved=False)
-        stored = slice(min(start, shape[0]), min(stop, shape[0]))
+        stored = slice(min(start, shape[0]), min(start + len(W0), shape[0]))
         return _Values(expert.read(name, stored), moved=False)
 
     return [values(expert) for expert in experts.values()]
@@ -734,17 +734,14 @@ def _differences(
     W0: Tensor, experts: Sequence[_Values | None], rows: slice | None, out: Tensor
 ) -> Tensor:
     """Write the experts' differences to W0 in `rows` of what was read of them to `out` (T, ...)."""
-    W0 = _lift(W0)
     for delta, given in zip(out, experts, strict=True):
         if given is None:
             delta.zero_()
             continue
-        values = given.tensor if rows is None else given.tensor[rows]
-        if values.shape != W0.shape:
+        values, ours = given.tensor if rows is None else given.tensor[rows], W0
+        if values.shape != W0.shape:  # the expert lacks the last rows
             delta[len(values) :].zero_()
             delta, ours = delta[: len(values)], W0[: len(values)]
-        else:
-            ours = W0
         if given.moved:
             delta.copy_(values)
         else:
@@ -758,11 +755,11 @@ def _check_deltas(deltas: Tensor, name: str, experts: Mapping[str, Source | Adap
 
 
 def _add(W0: Tensor, delta: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-    """W0 + delta in W0's dtype, rounded once."""
-    merged = torch.add(_lift(W0), delta, out=torch.empty_like(W0) if out is None else out)
-    check_finite(
-        merged, name, "the merge", f"the method diverged, or its result leaves {W0.dtype}'s range"
-    )
+    """W0 + delta in the dtype of `out`, or else of W0, rounded once."""
+    merged = torch.empty_like(W0) if out is None else out
+    torch.add(_lift(W0), delta, out=merged)
+    told = f"the method diverged, or its result leaves {merged.dtype}'s range"
+    check_finite(merged, name, "the merge", told)
     return merged
 
 

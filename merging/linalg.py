@@ -2,7 +2,7 @@
 
 On a CPU in float32 and float64 BLAS and LAPACK are called through SciPy, which has routines for
 symmetric matrices that torch has not (half the work for a Gram matrix) and faster ones for the
-rest; elsewhere torch's own are used. Both compute the same quantities.
+rest but QR; elsewhere torch's own are used. Both compute the same quantities.
 """
 
 from __future__ import annotations

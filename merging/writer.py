@@ -108,11 +108,11 @@ class Writer:
         journal = self._work / "journal"
         crcs = _read_journal(journal, first) if self._files.is_dir() else None
         if crcs is None:
-            _remove(self._work)
+            remove(self._work)
             _check_space(self.output, sum(self._size.values()))
             self._files.mkdir(parents=True)
         for stray in set(os.listdir(self._files)) - set(headers):
-            _remove(self._files / stray)
+            remove(self._files / stray)
         for file, header in headers.items():
             self._open[file] = os.open(self._files / file, os.O_RDWR | os.O_CREAT, 0o644)
             _reserve(self._open[file], self._size[file])
@@ -181,7 +181,7 @@ class Writer:
             self._refuse_existing()
             whole = self._files if self._folder else self._files / self.output.name
             _publish(whole, self.output, self._aside)
-            _remove(self._work)
+            remove(self._work)
         self.close()
 
     def close(self) -> None:
@@ -408,7 +408,7 @@ def _swap(a: Path, b: Path) -> bool:
     return bool(rename) and not rename(here, os.fsencode(a), here, os.fsencode(b), exchange)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Delete a file or folder, if it is there."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
