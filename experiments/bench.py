@@ -10,7 +10,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -273,7 +273,7 @@ def measure(settings: Bench) -> str:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="bench-", dir=settings.folder) as temporary:
         rates = in_fresh_process(cost.rates, Path(temporary))
-        describe(rates, output)
+        describe(rates, output, settings.parts)
         run = Run(settings, rates, Path(temporary))
         for name in settings.parts:
             start = time.perf_counter()
@@ -309,18 +309,23 @@ def check(settings: Bench) -> None:
             raise InputError(f"method {name!r} needs statistics, expected one that needs none")
 
 
-def describe(rates: Rates, output: Path) -> None:
-    """Write machine.json; tables that another machine measured are removed."""
+def describe(rates: Rates, output: Path, parts: Sequence[str]) -> None:
+    """Write machine.json; tables that another machine measured are removed.
+
+    The rates are those of the run that measured the methods, whose floors follow from them.
+    """
     packages = {name: version(name) for name in ("numpy", "scipy")}
     machine = records.machine("cpu") | {"threads": torch.get_num_threads()}
     machine["versions"] = records.versions() | packages
-    path = output / "machine.json"
+    path, known = output / "machine.json", rates._asdict()
     if path.exists():
         before = json.loads(path.read_text())
         if {k: before.get(k) for k in machine} != machine:
             for table in output.glob("*.csv"):
                 table.unlink()
-    path.write_text(json.dumps(machine | {"rates": rates._asdict()}, indent=1) + "\n")
+        elif "methods" not in parts:
+            known = before["rates"]
+    path.write_text(json.dumps(machine | {"rates": known}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,8 @@ def _machine(machine: Mapping) -> str:
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['ram_gb']} GB, "
         f"{machine['threads']} threads; {packages}.\n\n"
-        f"Measured in the same run: matrix products {rates['flops32'] / 1e9:.0f} GFLOP/s in "
-        f"float32 and {rates['flops64'] / 1e9:.0f} in float64; symmetric matrix by vector "
+        f"Measured with the methods' floors: matrix products {rates['flops32'] / 1e9:.0f} GFLOP/s "
+        f"in float32 and {rates['flops64'] / 1e9:.0f} in float64; symmetric matrix by vector "
         f"{rates['vector32'] / 1e9:.0f} and {rates['vector64'] / 1e9:.0f}; memory copied at "
         f"{rates['copied'] / 1e9:.1f} GB/s; files read (from the system's cache) at "
         f"{rates['read'] / 1e9:.1f} and written to the disk at {rates['written'] / 1e9:.2f} GB/s. "

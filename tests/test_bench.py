@@ -231,9 +231,11 @@ def test_all_parts_leave_tables_figures_and_a_summary(here, tmp_path):
 def test_a_part_is_renewed_alone_and_another_machine_starts_over(here, tmp_path, monkeypatch):
     overrides = [*TINY, f"output={tmp_path}", "parts=[accuracy]"]
     (tmp_path / "lora.csv").write_text("left by\n1\n")
-    bench.describe(RATES, tmp_path)
-    bench.describe(RATES, tmp_path)
+    bench.describe(RATES, tmp_path, [])
+    bench.describe(RATES, tmp_path, [])
     assert (tmp_path / "lora.csv").exists()
+    bench.describe(RATES._replace(read=1.0), tmp_path, ["lora"])
+    assert json.loads((tmp_path / "machine.json").read_text())["rates"] == RATES._asdict()
     machine = json.loads((tmp_path / "machine.json").read_text())
     (tmp_path / "machine.json").write_text(json.dumps(machine | {"cpu": "another"}))
     bench.measure(settings(*overrides))
