@@ -144,7 +144,7 @@ def selection_curves(found: Sequence[Record]) -> Figure:
     with rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4))
         axes = figure.subplots()
-        methods = sorted({record["key"]["method"] for record in found})
+        methods = dict.fromkeys(record["key"]["method"] for record in found)
         for method, (colour, marker) in zip(methods, styles(), strict=False):
             own = [r["selection"] for r in found if r["key"]["method"] == method]
             curves = 100 * np.array([selection["accuracy"] for selection in own])

@@ -156,7 +156,7 @@ def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> p
 def _render_selections(found: Sequence[Record], folder: Path) -> None:
     """A figure per parameter that was chosen on validation: how accuracy depended on it there."""
     groups: dict[tuple[str, str], list[Record]] = {}
-    for record in found:
+    for record in sorted(found, key=lambda r: (r["key"]["method"], r["key"]["seed"])):
         if record["selection"]:
             own = (record["selection"]["parameter"], record["key"]["finetuning"])
             groups.setdefault(own, []).append(record)
