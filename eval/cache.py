@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from merging.errors import InputError
-from merging.writer import flush
+from merging.formats.writer import flush
 
 RECORD = "key.json"  # beside the content: the key in clear, and each file's SHA-256
 _verified: set[Path] = set()  # entries whose checksums this process has already compared

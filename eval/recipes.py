@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from eval.language.text import batch_order
 from eval.suite import Finetuning
-from eval.text import batch_order
 from merging.errors import InputError
 
 

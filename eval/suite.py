@@ -40,7 +40,7 @@ class Suite(Protocol):
     Implementations are frozen dataclasses whose fields are the keys of that file. Everything
     slow (data, experts, statistics) is cached by all it depends on; an unknown task is an
     `InputError`. Two members are optional: `multi_task(finetuning=..., seed=...) -> Path`, one
-    model trained on all tasks at once, and `second_moments` (see `eval.sequential.Sequential`).
+    model trained on all tasks at once, and `second_moments` (see `eval.regmean_pp.Sequential`).
     Suites that train their experts inherit what is cached from `eval.trained.TrainedSuite`.
     """
 

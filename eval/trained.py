@@ -12,8 +12,8 @@ from torch import Tensor
 
 from eval import statistics
 from eval.cache import cached
-from eval.finetune import expert_state
 from eval.suite import Finetuning, Statistic, Suite
+from eval.training import expert_state
 from merging.errors import InputError
 
 

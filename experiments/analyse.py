@@ -27,10 +27,9 @@ from torch import Tensor
 import merging
 from eval import theory
 from eval.cache import cached
-from eval.finetune import Loss, train
 from eval.statistics import second_moments
 from eval.suite import Suite
-from experiments import records
+from eval.training import Loss, train
 from experiments.cli import command
 from experiments.experiment import (
     Experiment,
@@ -42,10 +41,11 @@ from experiments.experiment import (
     pick_tasks,
     resolve_device,
 )
-from experiments.theory_report import RHO, read_published, render
+from experiments.report import records
+from experiments.report.theory import RHO, read_published, render
 from merging.errors import InputError
+from merging.factors import Factors
 from merging.layers import Layer, cut
-from merging.lora import Factors
 from merging.progress import track
 
 VERSION = 1  # of recordings: raise it when the code below would give others

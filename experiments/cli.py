@@ -182,12 +182,12 @@ def check_targets(node: Any, where: str = "config") -> None:
 
 def _declared(target: Any, where: str) -> type:
     """The class a `_target_` names, if it is one that configs may construct."""
-    if isinstance(target, str) and re.fullmatch(r"eval\.[a-z_0-9]+\.[A-Za-z_0-9]+", target):
+    if isinstance(target, str) and re.fullmatch(r"eval(\.[a-z_0-9]+)+\.[A-Za-z_0-9]+", target):
         module, _, name = target.rpartition(".")
         try:
             found = getattr(importlib.import_module(module), name, None)
         except ModuleNotFoundError as error:
-            if error.name != module:
+            if not f"{module}.".startswith(f"{error.name}."):
                 raise
             found = None
         # defined there, not merely imported there

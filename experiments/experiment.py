@@ -18,13 +18,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
-from eval.finetune import expert_state
-from eval.sequential import merge_blocks
+from eval.regmean_pp import merge_blocks
 from eval.suite import Finetuning, Split, Statistic, Suite, Unsupported
-from experiments import cli, records
-from experiments.records import Record
-from merging.checkpoints import Adapter, open_checkpoint
+from eval.training import expert_state
+from experiments import cli
+from experiments.report import records
+from experiments.report.records import Record
 from merging.errors import InputError
+from merging.formats.checkpoints import Adapter, open_checkpoint
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -180,7 +181,7 @@ def _check(settings: Experiment) -> None:
 
 
 def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
-    """All that a run's scores depend on; see experiments/records.py."""
+    """All that a run's scores depend on; see experiments/report/records.py."""
     name, chosen = settings.method["name"], settings.selection
     hyperparameters, needs = {}, None
     if name not in UNMERGED:

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 import merging
 from eval import theory
 from eval.suite import Suite
-from experiments import records, theory_figures
 from experiments.analyse import blocks
 from experiments.cli import command
 from experiments.experiment import (
@@ -37,11 +36,12 @@ from experiments.experiment import (
     load_suite,
     measure,
 )
-from experiments.figures import save
-from experiments.markup import markdown
-from experiments.records import Record
+from experiments.report import records, theory_figures
+from experiments.report.figures import save
+from experiments.report.markup import markdown
+from experiments.report.records import Record
 from merging.errors import InputError
-from merging.interference import interference
+from merging.method.interference import interference
 from merging.progress import track
 
 FACTORS = ("estimator", "task_weight", "filter", "anchor")

@@ -15,13 +15,13 @@ from rich.table import Table
 import merging
 from eval.architecture import layers_of
 from eval.cache import file_sha256
-from eval.checkpoints import companions, require_mergeable
+from eval.language.checkpoints import companions, require_mergeable
 from experiments.cli import command
 from experiments.experiment import resolve_device
-from experiments.markup import markdown
-from experiments.records import versions
-from merging.checkpoints import open_checkpoint
+from experiments.report.markup import markdown
+from experiments.report.records import versions
 from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
 from merging.progress import track
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}

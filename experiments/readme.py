@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.markup import markdown
+from experiments.report.markup import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- table: results -->\n", "<!-- end -->"

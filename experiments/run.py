@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments.cli import command
 from experiments.experiment import Experiment, measure, references
-from experiments.records import Record
+from experiments.report.records import Record
 from experiments.trackers import accuracy_rows, check_tracker, track_run
 from merging.errors import InputError
 

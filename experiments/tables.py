@@ -19,13 +19,13 @@ from rich.markdown import Markdown
 from rich.table import Table
 
 from eval.cache import digest
-from experiments import figures, records
 from experiments.cli import command
 from experiments.experiment import REFERENCES, UNMERGED
-from experiments.frames import curves, summarise, to_frame
-from experiments.markup import latex, markdown
-from experiments.paper import Paper, render_paper
-from experiments.records import Record
+from experiments.report import figures, records
+from experiments.report.frames import curves, summarise, to_frame
+from experiments.report.markup import latex, markdown
+from experiments.report.paper import Paper, render_paper
+from experiments.report.records import Record
 from merging.errors import InputError
 
 SUMMARY = 7  # columns up to the first task

@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from eval.cache import digest
-from experiments.records import Record
+from experiments.report.records import Record
 from merging.errors import InputError
 
 # (record, reference records by method name, settings of configs/tracker/<name>.yaml)
@@ -75,7 +75,7 @@ def to_wandb(record: Record, references: Mapping[str, Record], settings: Mapping
     """A W&B run with config, accuracy table, summary metrics and the rendered figure."""
     import wandb  # seconds of import, for those who asked for it
 
-    from experiments.figures import as_image, run_figure
+    from experiments.report.figures import as_image, run_figure
 
     key = record["key"]
     rows = accuracy_rows(record, references)

@@ -5,17 +5,11 @@ from merging.loading import loading_torch
 with loading_torch():
     import torch  # noqa: F401
 
-from merging import (  # noqa: F401  (they fill the registry)
-    ace,
-    baselines,
-    interference,
-    sparse,
-    spectral,
-)
+from merging import method as _method  # noqa: F401  (it fills the registry)
 from merging.engine import Report, merge_checkpoints, merge_state_dicts
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
-from merging.registry import Method, create, methods
+from merging.method.registry import Method, create, methods
 
 __all__ = [
     "InputError",

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import merging
-from eval import checkpoints, judge
-from eval.sequential import merge_blocks
+from eval.language import checkpoints, judge
+from eval.regmean_pp import merge_blocks
 from eval.trained import TrainedSuite
-from merging.checkpoints import Adapter, open_checkpoint
-from merging.registry import CONTEXT
+from merging.formats.checkpoints import Adapter, open_checkpoint
+from merging.method.registry import CONTEXT
 
 # Relative error of the logits. The conjugate gradients of MaTS are stopped before they converge,
 # which lets rounding grow.

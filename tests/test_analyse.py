@@ -13,8 +13,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from eval import theory
-from experiments import analyse, cli, theory_report
+from experiments import analyse, cli
 from experiments.experiment import Statistics, load_suite
+from experiments.report import theory as theory_report
 from merging.errors import InputError
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 import merging
-from merging import InputError, baselines
+from merging import InputError
+from merging.method import averages
 
 
 def stack(T=3, shape=(5, 4), seed=0, dtype=torch.float32):
@@ -40,7 +41,7 @@ def test_fisher_weighs_entry_by_entry_and_averages_where_no_task_cares():
 def test_fisher_survives_fishers_at_the_end_of_float32():
     deltas = torch.tensor([[1.0], [4.0]])
     for scale in (1e-44, 1e38):
-        merged = baselines.fisher(deltas, fishers=torch.tensor([[2.0], [2.0]]) * scale)
+        merged = averages.fisher(deltas, fishers=torch.tensor([[2.0], [2.0]]) * scale)
         assert_close(merged, torch.tensor([2.5]))
 
 
@@ -129,5 +130,5 @@ def test_model_stock_of_orthogonal_or_opposed_experts_stays_at_the_base():
 def test_task_gram_in_chunks(monkeypatch):
     deltas = stack(T=3, shape=(5, 7))
     flat = deltas.double().flatten(1)
-    monkeypatch.setattr(baselines, "_CHUNK", 4)
-    assert_close(baselines.task_gram(deltas), flat @ flat.mT)
+    monkeypatch.setattr(averages, "_CHUNK", 4)
+    assert_close(averages.task_gram(deltas), flat @ flat.mT)

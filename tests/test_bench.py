@@ -10,12 +10,14 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import merging
-from experiments import bench, bench_files, bench_report, cost
-from experiments.bench import Bench
+from experiments.bench import command as bench
+from experiments.bench import files as bench_files
+from experiments.bench import report as bench_report
+from experiments.bench.command import Bench, cost
 from experiments.cli import CONFIGS, read_settings
-from experiments.textbook import RANDOM, TEXTBOOK
 from merging import InputError
-from merging.checkpoints import open_checkpoint
+from merging.formats.checkpoints import open_checkpoint
+from merging.method.reference import RANDOM, TEXTBOOK
 
 RATES = cost.Rates(*[1e9] * 7)
 TINY = [

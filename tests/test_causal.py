@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merging
-from eval import causal, checkpoints, finetune, packed, statistics, tiny_lm
-from eval.causal import IGNORED, CausalSuite, Example
+from eval import statistics, streamed_statistics, tiny_lm, training
+from eval.language import causal, checkpoints
+from eval.language.causal import IGNORED, CausalSuite, Example
 from merging.errors import InputError
-from merging.packed import pack, unpack
+from merging.triangles import pack, unpack
 
 BENCHMARKS = {
     "animals": {"expert": "first", "task": "tiny_animals"},
@@ -112,7 +113,9 @@ def test_streamed_moments_equal_those_held_in_memory(tmp_path, memory):
     model = load(tiny_lm.model("llama"))
     layers = merging.linear_layers(model)
     path = tmp_path / "moments.safetensors"
-    cost = packed.collect(model, batches, layers, path, about={"task": "t"}, memory=memory)
+    cost = streamed_statistics.collect(
+        model, batches, layers, path, about={"task": "t"}, memory=memory
+    )
     expected = statistics.second_moments(model, batches(), layers)
     found = load_file(path)
     assert set(found) == set(layers)
@@ -138,11 +141,11 @@ def test_an_interrupted_collection_goes_on_with_the_next_layers(tmp_path):
     own = {"about": {"task": "t"}, "memory": 0}
     path = tmp_path / "moments.safetensors"
     with pytest.raises(KeyboardInterrupt):
-        packed.collect(model, interrupted, layers, path, **own)
+        streamed_statistics.collect(model, interrupted, layers, path, **own)
     assert not path.exists()
-    assert packed.collect(model, batches, layers, path, **own).passes == 14 - 4
+    assert streamed_statistics.collect(model, batches, layers, path, **own).passes == 14 - 4
     whole = tmp_path / "whole.safetensors"
-    packed.collect(model, batches, layers, whole, **own)
+    streamed_statistics.collect(model, batches, layers, whole, **own)
     assert path.read_bytes() == whole.read_bytes()
 
 
@@ -217,7 +220,7 @@ def test_each_benchmark_is_scored_once_under_its_own_name(models, tmp_path, monk
     assert set(own.evaluate(own.base(), "test", ["second"], limit=2)) == {"meals"}
     assert not list((tmp_path / "cache").glob("judged-*"))
     assert list((tmp_path / "samples" / "decoders").glob("*/animals.jsonl.gz"))
-    in_memory = finetune.expert_state({}, tiny_lm.model("llama") / "model.safetensors")
+    in_memory = training.expert_state({}, tiny_lm.model("llama") / "model.safetensors")
     assert set(in_memory) == set(own.base())
 
 
@@ -273,7 +276,7 @@ def test_rows_of_a_larger_vocabulary_follow_the_named_rule(models, copy):
     own = suite(copy, vocabulary="common_rows")
     base = own.base()
     states = {
-        t: finetune.expert_state({}, own.expert(t, finetuning="full", seed=0)) for t in own.tasks
+        t: training.expert_state({}, own.expert(t, finetuning="full", seed=0)) for t in own.tasks
     }
     merged = merging.merge_state_dicts(
         base, states, merging.create("average"), layers=own.layers(), vocabulary=own.vocabulary
@@ -289,7 +292,7 @@ def test_a_run_records_every_column_and_averages_single_attempts(models, tmp_pat
 
     sampled = {"attempts": 2, "k": [1, 2], "generation": {"do_sample": True}}
     config = {
-        "_target_": "eval.causal.CausalSuite",
+        "_target_": "eval.language.causal.CausalSuite",
         "_convert_": "all",
         "name": "decoders",
         "family": "random",
@@ -377,7 +380,7 @@ def test_an_adapter_of_another_base(models, tmp_path):
 def test_an_adapter_that_fits_is_an_expert(models, tmp_path):
     own = suite(models, experts={"first": adapter(tmp_path / "fits", "x")}, benchmarks={})
     path = own.expert("first", finetuning="lora", seed=0)
-    state = finetune.expert_state(own.base(), path)
+    state = training.expert_state(own.base(), path)
     name = "model.layers.0.self_attn.q_proj.weight"
     torch.testing.assert_close(state[name], own.base()[name] + 2)
     with pytest.raises(InputError, match="is published as lora"):

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from merging.checkpoints import (
+from merging.errors import InputError
+from merging.formats.checkpoints import (
     Adapter,
     StateDict,
     check_adapter,
@@ -19,8 +20,7 @@ from merging.checkpoints import (
     open_checkpoint,
     problems,
 )
-from merging.errors import InputError
-from merging.files import MAPPED_BYTES, Slot
+from merging.formats.slots import MAPPED_BYTES, Slot
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

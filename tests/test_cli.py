@@ -14,17 +14,17 @@ from hydra.errors import MissingConfigException
 
 from experiments import (
     analyse,
-    bench,
     cli,
     experiment,
     factorial,
     finetune,
     merge,
-    records,
     run,
     statistics,
     tables,
 )
+from experiments.bench import command as bench
+from experiments.report import records
 from merging.errors import InputError
 from tests.linear_suite import LinearSuite
 
@@ -170,7 +170,7 @@ def test_a_sweep_shares_one_suite(monkeypatch):
     built = []
     monkeypatch.setattr(cli, "build", lambda config: built.append(config) or object())
     experiment._suite.cache_clear()
-    config = {"_target_": "eval.text.TextSuite", "name": "x", "device": "auto"}
+    config = {"_target_": "eval.language.text.TextSuite", "name": "x", "device": "auto"}
     first = experiment.load_suite(config, "cpu")
     assert experiment.load_suite(dict(config), "cpu") is first
     assert built == [config | {"device": "cpu"}]
@@ -204,12 +204,12 @@ def test_optuna_maximises_the_validation_figure_that_a_run_returns(call):
     "target",
     [
         "os.system",
-        "eval.text.torch.hub.load",  # reachable through a module of ours
-        "eval.text.Package",  # ours, but not defined there
-        "eval.text.rated",  # defined there, but a function
+        "eval.language.text.torch.hub.load",  # reachable through a module of ours
+        "eval.language.text.Package",  # ours, but not defined there
+        "eval.language.text.rated",  # defined there, but a function
         "eval.nowhere.Suite",
         "eval.cache.cached",
-        "merging.engine.Report",
+        "merging.engine.merge.Report",
         "subprocess.Popen",
         17,
     ],
@@ -223,13 +223,13 @@ def test_foreign_targets_are_refused_wherever_they_hide(target):
 
 
 def test_every_suite_of_the_project_may_be_constructed():
-    cli.check_targets({"_target_": "eval.text.TextSuite", "_convert_": "all", "name": "x"})
+    cli.check_targets({"_target_": "eval.language.text.TextSuite", "_convert_": "all", "name": "x"})
 
 
 @pytest.mark.parametrize("key", ["_args_", "_partial_", "_recursive_"])
 def test_hydras_other_doors_are_closed(key):
     with pytest.raises(InputError, match=f"has no setting '{key}'"):
-        cli.check_targets({"_target_": "eval.text.TextSuite", key: True})
+        cli.check_targets({"_target_": "eval.language.text.TextSuite", key: True})
 
 
 CODE = {

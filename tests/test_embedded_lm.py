@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import merging
-from eval import checkpoints, embedded_lm, finetune, judge, tiny_lm
-from eval.embedded_lm import EmbeddedLM
+from eval import tiny_lm, training
+from eval.language import checkpoints, embedded_lm, judge
+from eval.language.embedded_lm import EmbeddedLM
 from merging.errors import InputError
 
 CONFIG = Path("configs/suite/tiny_lm.yaml")
@@ -86,7 +87,7 @@ def test_experts_learn_their_own_task_and_merging_keeps_some_of_it(suite):
     base = suite.base()
     start = suite.evaluate(base, "test")
     states = {
-        task: finetune.expert_state(base, suite.expert(task, finetuning="full", seed=0))
+        task: training.expert_state(base, suite.expert(task, finetuning="full", seed=0))
         for task in suite.tasks
     }
     own = {task: suite.evaluate(states[task], "test", [task])[task] for task in suite.tasks}
@@ -138,7 +139,7 @@ def test_second_moments_are_of_all_tokens_but_padding(suite):
     measured = load_file(suite.statistics("meals", "covariance", **own))[name]
     model = load(tiny_lm.model("llama"))
     expert = suite.expert("meals", finetuning="full", seed=0)
-    model.load_state_dict(finetune.expert_state(suite.base(), expert), strict=False)
+    model.load_state_dict(training.expert_state(suite.base(), expert), strict=False)
     examples = suite._examples("meals")
     sample = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:10]
     rows = []
@@ -164,9 +165,9 @@ def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
     """What the rows multi_task and regmean_pp of a table need."""
     own = {"finetuning": "full", "seed": 0}
     states = {
-        task: finetune.expert_state(suite.base(), suite.expert(task, **own)) for task in suite.tasks
+        task: training.expert_state(suite.base(), suite.expert(task, **own)) for task in suite.tasks
     }
-    together = finetune.expert_state(suite.base(), suite.multi_task(**own))
+    together = training.expert_state(suite.base(), suite.multi_task(**own))
     alone = suite.evaluate(states["meals"], "test")
     scores = suite.evaluate(together, "test")
     assert scores["weather"].accuracy > alone["weather"].accuracy
@@ -194,7 +195,7 @@ def test_every_task_file_has_a_source_and_a_place_in_its_suite():
     for file in files:
         text = file.read_text().replace("!function ", "")
         task = yaml.safe_load(text)
-        assert task["custom_dataset"] == "eval.embedded_lm.documents"
+        assert task["custom_dataset"] == "eval.language.embedded_lm.documents"
         assert task["dataset_kwargs"]["source"] in embedded_lm.SOURCES
         assert task["metadata"]["version"]
         found[file.stem] = task["task"]

@@ -13,10 +13,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import merging
-from eval import vision_packages, vision_pretrain
-from eval.vision import VisionSuite
-from eval.vision_data import ImageSet, pixels
-from eval.vision_packages import FONTS, PARTS
+from eval.data import images
+from eval.data.images import FONTS, PARTS
+from eval.vision import pretrain
+from eval.vision.data import ImageSet, pixels
+from eval.vision.suite import VisionSuite
 from merging.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,7 +44,7 @@ def test_at_least_six_tasks_of_real_images():
     suite = VisionSuite(**configuration())
     drawn = {"letters"}
     assert len(set(suite.tasks) - drawn) >= 6
-    assert all(f["path"].split(":")[1] in vision_packages.TASKS for f in suite.datasets.values())
+    assert all(f["path"].split(":")[1] in images.TASKS for f in suite.datasets.values())
 
 
 def test_committed_experts_are_far_above_zero_shot_and_merge():
@@ -63,10 +64,10 @@ def test_unknown_package_is_refused():
 
 def test_pickle_of_arrays_admits_arrays_only():
     array = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    assert np.array_equal(vision_packages._numpy_pickle(pickle.dumps(array)), array)
+    assert np.array_equal(images._numpy_pickle(pickle.dumps(array)), array)
     for hostile in (Path("x"), print, np.load):
         with pytest.raises(InputError, match="a pickle of arrays asks for"):
-            vision_packages._numpy_pickle(pickle.dumps([array, hostile]))
+            images._numpy_pickle(pickle.dumps([array, hostile]))
 
 
 def test_no_font_family_is_in_two_parts():
@@ -76,7 +77,7 @@ def test_no_font_family_is_in_two_parts():
 
 
 def test_surfaces_of_a_part_come_from_a_band_of_their_own():
-    parts = vision_packages._surfaces()
+    parts = images._surfaces()
     assert {k: len(v[0]) for k, v in parts.items()} == {
         "train": 3200,
         "validation": 600,
@@ -88,13 +89,13 @@ def test_surfaces_of_a_part_come_from_a_band_of_their_own():
 
 def test_letters_can_be_told_from_their_paper():
     rng = np.random.default_rng(0)
-    drawn = [vision_packages._letter("DejaVuSans", "M", rng) for _ in range(20)]
+    drawn = [images._letter("DejaVuSans", "M", rng) for _ in range(20)]
     assert all(np.ptp(x.astype(int)) > 40 for x in drawn)
 
 
 def test_splits_are_disjoint_and_complete():
-    images = [np.full((2, 2), i, np.uint8) for i in range(50)]
-    parts = vision_packages._split(images, range(50))
+    pictures = [np.full((2, 2), i, np.uint8) for i in range(50)]
+    parts = images._split(pictures, range(50))
     assert {k: len(v[1]) for k, v in parts.items()} == {"test": 10, "validation": 5, "train": 35}
     assert sorted(label for _, labels in parts.values() for label in labels) == list(range(50))
     assert all(x[0, 0] == y for xs, ys in parts.values() for x, y in zip(xs, ys, strict=True))
@@ -118,13 +119,13 @@ def test_packages_hold_what_they_should(name, count):
 
 
 def vision_packages_size():
-    from eval.vision_models import preprocessing
+    from eval.vision.models import preprocessing
 
     return preprocessing("ViT-S-8-32px")
 
 
 def test_pretraining_sees_some_classes_of_the_training_split(digits):
-    rows, labels, weights = vision_pretrain._mixture(digits._sets, every=2)
+    rows, labels, weights = pretrain._mixture(digits._sets, every=2)
     data = digits._images("digits")
     own = data.labels("train")
     assert len(rows) == len(labels) == int((own % 2 == 0).sum())

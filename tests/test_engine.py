@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
-from merging.checkpoints import StateDict, open_checkpoint, write_adapter
-from merging.engine import _behind, _depths, _Item, _key, _options, _share
+from merging.engine.merge import _behind, _depths, _Item, _key, _options, _share
+from merging.formats.checkpoints import StateDict, open_checkpoint, write_adapter
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
 
@@ -93,8 +93,8 @@ def test_windows_and_blocks_of_rows_change_nothing(
     fishers = {t: {k: x.float().square() for k, x in e.items()} for t, e in experts.items()}
     settings = {"layers": LAYERS, "statistics": fishers if name == "fisher" else None}
     whole = merge_state_dicts(base, experts, create(name), **settings)
-    monkeypatch.setattr("merging.engine.WINDOW_BYTES", window)
-    monkeypatch.setattr("merging.engine.BLOCK_BYTES", block)
+    monkeypatch.setattr("merging.engine.merge.WINDOW_BYTES", window)
+    monkeypatch.setattr("merging.engine.merge.BLOCK_BYTES", block)
     pieces = merge_state_dicts(base, experts, create(name), **settings, device=["cpu", "cpu"])
     assert all(torch.equal(pieces[k], whole[k]) for k in base)
     paths = {}

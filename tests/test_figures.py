@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from experiments import figures
+from experiments.report import figures
 
 
 def rows(**columns):

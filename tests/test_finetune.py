@@ -13,8 +13,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from eval import finetune
-from eval.finetune import RESUME, add_lora, expert_state, save_adapter, train
+from eval import training
+from eval.training import RESUME, add_lora, expert_state, save_adapter, train
 from merging.errors import InputError
 from merging.layers import linear_layers
 
@@ -89,7 +89,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path, schedule):
     assert not (tmp_path / "cut" / RESUME).exists()
 
 
-DISK = ((torch, "save"), (finetune, "flush"), (Path, "replace"), (Path, "unlink"))
+DISK = ((torch, "save"), (training, "flush"), (Path, "replace"), (Path, "unlink"))
 
 
 def killed(output, n):
@@ -180,7 +180,7 @@ def test_accumulated_halves_equal_the_whole_batch(tmp_path):
 def test_the_learning_rate_rises_to_its_peak_and_falls(schedule, steps):
     parameter = nn.Parameter(torch.zeros(1))
     optimiser = torch.optim.AdamW([parameter], lr=1e-3)
-    scheduler = finetune._scheduler(optimiser, schedule, 1e-3, steps, 0.1)
+    scheduler = training._scheduler(optimiser, schedule, 1e-3, steps, 0.1)
     rates = []
     for _ in range(steps):
         rates.append(optimiser.param_groups[0]["lr"])

@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from merging.checkpoints import Adapter, StateDict, check_adapter, open_checkpoint, problems
 from merging.errors import InputError
+from merging.formats.checkpoints import Adapter, StateDict, check_adapter, open_checkpoint, problems
 
 CASES = 600  # of each kind
 SECONDS = 10.0  # for one file; most take a millisecond

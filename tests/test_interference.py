@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import covariance as sklearn_covariance
 
-from merging import InputError, covariance, create
-from merging.interference import spectral_filter
+from merging import InputError, create
 from merging.linalg import eigh, gram, row_space, solve_positive
+from merging.method import covariance
+from merging.method.interference import spectral_filter
 
 EPS32 = torch.finfo(torch.float32).eps
 

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import judge, tiny_lm
-from eval.judge import Benchmark
+from eval import tiny_lm
+from eval.language import judge
+from eval.language.judge import Benchmark
 from merging.errors import InputError
 
 GENERATION = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 1, "until": []}

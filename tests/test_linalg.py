@@ -9,7 +9,7 @@ import merging
 from merging import linalg
 from merging.linalg import eigh, gram, in_row_space, product, row_space, sharpen, solve_positive
 from merging.loading import _amd_with_avx512, loading_torch
-from merging.packed import pack, unpack
+from merging.triangles import pack, unpack
 
 
 def draw(*shape, dtype=torch.float32, seed=0):

@@ -10,8 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from merging import InputError, create, linear_layers, merge_checkpoints, merge_state_dicts, methods
-from merging.checkpoints import open_checkpoint, write_adapter
-from merging.lora import Factors, factorise, in_joint_basis, merge_factors
+from merging.factors import Factors, factorise, in_joint_basis, merge_factors
+from merging.formats.checkpoints import open_checkpoint, write_adapter
 
 RANK, T, D_OUT, D_IN = 3, 4, 20, 30
 

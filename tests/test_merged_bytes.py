@@ -1,6 +1,6 @@
-"""What every method makes of one small model, to the last bit, as it was before the engine changed.
+"""What every method makes of one small model, to the last bit.
 
-    python -m tests.test_merged_bytes     # writes tests/merged_bytes.json anew: say why in the commit
+    python -m tests.test_merged_bytes   # writes merged_bytes.json anew: say why in the commit
 
 Bits depend on the BLAS of a machine. Where its fingerprint is another one, the merged differences'
 norm and their product with a fixed vector are compared instead.
@@ -40,7 +40,8 @@ def low_rank(seed):
     """Differences of rank 4 in the layers and none elsewhere, as adapters make them."""
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: 0.003 * torch.randn(SHAPES[name][0], 4, generator=generator)
+        name: 0.003
+        * torch.randn(SHAPES[name][0], 4, generator=generator)
         @ torch.randn(4, SHAPES[name][1], generator=generator)
         for name in ALL_LAYERS
     }
@@ -70,7 +71,7 @@ def merged(name, kind):
 
 def summary(state):
     content, numbers = hashlib.sha256(), []
-    for name, tensor in sorted(state.items()):
+    for _, tensor in sorted(state.items()):
         content.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
         values = tensor.double().flatten()
         probe = torch.randn(len(values), generator=torch.Generator().manual_seed(7)).double()

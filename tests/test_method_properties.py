@@ -160,8 +160,8 @@ def test_the_route_to_the_solution_changes_nothing(name, data):
     """By Cholesky, or by eigenvectors; singular vectors from a Gram matrix, or from an SVD."""
     (deltas, stats), method = data.draw(problems(name)), merging.create(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merging.interference.solve_positive", lambda *_, **__: None)
-        patch.setattr("merging.spectral._inexact", lambda values: True)
+        patch.setattr("merging.method.interference.solve_positive", lambda *_, **__: None)
+        patch.setattr("merging.method.spectral._inexact", lambda values: True)
         expected = method(deltas, **stats)
     close(method(deltas, **stats), expected)
 

@@ -7,8 +7,9 @@ import pytest
 from linear_suite import LinearSuite
 from nbclient import NotebookClient
 
-from experiments import experiment, records
+from experiments import experiment
 from experiments.experiment import Experiment, measure
+from experiments.report import records
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from merging import create
-from merging.covariance import estimate
+from merging.method.covariance import estimate
 
 some = settings(deadline=None, max_examples=15)
 seeds = st.integers(0, 10_000)

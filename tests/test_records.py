@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments import records
+from experiments.report import records
 from merging.errors import InputError
 
 KEY = {"suite": "s", "method": "m", "seed": 0, "hyperparameters": {"alpha": 1.0}}
@@ -46,7 +46,7 @@ def test_a_write_that_dies_leaves_the_old_record_and_nothing_else(tmp_path):
     path = tmp_path / "r.json"
     records.save(path, record(mean=0.5))
     script = (
-        "import os, sys; from pathlib import Path; from experiments import records;"
+        "import os, sys; from pathlib import Path; from experiments.report import records;"
         "os.replace = lambda *a: os.kill(os.getpid(), 9);"  # the last instant before it counts
         f"records.save(Path(sys.argv[1]), {record(mean=0.9)!r})"
     )

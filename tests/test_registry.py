@@ -5,7 +5,7 @@ import torch
 
 import merging
 from merging import InputError, create
-from merging.registry import method
+from merging.method.registry import method
 
 NAMES = {
     "average", "task_arithmetic", "ties", "dare", "breadcrumbs", "fisher", "data_free_fisher",

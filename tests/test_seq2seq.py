@@ -10,9 +10,10 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from eval import finetune, judge, prompts, seq2seq, tiny_lm
-from eval.causal import IGNORED
-from eval.seq2seq import Example, Seq2SeqSuite
+from eval import tiny_lm, training
+from eval.language import judge, prompts, seq2seq
+from eval.language.causal import IGNORED
+from eval.language.seq2seq import Example, Seq2SeqSuite
 from merging.errors import InputError
 
 KINDS = ["t5_gated_untied", "t5_relu_tied"]
@@ -114,7 +115,7 @@ def test_second_moments_leave_padding_out(suite):
     measured = load_file(path)[name]
     model = load(tiny_lm.model(suite.model.removeprefix("tiny_")))
     expert = suite.expert(task, finetuning="full", seed=0)
-    model.load_state_dict(finetune.expert_state(suite.base(), expert), strict=False)
+    model.load_state_dict(training.expert_state(suite.base(), expert), strict=False)
     examples = suite._examples[task]["train"]
     numbers = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:10]
     rows = []
@@ -150,7 +151,7 @@ def test_every_method_written_and_loaded_equals_a_merge_by_hand(kind, finetuning
         assert embedding.weight is merged.shared.weight
     assert (merged.lm_head.weight is merged.shared.weight) == (kind == "t5_relu_tied")
     if finetuning == "full":
-        average = sum(finetune.expert_state({}, p)["shared.weight"] for p in experts.values()) / 3
+        average = sum(training.expert_state({}, p)["shared.weight"] for p in experts.values()) / 3
         torch.testing.assert_close(merged.shared.weight.detach(), average)
 
 
@@ -158,9 +159,9 @@ def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
     """What the rows multi_task and regmean_pp of a table need."""
     own = {"finetuning": "full", "seed": 0}
     states = {
-        task: finetune.expert_state(suite.base(), suite.expert(task, **own)) for task in suite.tasks
+        task: training.expert_state(suite.base(), suite.expert(task, **own)) for task in suite.tasks
     }
-    together = finetune.expert_state(suite.base(), suite.multi_task(**own))
+    together = training.expert_state(suite.base(), suite.multi_task(**own))
     assert all((together[name] != tensor).any() for name, tensor in suite.base().items())
     check_block_by_block(suite, states, "meals", "decoder.block.1.layer.1.EncDecAttention.k.weight")
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 import merging
-from eval.finetune import expert_state
-from eval.sequential import blocks, merge_blocks
+from eval.regmean_pp import blocks, merge_blocks
 from eval.statistics import second_moments
+from eval.training import expert_state
 from experiments import cli
 from merging.layers import Layer
 

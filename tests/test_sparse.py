@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import merging
-from merging import InputError, sparse
+from merging import InputError
+from merging.method import sparse
 
 
 def stack(T=3, shape=(6, 8), seed=0, dtype=torch.float32):

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import merging
-from merging import InputError, spectral
-from merging.spectral import orthonormalise, singular_triplets
+from merging import InputError
+from merging.method import spectral
+from merging.method.spectral import orthonormalise, singular_triplets
 
 SPECTRAL = ["tsv_m", "iso_c", "iso_cts", "knots", "star", "subspace_boosting", "svc"]
 SHAPES = [(12, 12), (9, 15), (16, 7)]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import frames, records, tables
-from experiments.markup import latex, markdown
+from experiments import tables
+from experiments.report import frames, records
+from experiments.report.markup import latex, markdown
 from merging.errors import InputError
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -13,13 +13,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from eval import bigbench, statistics, text, tiny
+from eval import statistics, tiny
 from eval.cache import digest
-from eval.finetune import expert_state
-from eval.packages import Package
-from eval.text import TextSuite, batch_order
-from merging.checkpoints import open_checkpoint
+from eval.data import bigbench
+from eval.data.packages import Package
+from eval.language import text
+from eval.language.text import TextSuite, batch_order
+from eval.training import expert_state
 from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "suite"
 FULL = {"finetuning": "full", "seed": 0}

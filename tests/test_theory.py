@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from eval import theory
-from eval.finetune import train
+from eval.training import train
 from merging import InputError, create
 from merging.layers import Layer, linear_layers
 

@@ -14,12 +14,14 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from safetensors.torch import load_file, save_file
 
 import merging
-from eval import finetune, vision_data, vision_models
+from eval import training
 from eval.statistics import second_moments
-from eval.vision import Recipe, VisionSuite
-from eval.vision_data import ImageSet, pixels, training_batches
-from merging.checkpoints import open_checkpoint
+from eval.vision import data as vision_data
+from eval.vision import models
+from eval.vision.data import ImageSet, pixels, training_batches
+from eval.vision.suite import Recipe, VisionSuite
 from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
 from tests.images import COLOURS, image_folder
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -35,7 +37,7 @@ def places(tmp_path, monkeypatch):
 @pytest.fixture
 def suite(tmp_path):
     """Two tasks of coloured noise on a CLIP with random weights, by the code of ViT-B/32."""
-    model = vision_models.build("ViT-S-8-32px-quickgelu", seed=5)
+    model = models.build("ViT-S-8-32px-quickgelu", seed=5)
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(state, tmp_path / "clip.safetensors")
     recipe = {"lr": 1e-3, "batch_size": 8, "steps": 30, "warmup_steps": 3}
@@ -178,11 +180,11 @@ def test_every_epoch_sees_every_image():
 
 
 def test_scores_are_cosines_with_the_text_head(suite):
-    state, tower = suite.base(), vision_models.build("ViT-S-8-32px-quickgelu").visual.eval()
+    state, tower = suite.base(), models.build("ViT-S-8-32px-quickgelu").visual.eval()
     tower.load_state_dict(state)
     data = suite._images("bright")
     x = vision_data.normalise(pixels(data, "test", PREPROCESS).images, PREPROCESS, "cpu")
-    head = vision_models.text_head(
+    head = models.text_head(
         suite._place(suite.clip).path(), suite.architecture, list(COLOURS), ["a photo of a {}."]
     )
     with torch.no_grad():
@@ -210,7 +212,7 @@ def test_lora_experts_are_adapters_of_every_linear_layer(suite):
     merged = merging.merge_state_dicts(
         suite.base(), {"bright": adapter}, merging.create("average"), layers=suite.layers()
     )
-    expected = finetune.expert_state(suite.base(), folder)
+    expected = training.expert_state(suite.base(), folder)
     assert all(torch.allclose(merged[k], expected[k], atol=1e-6) for k in expected)
 
 
@@ -286,7 +288,7 @@ def test_merged_tower_equals_the_one_rebuilt_by_hand(suite, split_qkv):
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     outputs = []
     for state in (merged, rebuilt):
-        tower = vision_models.build(suite.architecture).visual.eval()
+        tower = models.build(suite.architecture).visual.eval()
         tower.load_state_dict(state)
         with torch.no_grad():
             outputs.append(tower(x))
@@ -313,7 +315,7 @@ def attention_inputs(block, x):
 
 
 def test_moments_of_every_layer_inside_the_fused_attention(suite):
-    tower = vision_models.build(suite.architecture).visual.double().eval()
+    tower = models.build(suite.architecture).visual.double().eval()
     tower.load_state_dict(suite.base())
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -346,7 +348,7 @@ def test_regmean_equals_a_direct_solve_from_recorded_inputs(suite):
     name, N, S = "transformer.resblocks.1.mlp.c_fc.weight", 0, 0
     W0 = suite.base()[name].double()
     for task, state in experts.items():
-        tower = vision_models.build(suite.architecture).visual.eval()
+        tower = models.build(suite.architecture).visual.eval()
         tower.load_state_dict(state)
         recorded = []
         layer = tower.get_submodule(name.removesuffix(".weight"))
@@ -396,7 +398,7 @@ def test_suites_compose_for_every_model_and_family(name, count, family):
     hubs = {"ViT-B-32": "clip-vit-base-patch32", "ViT-L-14": "clip-vit-large-patch14"}
     for model, hub in hubs.items():
         config = composed(f"suite={name}", f"suite.model={model}", f"suite/checkpoints={family}")
-        assert config.pop("_target_") == "eval.vision.VisionSuite"
+        assert config.pop("_target_") == "eval.vision.suite.VisionSuite"
         assert config.pop("_convert_") == "all"
         suite = VisionSuite(**config)
         assert len(suite.tasks) == count

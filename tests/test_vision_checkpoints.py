@@ -12,10 +12,11 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
 
 import merging
-from eval import finetune, vision_models
-from eval.vision_models import Published, tower_checkpoint, tower_state
-from merging.checkpoints import StateDict, open_checkpoint
+from eval import training
+from eval.vision import models
+from eval.vision.models import Published, tower_checkpoint, tower_state
 from merging.errors import InputError
+from merging.formats.checkpoints import StateDict, open_checkpoint
 
 NAME = "ViT-S-8-32px-quickgelu"
 SMALL = CLIPVisionConfig(
@@ -39,7 +40,7 @@ def places(tmp_path, monkeypatch):
 
 
 def tower(seed=0):
-    return vision_models.build(NAME, seed).visual.eval()
+    return models.build(NAME, seed).visual.eval()
 
 
 def loaded(state):
@@ -130,7 +131,7 @@ def test_open_clip_layouts(prefix):
 
 
 def test_pickled_image_encoder_is_read_without_its_class(places):
-    encoder = ImageEncoder(vision_models.build(NAME, seed=3))
+    encoder = ImageEncoder(models.build(NAME, seed=3))
     expected = {k: v.clone() for k, v in encoder.model.visual.state_dict().items()}
     torch.save(encoder, places / "finetuned.pt")
     path = tower_checkpoint(Published("finetuned.pt"), NAME)
@@ -199,7 +200,7 @@ def test_absent_checkpoint_says_what_to_download_where(places):
 
 def test_unknown_architecture():
     with pytest.raises(InputError, match="no model 'ViT-Z-1'"):
-        vision_models.build("ViT-Z-1")
+        models.build("ViT-Z-1")
 
 
 # --- adapters -------------------------------------------------------------------------------------
@@ -228,7 +229,7 @@ def test_huggingface_adapter_is_packed_exactly(places, tmp_path, attention, rank
     assert adapter.rank("transformer.resblocks.0.attn.in_proj_weight") == rank
     assert adapter.rank("transformer.resblocks.0.mlp.c_fc.weight") == 3
     with torch.no_grad():
-        found = loaded(finetune.expert_state(base, folder))(images())
+        found = loaded(training.expert_state(base, folder))(images())
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
     twice = {"a": adapter, "b": adapter}  # merged in their own rank, q, k and v apart
@@ -241,15 +242,15 @@ def test_huggingface_adapter_is_packed_exactly(places, tmp_path, attention, rank
 
 def test_lora_on_attention_is_what_the_adapter_file_says(tmp_path):
     base = {k: v.clone() for k, v in tower().state_dict().items()}
-    model = finetune.add_lora(tower(), vision_models.lora_targets(tower()), r=2, alpha=4)
+    model = training.add_lora(tower(), models.lora_targets(tower()), r=2, alpha=4)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
-    finetune.save_adapter(model, tmp_path)
+    training.save_adapter(model, tmp_path)
     adapter = open_checkpoint(tmp_path)
     assert set(adapter.keys()) == set(merging.linear_layers(tower()))
     with torch.no_grad():
-        found = loaded(finetune.expert_state(base, tmp_path))(images())
+        found = loaded(training.expert_state(base, tmp_path))(images())
         torch.testing.assert_close(found, model.eval()(images()), atol=1e-5, rtol=0)
 
 
@@ -264,7 +265,7 @@ def test_adapter_of_another_model_is_refused(places, tmp_path):
 
 
 def whole_clip(path, seed=0):
-    model = vision_models.build(NAME, seed).eval()
+    model = models.build(NAME, seed).eval()
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
     return model
 
@@ -272,7 +273,7 @@ def whole_clip(path, seed=0):
 def test_text_head_is_the_mean_over_templates(places):
     model = whole_clip(places / "clip.safetensors")
     classes, templates = ["red", "green", "blue"], ["a {} thing.", "the {} one."]
-    head = vision_models.text_head(places / "clip.safetensors", NAME, classes, templates)
+    head = models.text_head(places / "clip.safetensors", NAME, classes, templates)
     tokenizer = open_clip.get_tokenizer("ViT-S-8-32px")
     for row, name in zip(head, classes, strict=True):
         with torch.no_grad():
@@ -284,4 +285,4 @@ def test_text_head_is_the_mean_over_templates(places):
 def test_head_needs_the_text_tower(places):
     save_file(tower().state_dict(), places / "tower.safetensors")
     with pytest.raises(InputError, match="is no whole ViT-S"):
-        vision_models.text_head(places / "tower.safetensors", NAME, ["a"], ["{}"])
+        models.text_head(places / "tower.safetensors", NAME, ["a"], ["{}"])

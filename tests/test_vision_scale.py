@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
-from eval import vision_models
-from eval.vision import VisionSuite
-from eval.vision_models import tower_state
-from merging.checkpoints import open_checkpoint
+from eval.vision import models
+from eval.vision.models import tower_state
+from eval.vision.suite import VisionSuite
+from merging.formats.checkpoints import open_checkpoint
 from tests.images import image_folder
 
 
@@ -33,7 +33,7 @@ def symlinked_experts(folder, base, count=8):
 def test_vit_b_32_with_eight_experts_from_disk_to_scores(tmp_path, monkeypatch):
     monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MODEL_MERGING_CHECKPOINTS", str(tmp_path))
-    clip = vision_models.build("ViT-B-32-quickgelu")
+    clip = models.build("ViT-B-32-quickgelu")
     save_file({k: v.half() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
     suite = VisionSuite(
         name="colours",
@@ -73,7 +73,7 @@ def test_vit_l_14_widths_on_two_of_its_blocks(tmp_path):
     config["text_cfg"] |= {"layers": 1, "width": 64, "heads": 1}
     (tmp_path / "ViT-L-14-two-blocks.json").write_text(json.dumps(config))
     open_clip.add_model_config(tmp_path)
-    tower = vision_models.build("ViT-L-14-two-blocks").visual
+    tower = models.build("ViT-L-14-two-blocks").visual
     base = {k: v.half() for k, v in tower.state_dict().items()}
     save_file(base, tmp_path / "base.safetensors")
     report = merging.merge_checkpoints(

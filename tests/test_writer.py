@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import merging
-from merging import writer as writer_module
-from merging.checkpoints import open_checkpoint
 from merging.errors import InputError
-from merging.files import SAFETENSORS_DTYPES
-from merging.writer import Writer, write_adapter
+from merging.formats import writer as writer_module
+from merging.formats.checkpoints import open_checkpoint
+from merging.formats.slots import SAFETENSORS_DTYPES
+from merging.formats.writer import Writer, write_adapter
 
 fork = multiprocessing.get_context("fork")
 

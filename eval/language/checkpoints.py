@@ -1,0 +1,164 @@
+"""Language-model checkpoints as suites name them: a folder, a file, or a name on the hub."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eval.cache import file_sha256
+from merging.errors import InputError
+from merging.factors import Factors
+from merging.formats.checkpoints import Adapter, Source, open_checkpoint, problems
+from merging.formats.writer import Writer
+
+# What a merge and lm-eval read of a repository; never its code.
+FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+# What a model folder needs beside weights; trainer states and optimisers stay behind.
+COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
+
+
+def local(name: str) -> Path:
+    """Where a checkpoint is on this machine: a path as it is, a hub name downloaded once.
+
+    Raises InputError when it is neither here nor on the hub.
+    """
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise InputError(f"checkpoint {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES))
+    except Exception as error:  # huggingface_hub has a dozen kinds for "not reachable"
+        raise InputError(
+            f"checkpoint {name} is no path here and could not be had from the hub: "
+            f"{type(error).__name__}",
+            hint="download it and give its folder",
+        ) from error
+
+
+def file_digests(path: Path) -> dict[str, str]:
+    """SHA-256 of a checkpoint's weight files, by name."""
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    return {file.name: _digest(file, file.stat().st_mtime_ns) for file in files}
+
+
+@functools.cache  # a sweep asks for the same 15 GB again and again
+def _digest(file: Path, _modified: int) -> str:
+    return file_sha256(file)
+
+
+def companions(folder: Path) -> dict[str, bytes | Path]:
+    """Configuration and tokenizer files of a model folder, by name."""
+    if not folder.is_dir():
+        return {}
+    left = {"README.md", "trainer_state.json", "adapter_config.json"}
+    return {
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+        and file.suffix in COPIED
+        and file.name not in left
+        and not file.name.endswith(".index.json")
+    }
+
+
+def write(state: Mapping[str, Tensor], folder: Path, *, like: Path) -> None:
+    """Write a model folder with the shards, configuration and tokenizer of the folder `like`."""
+    shards = getattr(open_checkpoint(like), "shards", None)
+    layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.items()}
+    with Writer(folder, layout, shards=shards, metadata={"format": "pt"}) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor.cpu())
+        writer.finish(companions(like))
+
+
+def load_into(model: nn.Module, source: Source | Adapter) -> None:
+    """Give a model that holds the base's weights those of an expert."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name in source.keys():
+            if name not in parameters:
+                continue
+            weight = parameters[name]
+            if isinstance(source, Adapter):
+                weight += Factors(*source.factors(name)).dense().to(weight)
+            else:
+                weight.copy_(source.read(name)[: len(weight)])
+
+
+def require_mergeable(
+    base: Path, experts: Mapping[str, Path], *, vocabulary: str, name: str
+) -> None:
+    """Everything that headers and tokenizers can tell, before a merge reads any weight.
+
+    name: of the base, as adapters call it. Raises one InputError with every problem found:
+    damaged, missing or superfluous files and tensors, shapes, adapters of another base.
+    """
+    source = open_checkpoint(base)
+    if isinstance(source, Adapter):
+        raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
+    opened = {task: open_checkpoint(path) for task, path in experts.items()}
+    found = problems(source, opened, common_rows=vocabulary == "common_rows")
+    for task, expert in opened.items():
+        named = isinstance(expert, Adapter) and expert.hub_base and not Path(name).exists()
+        if named and expert.base_name != name:
+            found.append(f"expert {task!r} is an adapter of {expert.base_name}, expected {name}")
+    if found:
+        raise InputError("; ".join(found), hint="nothing was merged")
+    require_same_tokenizers(base, experts)
+
+
+def require_chat_template(folder: Path) -> None:
+    """InputError unless the tokenizer of a folder brings a chat template."""
+    from transformers import AutoTokenizer
+
+    if not AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template:
+        raise InputError(
+            f"the tokenizer of {folder} has no chat template",
+            hint="use suite.chat_template=false, or add a chat_template.jinja to the folder",
+        )
+
+
+def require_same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], suite: str) -> None:
+    """InputError unless a state has every tensor of the base in its shape."""
+    for name, tensor in base.items():
+        if name not in state or state[name].shape != tensor.shape:
+            found = tuple(state[name].shape) if name in state else "nothing"
+            raise InputError(
+                f"tensor {name!r} of a state for suite {suite!r} is {found}, "
+                f"expected shape {tuple(tensor.shape)}"
+            )
+
+
+def require_same_tokenizers(base: Path, experts: Mapping[str, Path]) -> None:
+    """InputError for an expert whose tokenizer gives one of the base's numbers another token.
+
+    Tokens that an expert adds beyond the base's are admitted: they are rows of the embedding
+    that the merge's rule for vocabularies decides about.
+    """
+    ours = _tokens(base)
+    for task, folder in experts.items():
+        for number, token in _tokens(folder).items():
+            if ours.get(number, token) != token:
+                raise InputError(
+                    f"the tokenizer of expert {task!r} ({folder}) differs from the base's: "
+                    f"token {number} is {token!r}, expected {ours[number]!r}",
+                    hint="merge models that share a tokenizer",
+                )
+
+
+def _tokens(folder: Path) -> dict[int, str]:
+    """{number: token} of a checkpoint's tokenizer, empty where it comes without one."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        return {}
+    from transformers import AutoTokenizer
+
+    vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+    return {number: token for token, number in vocabulary.items()}

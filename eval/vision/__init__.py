@@ -1,0 +1,1 @@
+"""CLIP-like vision towers behind frozen heads."""

@@ -1,0 +1,289 @@
+"""Image classification data sets: Hugging Face `datasets`, decoded and preprocessed once.
+
+A data set is a hub id or a local folder of the same layout; `package:NAME` is one that
+`eval.data.images` makes from published packages. The test split is the published one,
+validation is cut from the training split.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from eval.cache import cache_root, cached
+from eval.data import images
+from merging.errors import InputError
+from merging.progress import track
+
+# Goes into every cache key: raise it when the code below would give other pixels.
+VERSION = 1
+datasets.disable_progress_bars()  # what takes long here shows its own
+
+Part = Literal["train", "validation", "test"]
+Transform = Callable[[Image.Image], Tensor]
+
+
+class Pixels(NamedTuple):
+    """Preprocessed images and their labels; the images stay on disk until they are indexed."""
+
+    images: np.ndarray  # (n, 3, size, size) uint8, memory-mapped
+    labels: Tensor  # (n,)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One data set; the fields are the keys of configs/suite/dataset/NAME.yaml.
+
+    path: hub id, local folder, or `package:NAME`. config, revision: the hub's.
+    image, label: column names. train, test, validation: split names; without a validation
+        split one is cut from `train`: `held_out` of it, 5,000 images at most.
+    classes: names for the prompts, in label order; None: the data set's own ClassLabel names
+        with underscores as spaces.
+    templates: prompts with one {} for the class name.
+    """
+
+    path: str
+    config: str | None = None
+    revision: str | None = None
+    image: str = "image"
+    label: str = "label"
+    train: str = "train"
+    test: str = "test"
+    validation: str | None = None
+    held_out: float = 0.1
+    classes: Sequence[str] | None = None
+    templates: Sequence[str] = ("a photo of a {}.",)
+
+    def __post_init__(self) -> None:
+        if not self.templates or any(template.count("{}") != 1 for template in self.templates):
+            raise InputError(
+                f"the templates of data set {self.path} are {list(self.templates)}, "
+                "expected at least one, each with one {} for the class name"
+            )
+
+    @cached_property
+    def source(self) -> str:
+        """What `datasets.load_dataset` is given."""
+        scheme, _, name = self.path.partition(":")
+        if scheme == "package":
+            return str(images.folder(name))
+        local = Path(os.environ.get("MODEL_MERGING_DATA", "/nonexistent"), self.path)
+        return str(local) if local.is_dir() else self.path
+
+    def rows(self, part: Part) -> datasets.Dataset:
+        """Undecoded rows of one part, in the published order."""
+        if part == "test":
+            return self._split(self.test)
+        if self.validation is not None:
+            return self._split(self.train if part == "train" else self.validation)
+        whole = self._split(self.train)
+        order = np.random.default_rng(0).permutation(len(whole))
+        kept = len(whole) - min(int(self.held_out * len(whole)), 5000)
+        return whole.select(np.sort(order[:kept] if part == "train" else order[kept:]))
+
+    def labels(self, part: Part) -> Tensor:
+        """(n,) class numbers, checked against the class names."""
+        labels = torch.tensor(self.rows(part)[self.label][:], dtype=torch.long)
+        if labels.numel() and not 0 <= labels.min() <= labels.max() < len(self.names):
+            raise InputError(
+                f"data set {self.path} has labels from {labels.min()} to {labels.max()}, "
+                f"its head has {len(self.names)} classes"
+            )
+        return labels
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Class names in label order."""
+        feature = self._split(self.test).features.get(self.label)
+        own = feature.names if isinstance(feature, datasets.ClassLabel) else None
+        if self.classes is None:
+            if own is None:
+                raise InputError(
+                    f"data set {self.path} does not name its classes",
+                    hint="list them under `classes` in its file below configs/suite/dataset",
+                )
+            return [name.replace("_", " ") for name in own]
+        if own is not None and len(own) != len(self.classes):
+            raise InputError(
+                f"the head for data set {self.path} has {len(self.classes)} classes, "
+                f"the data set has {len(own)}"
+            )
+        return list(self.classes)
+
+    def identity(self) -> dict[str, Any]:
+        """What determines the images and labels, without looking at pixels."""
+        parts = {}
+        for part in ("train", "validation", "test"):
+            labels = self.labels(part)
+            parts[part] = [len(labels), hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]]
+        made = Path(self.source).name if self.path.startswith("package:") else None
+        fields = {k: v for k, v in asdict(self).items() if k not in ("classes", "templates")}
+        return fields | parts | {"made": made}
+
+    def _split(self, name: str) -> datasets.Dataset:
+        try:
+            rows = _load(self.source, self.config, self.revision, name)
+        except Exception as error:  # datasets and the hub's clients have dozens of kinds
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise InputError(
+                f"split {name!r} of data set {self.path} is not to be had: {reason}",
+                hint="download it where there is a network and set the data set's `path` to the "
+                "folder, or the variable MODEL_MERGING_DATA to the folder's parent",
+            ) from error
+        for column in (self.image, self.label):
+            if column not in rows.column_names:
+                raise InputError(
+                    f"data set {self.path} has no column {column!r}, "
+                    f"it has: {', '.join(rows.column_names)}"
+                )
+        return rows.cast_column(self.image, datasets.Image(decode=False))
+
+
+@functools.lru_cache(maxsize=128)
+def _load(path: str, config: str | None, revision: str | None, split: str) -> datasets.Dataset:
+    cache = str(cache_root() / "datasets")
+    return datasets.load_dataset(path, config, revision=revision, split=split, cache_dir=cache)
+
+
+def decode(row: Mapping[str, Any], column: str, where: str) -> Image.Image:
+    """The RGB image of an undecoded row; `where` names it in the message if it has none."""
+    stored = row[column]
+    try:
+        source = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else stored["path"]
+        with Image.open(source) as image:
+            return image.convert("RGB")
+    except (UnidentifiedImageError, OSError, SyntaxError, TypeError) as error:
+        raise InputError(f"{where} cannot be decoded: {error}") from error
+
+
+def pixels(data: ImageSet, part: Part, preprocess: PreprocessCfg) -> Pixels:
+    """All images of one part as the model's preprocessing crops them, decoded once and cached."""
+    rows, labels = data.rows(part), data.labels(part)
+    geometry = {k: v for k, v in asdict(preprocess).items() if k not in ("mean", "std")}
+    key = {"version": VERSION, "data": data.identity(), "part": part, "preprocess": geometry}
+
+    def build(folder: Path) -> None:
+        shape = (len(rows), 3, *_size(preprocess))
+        images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+        everything = range(len(rows))
+        for i in track(everything, f"decoding {data.path} ({part})"):
+            images[i] = cropped(data, part, preprocess, [i])[0]
+        images.flush()
+
+    return Pixels(np.load(cached("pixels", key, build) / "images.npy", mmap_mode="r"), labels)
+
+
+def cropped(
+    data: ImageSet, part: Part, preprocess: PreprocessCfg, numbers: Iterable[int]
+) -> np.ndarray:
+    """(n, 3, size, size) uint8: some images as the model's preprocessing crops them.
+
+    Before normalisation: what `normalise` makes of them is exactly what open_clip's transform
+    for evaluation gives.
+    """
+    crop = image_transform_v2(preprocess, is_train=False).transforms[:-2]  # PIL to PIL
+    rows, images = data.rows(part), []
+    for i in map(int, numbers):
+        image = decode(rows[i], data.image, f"image {i} of split {part!r} of {data.path}")
+        for step in crop:
+            image = step(image)
+        images.append(np.asarray(image).transpose(2, 0, 1))
+    return np.stack(images)
+
+
+def sample(size: int, count: int | None) -> Tensor:
+    """Numbers of `count` of `size` images, always the same ones (None: all, in order)."""
+    if count is None or count >= size:
+        return torch.arange(size)
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
+
+
+def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
+    size = preprocess.size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def normalise(images: np.ndarray, preprocess: PreprocessCfg, device: str | torch.device) -> Tensor:
+    """(n, 3, size, size) uint8 to the floats that the model takes."""
+    x = torch.from_numpy(np.array(images)).to(device)  # a copy: the map is read-only
+    mean = torch.tensor(preprocess.mean, device=device).view(3, 1, 1)
+    std = torch.tensor(preprocess.std, device=device).view(3, 1, 1)
+    return (x.float() / 255 - mean) / std
+
+
+@dataclass(frozen=True)
+class _Batches(torch.utils.data.Dataset):
+    """Item number n is the n-th training batch, a function of (seed, n) alone."""
+
+    rows: datasets.Dataset
+    column: str
+    labels: Tensor
+    order: Tensor  # (steps * batch_size,) row numbers
+    batch_size: int
+    transform: Transform
+    seed: int
+    path: str
+
+    def __len__(self) -> int:
+        return len(self.order) // self.batch_size
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor]:
+        numbers = self.order[n * self.batch_size : (n + 1) * self.batch_size]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed * 1_000_003 + n)  # what the random crops draw from
+            images = [
+                self.transform(decode(self.rows[i], self.column, f"image {i} of {self.path}"))
+                for i in numbers.tolist()
+            ]
+        return torch.stack(images), self.labels[numbers]
+
+
+def training_batches(
+    rows: datasets.Dataset,
+    labels: Tensor,
+    preprocess: PreprocessCfg,
+    *,
+    order: Tensor,
+    batch_size: int,
+    crop_scale: tuple[float, float],
+    seed: int,
+    workers: int = 0,
+    column: str = "image",
+    path: str = "",
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """`batches(first)` yields (images, labels) from batch number `first` on, always the same.
+
+    order: row numbers, `batch_size` per batch.
+    crop_scale: area of the random resized crop as a fraction of the image's.
+    """
+    transform = image_transform_v2(preprocess, is_train=True, aug_cfg={"scale": crop_scale})
+    items = _Batches(rows, column, labels, order, batch_size, transform, seed, path)
+
+    def batches(first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        numbers = range(first, len(items))
+        return iter(DataLoader(items, batch_size=None, sampler=numbers, num_workers=workers))
+
+    return batches
+
+
+def epochs(size: int, steps: int, batch_size: int, seed: int) -> Tensor:
+    """(steps * batch_size,) row numbers: one shuffle of all rows after another."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = -(-steps * batch_size // size)
+    order = torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])
+    return order[: steps * batch_size]

@@ -1,0 +1,365 @@
+"""CLIP vision towers through open_clip: built, read from every published format, given heads.
+
+What is merged is the tower, `model.visual`, under open_clip's names without a prefix:
+"conv1.weight", "transformer.resblocks.0.attn.in_proj_weight", ... Checkpoints of other layouts
+are converted to these names tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from huggingface_hub import hf_hub_download, snapshot_download
+from open_clip.transform import PreprocessCfg
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from eval.cache import cached
+from merging.errors import InputError
+from merging.formats.checkpoints import Adapter, Source, open_checkpoint, write_adapter
+
+# Goes into the key of what is cached here: raise it when conversion or heads change.
+VERSION = 1
+open_clip.add_model_config(Path(__file__).parent / "open_clip")
+
+# Where the tower's tensors stand in a checkpoint: bare, a CLIP's, task-vectors' ImageEncoder's.
+_PREFIXES = ("", "visual.", "model.visual.", "image_encoder.model.visual.")
+_HF_PREFIXES = ("", "vision_model.", "model.vision_model.")
+_PACKED = ("q_proj", "k_proj", "v_proj")  # in the order of in_proj's rows
+
+
+def build(name: str, seed: int = 0) -> open_clip.CLIP:
+    """A CLIP with random weights in open_clip's architecture `name`.
+
+    "-quickgelu" behind any name asks for the activation of OpenAI's weights.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return open_clip.CLIP(**_config(name))
+
+
+def _config(name: str) -> dict[str, Any]:
+    plain = name.removesuffix("-quickgelu")
+    config = open_clip.get_model_config(plain)
+    if config is None:
+        raise InputError(
+            f"open_clip knows no model {plain!r}",
+            hint="list them with: python -c 'import open_clip; print(open_clip.list_models())'",
+        )
+    return config | {"quick_gelu": name != plain or config.get("quick_gelu", False)}
+
+
+def published_names(name: str) -> dict[str, str]:
+    """What a model is called by those who publish it: in open_clip, OpenAI's and timm's hub ids."""
+    found = {"model": name, "hub_model": "", "timm_model": ""}
+    if match := re.fullmatch(r"ViT-([BL])-(\d+)", name):
+        size, patch = {"B": "base", "L": "large"}[match[1]], match[2]
+        found["hub_model"] = f"clip-vit-{size}-patch{patch}"
+        found["timm_model"] = f"vit_{size}_patch{patch}_clip_224.openai"
+    return found
+
+
+def preprocessing(name: str) -> PreprocessCfg:
+    """OpenAI's preprocessing at the size the model takes."""
+    return PreprocessCfg(size=_config(name)["vision_cfg"]["image_size"])
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a checkpoint is published, and where it is looked for first.
+
+    local: file or folder; relative to $MODEL_MERGING_CHECKPOINTS, or to `checkpoints`.
+    hub: Hugging Face id, with `revision` and the `file` in it (None: the whole folder).
+    origin: for people: the page it is downloaded from where that is not the hub.
+    """
+
+    local: str
+    hub: str | None = None
+    revision: str | None = None
+    file: str | None = None
+    origin: str | None = None
+
+    def path(self) -> Path:
+        """The local copy, else the hub's. InputError saying what to download where."""
+        root = Path(os.environ.get("MODEL_MERGING_CHECKPOINTS", "checkpoints"))
+        wanted = root / self.local
+        if wanted.exists():
+            return wanted
+        reason = ""
+        if self.hub:
+            try:
+                if self.file:
+                    return Path(hf_hub_download(self.hub, self.file, revision=self.revision))
+                return Path(snapshot_download(self.hub, revision=self.revision))
+            except Exception as error:  # its clients have a dozen kinds for "not reachable"
+                reason = f" and the hub gave nothing ({type(error).__name__})"
+        where = f"{self.hub}/{self.file or ''}".rstrip("/") if self.hub else self.origin
+        raise InputError(
+            f"checkpoint {wanted} is not there{reason}",
+            hint=f"download {where} to {wanted}, or set MODEL_MERGING_CHECKPOINTS to the folder "
+            f"that holds {self.local}",
+        )
+
+    def stamp(self) -> dict[str, Any]:
+        """What names the checkpoint in cache keys; a local file also by its size and time."""
+        found = Path(os.environ.get("MODEL_MERGING_CHECKPOINTS", "checkpoints"), self.local)
+        files = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+        return {k: v for k, v in asdict(self).items() if k != "origin"} | {"files": stats}
+
+
+def tower_checkpoint(published: Published, name: str, base: Path | None = None) -> Path:
+    """The tower of a published checkpoint under open_clip's names, converted once and cached.
+
+    name: open_clip's model, whose shapes it must have. base: a converted tower to take `proj`
+        from, which Hugging Face's CLIPVisionModel lacks.
+    Returns `model.safetensors`, or an adapter's folder.
+    """
+    key = {"version": VERSION, "model": name, "checkpoint": published.stamp()}
+    source = open_checkpoint(published.path())
+    if isinstance(source, Adapter):
+        return cached("towers", key, partial(_convert_adapter, source, name)) / "adapter"
+
+    def convert(folder: Path) -> None:
+        fallback = load_file(base) if base else {}
+        tensors = tower_state(source, name, fallback)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return cached("towers", key, convert) / "model.safetensors"
+
+
+def tower_state(
+    source: Source, name: str, fallback: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """{open_clip name: tensor} of the tower in a checkpoint of any known layout.
+
+    fallback: a tower's tensors for those the layout does not have.
+    Raises InputError when the layout is unknown or a shape is not model `name`'s.
+    """
+    readers = _readers(source)
+    state = {}
+    for target, expected in build_meta(name).items():
+        if target in readers:
+            tensor = readers[target]().float().contiguous()  # half precision would round deltas
+        elif fallback and target in fallback:
+            tensor = fallback[target].float()
+        else:
+            raise InputError(f"{source.path} has no tensor for {target!r} of {name}")
+        if tensor.shape != expected.shape:
+            raise InputError(
+                f"{source.path} is no {name}: its {target!r} has shape {list(tensor.shape)}, "
+                f"expected {list(expected.shape)}"
+            )
+        state[target] = tensor
+    if additional := sorted(set(readers) - set(state)):
+        raise InputError(f"{source.path} is no {name}: it also has {additional[0]!r}")
+    return state
+
+
+def build_meta(name: str) -> dict[str, Tensor]:
+    """The tower's state dict as shapes without memory."""
+    with torch.device("meta"):
+        return build(name).visual.state_dict()
+
+
+def _readers(source: Source) -> dict[str, Callable[[], Tensor]]:
+    """How to read each tensor of the tower, by open_clip's name."""
+    keys = set(source.keys())
+    for prefix in _PREFIXES:
+        if f"{prefix}conv1.weight" in keys:
+            names = {k.removeprefix(prefix): k for k in keys if k.startswith(prefix)}
+            own = {k: v for k, v in names.items() if not k.startswith(("visual.", "model."))}
+            return {k: partial(source.read, v) for k, v in own.items()}
+    for prefix in _HF_PREFIXES:
+        if f"{prefix}embeddings.patch_embedding.weight" in keys:
+            return _huggingface_readers(source, prefix)
+    raise InputError(
+        f"{source.path} holds no CLIP vision tower that is known here: neither open_clip's "
+        "names (visual.conv1.weight) nor Hugging Face's (embeddings.patch_embedding.weight)"
+    )
+
+
+def _huggingface_readers(source: Source, prefix: str) -> dict[str, Callable[[], Tensor]]:
+    """Hugging Face's CLIPVisionModel: q, k, v stacked into in_proj, other tensors renamed."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for key in source.keys():
+        if key == "visual_projection.weight":
+            readers["proj"] = lambda: source.read("visual_projection.weight").mT
+        if not key.startswith(prefix) or key.endswith("position_ids"):
+            continue
+        name = key.removeprefix(prefix)
+        if name.startswith(("text_model.", "vision_model.")):
+            continue
+        if ".self_attn.q_proj." in name:
+            parts = [key.replace("q_proj", part) for part in _PACKED]
+            target = openclip_name(name)
+            readers[target] = lambda p=parts: torch.cat([source.read(k) for k in p])
+        elif not re.search(r"\.self_attn\.[kv]_proj\.", name) and (target := openclip_name(name)):
+            readers[target] = partial(source.read, key)
+    return readers
+
+
+_HF_TOP = {
+    "embeddings.class_embedding": "class_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.patch_embedding.weight": "conv1.weight",
+    "pre_layrnorm": "ln_pre",  # the spelling is theirs
+    "post_layernorm": "ln_post",
+}
+_HF_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+
+
+def openclip_name(name: str) -> str | None:
+    """open_clip's name of a CLIPVisionModel tensor; q, k and v all get the packed name.
+
+    None for what is no part of the tower.
+    """
+    if match := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
+        block, module, leaf = match.groups()
+        stem = f"transformer.resblocks.{block}"
+        if module.removeprefix("self_attn.") in _PACKED:
+            return f"{stem}.attn.in_proj_{leaf}"
+        return f"{stem}.{_HF_BLOCK[module]}.{leaf}" if module in _HF_BLOCK else None
+    if name in _HF_TOP:
+        return _HF_TOP[name]
+    module, _, leaf = name.rpartition(".")
+    return f"{_HF_TOP[module]}.{leaf}" if module in _HF_TOP else None
+
+
+def _convert_adapter(adapter: Adapter, name: str, folder: Path) -> None:
+    write_adapter(folder / "adapter", _as_stored(adapter_factors(adapter, name)), _STORED)
+
+
+# From this version on PEFT adds both adapted weights of an nn.MultiheadAttention once, as `Adapter`
+# then reads them.
+_STORED = {"peft_version": "0.22.0"}
+
+
+def _as_stored(factors: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors under PEFT's names for an attention, one module with two weights of one rank.
+
+    The smaller rank is filled up with zeros; a weight that was not adapted differs by zero.
+    """
+    stored = {name: pair for name, pair in factors.items() if ".attn." not in name}
+    blocks = dict.fromkeys(n.partition(".attn.")[0] for n in factors if ".attn." in n)
+    for attention in (f"{block}.attn" for block in blocks):
+        pairs = [factors.get(f"{attention}.{x}") for x in ("in_proj_weight", "out_proj.weight")]
+        rank, width = map(max, zip(*(pair[0].shape for pair in pairs if pair), strict=True))
+        names = (f"{attention}.weight", f"{attention}.base_layer.out_proj.weight")
+        for name, pair, rows in zip(names, pairs, (3 * width, width), strict=True):
+            A, B = pair or (torch.zeros(0, width), torch.zeros(rows, 0))
+            missing = rank - len(A)
+            stored[name] = (F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing)))
+    return stored
+
+
+def adapter_factors(adapter: Adapter, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """{open_clip weight name: (A, B)} of an adapter with either naming, its scale put into B.
+
+    The adapters of q, k and v become one of three times the rank on the packed projection:
+    A = [A_q; A_k; A_v] and B block-diagonal, so that B A is [B_q A_q; B_k A_k; B_v A_v].
+    """
+    shapes = {k: v.shape for k, v in build_meta(name).items()}
+    blocks: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
+    for key in adapter.keys():
+        a, b, scale = adapter.factors(key)
+        target, place = _adapter_target(key)
+        if target not in shapes:
+            raise InputError(f"{adapter.path} adapts {key!r}, which {name} does not have")
+        blocks.setdefault(target, {})[place] = (a, scale * b)
+    factors = {}
+    for target, parts in blocks.items():
+        rows = shapes[target][0]
+        if -1 in parts:
+            factors[target] = parts[-1]
+            continue
+        A = torch.cat([parts[i][0] for i in sorted(parts)])
+        B = torch.zeros(rows, len(A))
+        column = 0
+        for i in sorted(parts):
+            b, step = parts[i][1], rows // 3
+            B[i * step : (i + 1) * step, column : column + b.shape[1]] = b
+            column += b.shape[1]
+        factors[target] = (A, B)
+    for target, (A, B) in factors.items():
+        if (len(B), A.shape[1]) != tuple(shapes[target]):
+            raise InputError(
+                f"{adapter.path} is no adapter of {name}: its difference for {target!r} has "
+                f"shape {[len(B), A.shape[1]]}, expected {list(shapes[target])}"
+            )
+    return factors
+
+
+def _adapter_target(key: str) -> tuple[str, int]:
+    """open_clip's weight name, and which third of its rows is adapted (-1: all of them)."""
+    bare = key
+    for prefix in sorted((*_PREFIXES, *_HF_PREFIXES), key=len, reverse=True):
+        bare = bare.removeprefix(prefix)
+    if name := openclip_name(bare):
+        part = next((i for i, p in enumerate(_PACKED) if f".{p}." in bare), -1)
+        return name, part
+    return bare, -1
+
+
+def text_head(
+    clip: Path, name: str, classes: Sequence[str], templates: Sequence[str], device: str = "cpu"
+) -> Tensor:
+    """(classes, d) unit embeddings of the class names by CLIP's zero-shot protocol, cached.
+
+    clip: a checkpoint of the whole model in open_clip's layout. Each class is the normalised
+    mean over `templates` of the text tower's normalised embeddings.
+
+    Source: Radford et al., arXiv 2103.00020, section 3.1.4.
+    """
+    source = open_checkpoint(clip)
+    key = {
+        "version": VERSION,
+        "model": name,
+        "clip": [[Path(file).name, size] for file, size, _ in source.stamp()],
+        "classes": list(classes),
+        "templates": list(templates),
+    }
+
+    def write(folder: Path) -> None:
+        model = build(name)
+        absent = [k for k in model.state_dict() if k not in source]
+        if absent:
+            raise InputError(
+                f"{clip} is no whole {name}: {absent[0]!r} is missing",
+                hint="the heads need the text tower as well",
+            )
+        model.load_state_dict({k: source.read(k) for k in model.state_dict()})
+        model.to(device).eval()
+        tokenizer = open_clip.get_tokenizer(name.removesuffix("-quickgelu"))
+        with torch.inference_mode():
+            head = open_clip.build_zero_shot_classifier(
+                model, tokenizer, list(classes), list(templates), device=device
+            )
+        save_file({"head": head.mT.cpu().contiguous()}, folder / "head.safetensors")
+
+    return load_file(cached("heads", key, write) / "head.safetensors")["head"]
+
+
+def lora_targets(tower: nn.Module) -> list[str]:
+    """Modules that LoRA adapts: the attention (its two projections) and MLP layers."""
+    return [
+        name
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
+        or (isinstance(module, nn.Linear) and ".mlp." in f".{name}")
+    ]

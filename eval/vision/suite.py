@@ -1,0 +1,407 @@
+"""Vision suites: a CLIP vision tower behind frozen heads, one head per image data set.
+
+With published CLIP weights the heads are the text tower's embeddings of the class names; with a
+tower pre-trained here they are the class means of the base's own embeddings. Either way
+logits = scale * cos(image, class), and only the tower is fine-tuned and merged.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from eval import statistics, training
+from eval.cache import cached, digest
+from eval.language.checkpoints import require_same
+from eval.suite import Finetuning, Score, Split, Statistic
+from eval.trained import TrainedSuite
+from eval.vision import models
+from eval.vision.data import (
+    ImageSet,
+    cropped,
+    epochs,
+    normalise,
+    pixels,
+    sample,
+    training_batches,
+)
+from eval.vision.models import Published
+from eval.vision.pretrain import Pretraining
+from merging.errors import InputError
+from merging.layers import Layer, linear_layers
+
+# Goes into every cache key: raise it when the code below would give other experts or statistics.
+VERSION = 1
+BATCH = 64
+
+Batch = tuple[str, Tensor, Tensor]  # task, images (batch, 3, size, size), labels (batch,)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one expert is fine-tuned; `r` and `alpha` are LoRA's.
+
+    steps, or epochs: a number, or {task: number}. crop_scale: area of the random crops.
+    precision: "bf16" computes in mixed precision. checkpointing: recompute activations in the
+        backward pass instead of keeping them.
+    """
+
+    lr: float
+    batch_size: int = 128
+    steps: int | None = None
+    epochs: float | Mapping[str, float] | None = None
+    warmup_steps: int = 500
+    weight_decay: float = 0.1
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpointing: bool = False
+    r: int = 0
+    alpha: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise InputError("a fine-tuning recipe needs either steps or epochs")
+
+    def length(self, task: str, images: int) -> int:
+        """Number of steps on a task with so many training images."""
+        if self.steps is not None:
+            return self.steps
+        rounds = self.epochs[task] if isinstance(self.epochs, Mapping) else self.epochs
+        return max(1, round(rounds * images / self.batch_size))
+
+
+@dataclass(frozen=True)
+class VisionSuite(TrainedSuite):
+    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+
+    model: open_clip's name of the architecture.
+    datasets: {task: fields of `ImageSet`}. recipes: per fine-tuning the fields of `Recipe`.
+    clip: where the whole pre-trained model is published (fields of `Published`); or
+    pretraining: the fields of `Pretraining`, where the base is made here.
+    base_tower: the family's own base, where it is published apart from `clip`.
+    experts, adapters: where fine-tuned towers and LoRA adapters are published; None: trained
+        here. In them, as in `clip`, {model}, {hub_model}, {timm_model} and {task} are filled in,
+        {task} by `task_names`.
+    shots: where the base is pre-trained here, the number of labelled training images behind
+        each class's head; None: all of them.
+    """
+
+    name: str
+    family: str
+    model: str
+    datasets: Mapping[str, Mapping[str, Any]]
+    recipes: Mapping[Finetuning, Mapping[str, Any]]
+    clip: Mapping[str, Any] | None = None
+    pretraining: Mapping[str, Any] | None = None
+    base_tower: Mapping[str, Any] | None = None
+    experts: Mapping[str, Any] | None = None
+    adapters: Mapping[str, Any] | None = None
+    task_names: Mapping[str, str] | None = None
+    shots: int | None = None
+    logit_scale: float = 100.0
+    workers: int = 0
+    device: str = "cpu"
+    metric: str = "accuracy"
+
+    examples = "images"  # a constant of the class, not a field
+
+    def __post_init__(self) -> None:
+        if (self.clip is None) == (self.pretraining is None):
+            raise InputError(f"suite {self.name!r} needs either clip or pretraining")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.datasets)
+
+    @property
+    def architecture(self) -> str:
+        """open_clip's name with the activation: OpenAI's, wherever weights are published."""
+        return f"{self.model}-quickgelu" if self.clip is not None else self.model
+
+    def base(self) -> dict[str, Tensor]:
+        return dict(self._base)
+
+    def layers(self) -> dict[str, Layer]:
+        return linear_layers(self._tower)
+
+    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        """What determines the experts, with a digest per task that stands for its data."""
+        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
+        return {
+            "suite": self.name,
+            "family": self.family,
+            "model": self.model,
+            "finetuning": finetuning,
+            "seed": seed,
+            "experts": experts,
+        }
+
+    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
+        """`model.safetensors` with the tower's state dict, or a PEFT adapter folder."""
+        if published := self._published(task, finetuning):
+            return models.tower_checkpoint(published, self.architecture, self._base_path)
+        return super().expert(task, finetuning=finetuning, seed=seed)
+
+    def evaluate(
+        self,
+        state: Mapping[str, Tensor],
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """Accuracy per task on the whole split, or on `limit` images drawn from it."""
+        chosen = {task: self._images(task) for task in tasks or self.tasks}
+        heads = {task: self._head(task) for task in chosen}  # made from the base: before loading
+        self._load(state)
+        return {task: self._score(chosen[task], heads[task], split, limit) for task in chosen}
+
+    def _score(self, images: ImageSet, head: Tensor, split: Split, limit: int | None) -> Score:
+        data, labels = pixels(images, split, self._preprocessing)
+        chosen = sample(len(labels), limit)
+        embedded = self._embed(data[part.numpy()] for part in chosen.split(BATCH))
+        predicted = (embedded @ head.T).argmax(1)
+        right = (predicted == labels[chosen]).double().mean().item()
+        return Score(right, len(chosen), bool((predicted == predicted[0]).all()))
+
+    # --- data and heads -----------------------------------------------------------------------
+
+    @cached_property
+    def _sets(self) -> dict[str, ImageSet]:
+        return {task: ImageSet(**fields) for task, fields in self.datasets.items()}
+
+    def _images(self, task: str) -> ImageSet:
+        if task not in self._sets:
+            raise InputError(
+                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
+            )
+        return self._sets[task]
+
+    @cached_property
+    def _preprocessing(self) -> PreprocessCfg:
+        return models.preprocessing(self.architecture)
+
+    def _head(self, task: str) -> Tensor:
+        """The unit vectors of a task's classes, (classes, d)."""
+        if self.clip is None:
+            return self._prototypes[task]
+        data, clip = self._images(task), self._place(self.clip).path()
+        return models.text_head(clip, self.architecture, data.names, data.templates)
+
+    @cached_property
+    def _prototypes(self) -> dict[str, Tensor]:
+        key = {"version": VERSION, "base": self._base_key, "shots": self.shots}
+        key |= {"data": {task: data.identity() for task, data in self._sets.items()}}
+        folder = cached("heads", key, self._write_prototypes)
+        return load_file(folder / "heads.safetensors")
+
+    def _write_prototypes(self, folder: Path) -> None:
+        """Each class's mean embedding under the base, over `shots` training images of it."""
+        self._load(self._base)
+        heads = {}
+        for task, data in self._sets.items():
+            images, labels = pixels(data, "train", self._preprocessing)
+            members = [(labels == c).nonzero()[: self.shots, 0] for c in range(len(data.names))]
+            means = [self._embed([images[m.numpy()]]).mean(0) for m in members]
+            heads[task] = F.normalize(torch.stack(means), dim=-1)
+        save_file(heads, folder / "heads.safetensors")
+
+    # --- model ----------------------------------------------------------------------------------
+
+    def _place(self, fields: Mapping[str, Any], task: str = "") -> Published:
+        """A published checkpoint with the placeholders of its fields filled in."""
+        names = models.published_names(self.model)
+        names["task"] = (self.task_names or {}).get(task, task)
+        return Published(**{k: v.format(**names) if v else v for k, v in fields.items()})
+
+    def _published(self, task: str, finetuning: Finetuning) -> Published | None:
+        """Where the expert of a task is published; None where it is trained here."""
+        self._images(task)
+        fields = self.experts if finetuning == "full" else self.adapters
+        if fields is None and self.experts is not None:
+            raise InputError(
+                f"the {self.family} family publishes no LoRA experts",
+                hint="fine-tune them here: suite/checkpoints=finetuned",
+            )
+        return self._place(fields, task) if fields is not None else None
+
+    @cached_property
+    def _pretraining(self) -> Pretraining:
+        return Pretraining(**self.pretraining)
+
+    @cached_property
+    def _base_key(self) -> dict[str, Any]:
+        """What determines the base; costs no training and no download."""
+        if self.clip is None:
+            return self._pretraining.key(self.model, self._sets)
+        return self._place(self.base_tower or self.clip).stamp()
+
+    @cached_property
+    def _base_path(self) -> Path:
+        if self.clip is None:
+            return self._pretraining.tower(self.model, self._sets, self.device)
+        return models.tower_checkpoint(self._place(self.base_tower or self.clip), self.architecture)
+
+    @cached_property
+    def _base(self) -> dict[str, Tensor]:
+        return load_file(self._base_path)
+
+    @cached_property
+    def _tower(self) -> nn.Module:
+        """A working copy whose weights are whatever was loaded last."""
+        tower = models.build(self.architecture).visual
+        return tower.eval().requires_grad_(False).to(self.device)
+
+    def _load(self, state: Mapping[str, Tensor]) -> None:
+        require_same(state, self._base, self.name)
+        self._tower.load_state_dict({name: state[name] for name in self._base})
+
+    @torch.inference_mode()
+    def _embed(self, batches: Iterable[np.ndarray]) -> Tensor:
+        """(n, d) unit embeddings of preprocessed images; half precision on a GPU."""
+        kind = torch.device(self.device).type
+        found = []
+        with torch.autocast(kind, torch.float16, enabled=kind == "cuda"):
+            for images in batches:
+                x = normalise(images, self._preprocessing, self.device)
+                found.append(F.normalize(self._tower(x).float(), dim=-1).cpu())
+        return torch.cat(found)
+
+    # --- experts and statistics -----------------------------------------------------------------
+
+    def _recipe(self, finetuning: Finetuning) -> Recipe:
+        if finetuning not in self.recipes:
+            raise InputError(
+                f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
+                hint=f"known: {', '.join(self.recipes)}",
+            )
+        return Recipe(**self.recipes[finetuning])
+
+    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        key = {"version": VERSION, "model": self.model, "base": self._base_key, "task": task}
+        if published := self._published(task, finetuning):
+            return key | {"published": published.stamp()}
+        data = self._images(task)
+        return key | {
+            "data": data.identity(),
+            "head": [data.names, list(data.templates), self.shots],
+            "logit_scale": self.logit_scale,
+            "finetuning": finetuning,
+            "recipe": asdict(self._recipe(finetuning)),
+            "seed": seed,
+        }
+
+    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        return {"version": VERSION}
+
+    def _available(self, task: str) -> int:
+        return len(self._images(task).rows("train"))
+
+    def training(
+        self, tasks: Sequence[str], *, finetuning: Finetuning, seed: int
+    ) -> training.Training:
+        """The fine-tuning on one or several tasks, on a model of its own."""
+        recipe = self._recipe(finetuning)
+        heads = {task: self._head(task).to(self.device) for task in tasks}
+        lengths = {t: recipe.length(t, len(self._images(t).rows("train"))) for t in tasks}
+        turns = [task for task in tasks for _ in range(lengths[task])]
+        random.Random(seed).shuffle(turns)
+        model: nn.Module = models.build(self.architecture).visual
+        model.load_state_dict(self._base)
+        model.set_grad_checkpointing(recipe.checkpointing)
+        names = None
+        if finetuning == "lora":
+            targets = models.lora_targets(model)
+            model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
+        else:
+            names = [name for name, _ in model.named_parameters()]
+
+        def batches(first: int) -> Iterator[Batch]:
+            done = Counter(turns[:first])
+            streams = {t: self._training_batches(t, lengths[t], recipe, seed) for t in tasks}
+            started = {task: stream(done[task]) for task, stream in streams.items()}
+            for task in turns[first:]:
+                yield task, *next(started[task])
+
+        def loss(model: nn.Module, batch: Batch) -> Tensor:
+            task, images, labels = batch
+            embedded = F.normalize(model(images.to(self.device)).float(), dim=-1)
+            logits = self.logit_scale * embedded @ heads[task].T
+            return F.cross_entropy(logits, labels.to(self.device))
+
+        settings = {
+            "steps": len(turns),
+            "lr": recipe.lr,
+            "warmup": min(0.5, recipe.warmup_steps / len(turns)),
+            "weight_decay": recipe.weight_decay,
+            "parameters": names,
+            "seed": seed,
+            "device": self.device,
+            "precision": recipe.precision,
+            "label": f"{', '.join(tasks)} ({finetuning}, seed {seed})",
+        }
+        return training.Training(model, batches, loss, None, settings)
+
+    def _training_batches(
+        self, task: str, steps: int, recipe: Recipe, seed: int
+    ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+        data = self._images(task)
+        return training_batches(
+            data.rows("train"),
+            data.labels("train"),
+            self._preprocessing,
+            order=epochs(len(data.rows("train")), steps, recipe.batch_size, seed),
+            batch_size=recipe.batch_size,
+            crop_scale=tuple(recipe.crop_scale),
+            seed=seed,
+            workers=self.workers,
+            column=data.image,
+            path=data.path,
+        )
+
+    def _finetune(
+        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
+    ) -> None:
+        model, batches, loss, _, settings = self.training(tasks, finetuning=finetuning, seed=seed)
+        training.train(model, batches, loss, output=folder, **settings)
+        training.save_expert(model, self._base, folder)
+
+    def _training_sample(self, task: str, count: int) -> tuple[Tensor, Tensor]:
+        """(count, 3, size, size) training images without augmentation, the same for every
+        expert, and their labels."""
+        data = self._images(task)
+        chosen = sample(len(data.rows("train")), count)
+        images = cropped(data, "train", self._preprocessing, chosen)
+        return normalise(images, self._preprocessing, self.device), data.labels("train")[chosen]
+
+    def _moments(
+        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Over all tokens of images without augmentation."""
+        images, _ = self._training_sample(task, batches * batch_size)
+        chosen = self.layers() if names is None else names
+        return statistics.second_moments(self._tower, images.split(batch_size), chosen)
+
+    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Of every tower parameter, for labels drawn from the model's own distribution."""
+        images, _ = self._training_sample(task, batches * batch_size)
+        head = self._head(task).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def log_prob(model: nn.Module, image: Tensor) -> Tensor:
+            logits = self.logit_scale * F.normalize(model(image[None])[0], dim=-1) @ head.T
+            return statistics.sampled(logits, generator)
+
+        names = [name for name, _ in self._tower.named_parameters()]
+        return statistics.diagonal_fisher(self._tower, images, log_prob, names)

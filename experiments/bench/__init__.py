@@ -1,0 +1,1 @@
+"""Time, memory and accuracy of every method beside textbook code: `python -m experiments.bench`."""

@@ -1,0 +1,1 @@
+"""Records, and the tables and figures made of them."""

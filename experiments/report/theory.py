@@ -1,0 +1,96 @@
+"""What `experiments.analyse` measured, beside what the paper reports: summary.md and figures."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from experiments.report import theory_figures
+from experiments.report.figures import save
+from experiments.report.markup import markdown
+from merging.errors import InputError
+
+RHO = "energy_rho"  # the one quantity along the training that is not a cosine
+FRAMES = ("conditions", "estimates", "scale", "interference")
+ORDER = ("cross_term", "correlation", "drift", "optimiser", "alignment", RHO, "delta", "identity")
+
+
+def read_published(path: Path) -> pd.DataFrame:
+    """Published means by quantity: columns low, high, source, and what they were measured on."""
+    if not path.exists():
+        raise InputError(f"{path} does not exist, expected the published means")
+    return pd.read_csv(path).set_index("quantity")
+
+
+def render(folder: Path, published: pd.DataFrame) -> Path:
+    """Write the figures and summary.md of the tables in a folder; returns summary.md."""
+    frames = {name: pd.read_csv(folder / f"{name}.csv") for name in FRAMES}
+    for name, figure in theory_figures.draw(frames, published).items():
+        save(figure, folder / name)
+    about = json.loads((folder / "about.json").read_text())
+    text = (
+        f"# The conditions behind D^T D on {about['suite']}\n\nCheckpoints: {about['family']}. "
+        "Means over layers and tasks; angular distance is arccos(cosine) / pi.\n\n"
+    )
+    parts = [_quantities(frames["conditions"], frames["estimates"], published)]
+    parts += [_by_type(frames["estimates"]), _scales(frames["scale"])]
+    if len(frames["interference"]):
+        parts.append(_interference(frames["interference"]))
+    path = folder / "summary.md"
+    path.write_text(text + "\n".join(parts))
+    return path
+
+
+def _quantities(conditions: pd.DataFrame, estimates: pd.DataFrame, published: pd.DataFrame) -> str:
+    """Paper and ours: drift over all steps but the last, other conditions at the last."""
+    lines = []
+    for name, part in [*conditions.groupby("quantity"), *estimates.groupby("estimate")]:
+        if "step" in part and name not in {"drift", RHO}:
+            part = part[part.step == part.groupby("task").step.transform("max")]
+        paper = "–"
+        if name in published.index:
+            low, high = published.loc[name, ["low", "high"]]
+            paper = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        overlap = part.overlap.mean() if "overlap" in part else math.nan
+        figures = [part.cosine.mean(), part.angular.mean(), overlap]
+        lines.append([name, paper, *("–" if math.isnan(x) else f"{x:.3f}" for x in figures)])
+    lines.sort(key=lambda line: ORDER.index(line[0]) if line[0] in ORDER else len(ORDER))
+    on = ", ".join(published.backbone.unique())
+    return markdown(["quantity", f"paper ({on})", "cosine", "angular", "overlap"], lines)
+
+
+def _by_type(estimates: pd.DataFrame) -> str:
+    table = estimates.pivot_table("cosine", "type", "estimate", sort=False)
+    lines = [[str(kind), *(f"{x:.3f}" for x in row)] for kind, *row in table.itertuples()]
+    return "Cosine with the true second moment by type of layer:\n\n" + markdown(
+        ["layer", *table.columns], lines
+    )
+
+
+def _scales(scale: pd.DataFrame) -> str:
+    """How unequal the tasks' factors between D^T D and C are, layer by layer."""
+    by_layer = scale.groupby("layer").ratio
+    spread = by_layer.max() / by_layer.min()
+    deviation = by_layer.apply(lambda ratios: np.log(ratios).std())
+    return (
+        f"Scale |D|^2 / tr C between tasks: largest over smallest {spread.median():.2f} in the "
+        f"median layer, {spread.max():.2f} in the worst; standard deviation of its logarithm "
+        f"{deviation.mean():.2f}.\n"
+    )
+
+
+def _interference(frame: pd.DataFrame) -> str:
+    """What each merge leaves of the interference that the base model has."""
+    total = frame.groupby(["method", "layer"], sort=False)[["before", "after"]].sum()
+    left = (total.after / total.before).groupby("method", sort=False)
+    lines = [
+        [str(name), *(f"{x:.3g}" for x in (part.median(), part.min(), part.max()))]
+        for name, part in left
+    ]
+    return "Interference after merging / before, over layers:\n\n" + markdown(
+        ["method", "median", "least", "most"], lines
+    )

@@ -1,0 +1,1 @@
+"""Files as named tensors: safetensors, PyTorch pickles, PEFT adapters; the atomic writer."""
