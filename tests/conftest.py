@@ -1,11 +1,32 @@
-"""Fixtures of several test files."""
+"""Fixtures of several test files, and the stand-in of the hub for all of them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.fixtures.hub import Hub, isolated
+
+# Before any test imports a library of the hub: these read the address once.
+HUB = Hub()
+os.environ["HF_ENDPOINT"] = HUB.url
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """The stand-in of the hub, its requests counted from zero, with an empty HF_HOME and caches
+    of our own; repositories that the test adds are gone afterwards."""
+    from eval.vision import data
+
+    isolated(monkeypatch, tmp_path / "home")
+    data._load.cache_clear()
+    before = dict(HUB.repositories)
+    HUB.requests.clear()
+    yield HUB
+    HUB.repositories = before
 
 
 @pytest.fixture(scope="module")
