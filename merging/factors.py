@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from merging.layers import Layer, cut, join
 from merging.linalg import in_row_space, product, row_space
 from merging.method.registry import Method
 
@@ -44,15 +45,15 @@ def in_joint_basis(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
 
 
 def merge_factors(
-    factors: Sequence[Factors], method: Method, parts: int = 1, **context: Any
+    factors: Sequence[Factors], method: Method, layer: Layer = Layer(), **context: Any
 ) -> Factors:
     """Merge low-rank deltas by a `row_space` method, on few rows too if it is `column_space`.
 
-    parts: equal blocks of output rows that are merged one by one, with the same context.
+    layer: how the output rows are cut into blocks that are merged one by one, with one context.
     Returns A (k, d_in) with orthonormal rows and B (d_out, k), k at most the sum of the ranks.
     """
     merged = []
-    for block in zip(*(f.B.chunk(parts) for f in factors), strict=True):  # (d_out / parts, r) each
+    for block in zip(*(cut(f.B, layer) for f in factors), strict=True):  # (rows, r) each
         P, rows = None, block
         if method.column_space:
             P, columns = in_row_space(torch.cat(block, dim=1).mT)  # (d_out, j)
@@ -60,7 +61,7 @@ def merge_factors(
         M, Q = in_joint_basis([f._replace(B=B) for f, B in zip(factors, rows, strict=True)])
         D = method(M, d_in=len(Q), d_out=len(block[0]), **context)
         merged.append(D if P is None else product(P, D))
-    return Factors(Q.mT, torch.cat(merged), 1.0)  # every block has the same Q, of all rows of A
+    return Factors(Q.mT, join(merged, layer), 1.0)  # every block has the same Q, of all rows of A
 
 
 def factorise(delta: Tensor, rank: int) -> Factors | None:

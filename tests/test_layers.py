@@ -6,7 +6,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from merging import InputError, Layer, linear_layers
-from merging.layers import cut, infer_layers, join, resolve_layers
+from merging.layers import cut, infer_layers, join, paper_layers, resolve_layers
 
 
 def test_layers_are_chosen_by_module_type():
@@ -53,9 +53,28 @@ def test_hugging_face_models():
     assert not any("relative_attention_bias" in n for n in names)
 
 
-def test_a_side_over_the_limit_is_a_vocabulary():
-    assert linear_layers(nn.Sequential(nn.Linear(4, 20_001), nn.Linear(4, 20_000))) == {
-        "1.weight": Layer()
+def test_width_is_no_vocabulary():
+    assert linear_layers(nn.Sequential(nn.Linear(4, 20_001))) == {"0.weight": Layer()}
+    assert infer_layers({"mlp.up_proj.weight": (24_576, 3_072)}) == {"mlp.up_proj.weight": Layer()}
+
+
+def test_the_papers_rule_goes_by_shape_and_one_name():
+    shapes = {
+        "visual.proj": (8, 4),
+        "visual.positional_embedding": (5, 8),
+        "text_projection": (8, 4),
+        "model.text_projection.weight": (8, 4),
+        "attn.in_proj_weight": (24, 8),
+        "wide.weight": (19_999, 4),
+        "embed.weight": (20_000, 4),
+        "conv1.weight": (8, 3, 2, 2),
+        "ln.weight": (8,),
+    }
+    assert paper_layers(shapes) == {
+        "visual.proj": Layer(),
+        "visual.positional_embedding": Layer(),
+        "attn.in_proj_weight": Layer(3),
+        "wide.weight": Layer(),
     }
 
 

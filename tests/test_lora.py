@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from merging import InputError, create, linear_layers, merge_checkpoints, merge_state_dicts, methods
+from merging import (
+    InputError,
+    Layer,
+    create,
+    linear_layers,
+    merge_checkpoints,
+    merge_state_dicts,
+    methods,
+)
 from merging.factors import Factors, factorise, in_joint_basis, merge_factors
 from merging.formats.checkpoints import open_checkpoint, write_adapter
 
@@ -54,7 +62,9 @@ def test_blocks_of_rows_are_merged_one_by_one(name):
     given, method = factors(), create(name)
     blocks = torch.stack([f.dense() for f in given]).chunk(2, 1)
     dense = torch.cat([method(block) for block in blocks])
-    assert (merge_factors(given, method, parts=2).dense() - dense).norm() < 1e-4 * dense.norm()
+    assert (
+        merge_factors(given, method, Layer(parts=2)).dense() - dense
+    ).norm() < 1e-4 * dense.norm()
 
 
 def test_an_anchor_that_looks_at_single_entries_needs_the_layers_own_basis():

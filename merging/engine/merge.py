@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
@@ -35,7 +35,7 @@ from merging.formats.checkpoints import (
     write_adapter,
 )
 from merging.formats.peft import joint_settings
-from merging.layers import Layer, cut, join, resolve_layers
+from merging.layers import Layer, cut, join, resolve_layers, whole
 from merging.method.registry import Method, create
 from merging.progress import track
 from merging.triangles import unpack
@@ -272,7 +272,7 @@ def _options(
     shapes = {name: base.shape(name) for name in base.keys()}
     resolved = resolve_layers(layers, shapes)
     if not split_qkv:
-        resolved = {k: Layer(1, layer.transposed) for k, layer in resolved.items()}
+        resolved = {name: whole(layer) for name, layer in resolved.items()}
     if found := problems(base, experts, common_rows=vocabulary == "common_rows"):
         raise InputError("; ".join(found), hint="nothing was merged")
     if method.needs:
@@ -331,7 +331,7 @@ def _key(
 ) -> str:
     """What the output depends on: a partial output is continued only under the same key."""
     inputs = {task: expert.stamp() for task, expert in experts.items()}
-    layers = sorted((n, x.parts, x.transposed) for n, x in options.layers.items())
+    layers = sorted((name, *astuple(layer)) for name, layer in options.layers.items())
     hyperparameters = sorted(method.hyperparameters.items())
     used = options.statistics if method.needs else {}
     statistics = {task: _stamp(found) for task, found in sorted(used.items())}
@@ -514,7 +514,7 @@ def _covers(expert: Source | Adapter, name: str, shape: tuple[int, ...]) -> bool
 def _rule(item: _Item, method: Method) -> str:
     if item.rule in {"average", "base"}:
         return item.rule
-    parts = item.layer.parts if item.rule == "layer" and item.layer else 1
+    parts = item.layer.blocks if item.rule == "layer" and item.layer else 1
     return f"{method.name} ({parts} parts)" if parts > 1 else method.name
 
 
@@ -589,7 +589,7 @@ def _merge(
     stats = _statistics(options, method, experts, item, None)
     if isinstance(loaded.experts, list):
         merged = _merge_factors(item, loaded.experts, method, stats, device, context).dense()
-        merged = merged.mT if item.layer.transposed else merged
+        merged = (merged.mT if item.layer.transposed else merged).reshape(W0.shape)
     else:
         deltas, stats = loaded.experts.to(device), _on(stats, device)
         if item.rule == "rest":
@@ -639,11 +639,11 @@ def _merge_factors(
 ) -> Factors:
     """The merged difference (d_out, d_in) as factors of at most the sum of the ranks."""
     factors = [Factors(f.A.to(device), f.B.to(device), f.scale) for f in factors]
-    layer = replace(item.layer or Layer(), transposed=False)  # factors never are
+    layer = replace(item.layer or Layer(), transposed=False, kernel=())  # factors never are
     if item.rule == "average":
         return merge_factors(factors, create("average"))
     if method.row_space:
-        return merge_factors(factors, method, layer.parts, **context)
+        return merge_factors(factors, method, layer, **context)
     deltas = torch.stack([f.dense() for f in factors])
     merged = _merge_layer(deltas, method, layer, _on(stats, device), context)
     rank = sum(len(f.A) for f in factors)
@@ -663,9 +663,16 @@ def _merge_layer(
     """(T, *stored shape) -> merged difference of the stored shape, block by block."""
     merged = []
     for i, block in enumerate(cut(deltas, layer)):
-        own = {k: cut(v, layer)[i] if k == "fishers" else v for k, v in stats.items()}
+        own = {k: _of_block(k, v, layer, i) for k, v in stats.items()}
         merged.append(method(block, **own, **context))
     return join(merged, layer)
+
+
+def _of_block(kind: str, stack: Tensor, layer: Layer, i: int) -> Tensor:
+    """The statistics of the i-th of a layer's blocks: inputs are those of its expert's layer."""
+    if kind == "fishers":
+        return cut(stack, layer)[i]
+    return stack[:, i // layer.blocks] if layer.experts else stack  # (T, [E,] d_in, d_in)
 
 
 def _statistics(
@@ -682,7 +689,7 @@ def _statistics(
         check_finite(tensor, item.name, f"the {method.needs} statistics of task {task!r}", "")
     if method.needs == "fisher":
         return {"fishers": torch.stack([t if rows is None else t[rows] for t in tensors])}
-    return {"covariances": torch.stack([t if t.ndim == 2 else unpack(t) for t in tensors])}
+    return {"covariances": torch.stack([t if t.ndim > 1 else unpack(t) for t in tensors])}
 
 
 def _on(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
