@@ -12,15 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from merging.errors import InputError
-from merging.formats.checkpoints import (
-    Adapter,
-    StateDict,
-    check_adapter,
-    check_finite,
-    open_checkpoint,
-    problems,
-)
-from merging.formats.slots import MAPPED_BYTES, Slot
+from merging.formats.checkpoints import Adapter, StateDict, open_checkpoint
+from merging.formats.checks import check_adapter, check_finite, problems
+from merging.formats.slots import MAPPED_BYTES, Strided
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
@@ -318,7 +312,7 @@ def test_a_file_that_changes_under_the_reader(tmp_path):
     with pytest.raises(InputError, match="x.safetensors changed while it was being read"):
         source.read("w")
     with open(path, "rb") as file, pytest.raises(InputError, match="ends before byte 1000"):
-        Slot(path, torch.uint8, (10,), (1,), 990).load(file.fileno())
+        Strided(path, torch.uint8, (10,), (1,), 990).load(lambda _: file.fileno())
     save_file({"w": torch.ones(4)}, path)
     assert open_checkpoint(path).stamp() != before
     assert "w" in open_checkpoint(path) and "v" not in open_checkpoint(path)

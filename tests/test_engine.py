@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
 from merging.engine.merge import _behind, _depths, _Item, _key, _options, _share
-from merging.formats.checkpoints import StateDict, open_checkpoint, write_adapter
+from merging.formats.checkpoints import StateDict, open_checkpoint
+from merging.formats.writer import write_adapter
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
 

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from merging.errors import InputError
-from merging.formats.checkpoints import Adapter, StateDict, check_adapter, open_checkpoint, problems
+from merging.formats.checkpoints import Adapter, StateDict, open_checkpoint
+from merging.formats.checks import check_adapter, problems
 
 CASES = 600  # of each kind
 SECONDS = 10.0  # for one file; most take a millisecond

@@ -19,7 +19,8 @@ from merging import (
     methods,
 )
 from merging.factors import Factors, factorise, in_joint_basis, merge_factors
-from merging.formats.checkpoints import open_checkpoint, write_adapter
+from merging.formats.checkpoints import open_checkpoint
+from merging.formats.writer import write_adapter
 
 RANK, T, D_OUT, D_IN = 3, 4, 20, 30
 

@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer
 import merging
 from eval import tiny
 from experiments import cli, merge
-from merging.formats.checkpoints import write_adapter
+from merging.formats.writer import write_adapter
 
 LAYER = "encoder.layer.0.attention.self.query.weight"
 WORDS = "embeddings.word_embeddings.weight"

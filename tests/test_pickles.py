@@ -1,22 +1,34 @@
 """Pickled checkpoints: modules give their state dict, and nothing in a file is ever run."""
 
+import array
 import builtins
 import collections
 import ctypes
+import datetime
+import decimal
 import functools
+import inspect
+import io
 import logging
 import operator
 import os
+import pathlib
 import pickle
+import random
+import re
 import runpy
 import shutil
 import subprocess
+import typing
+import uuid
 import zipfile
+import zoneinfo
 
 import numpy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
@@ -252,6 +264,101 @@ def test_modules_without_end(tmp_path):
     for module in (loop, diamond):
         with pytest.raises(InputError, match="nested without end"):
             open_checkpoint(save(module, tmp_path / "x.pt"))
+
+
+# --- honest files ---------------------------------------------------------------------------------
+
+
+def settings():
+    """What training frameworks keep beside the weights."""
+    from omegaconf import OmegaConf
+
+    return {
+        "omegaconf": OmegaConf.create({"lr": 1e-3, "layers": [1, 2], "name": "x", "none": None}),
+        "path": pathlib.Path("/data"),
+        "uuid": uuid.uuid4(),
+        "decimal": decimal.Decimal("0.1"),
+        "zone": zoneinfo.ZoneInfo("UTC"),
+        "date": datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC),
+        "type": typing.Any,
+        "alias": list[int],
+        "pattern": re.compile("a+"),
+        "logger": logging.getLogger("x"),
+        "empty": inspect.Parameter.empty,
+        "array": array.array("d", [1.0]),
+        "random": random.Random(0),
+        "generator": numpy.random.default_rng(0),
+        "buffer": io.BytesIO(b"x"),
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_settings_of_training_frameworks_are_no_attack(tmp_path, protocol):
+    weights = nn.Linear(2, 2).state_dict()
+    for name, value in settings().items():
+        torch.save(
+            {"state_dict": weights, "hyper_parameters": {"x": value}},
+            tmp_path / "x.ckpt",
+            pickle_protocol=protocol,
+        )
+        source = open_checkpoint(tmp_path / "x.ckpt")
+        assert torch.equal(source.read("weight"), weights["weight"]), name
+
+
+def test_paths_of_newer_pythons(tmp_path):
+    path = save({"state_dict": {"w": torch.ones(2)}, "p": pathlib.Path("/data")}, tmp_path / "x.pt")
+    rewrite(
+        path,
+        lambda records: records.update(
+            {n: c.replace(b"cpathlib\n", b"cpathlib._local\n") for n, c in records.items()}
+        ),
+    )
+    assert open_checkpoint(path).read("w").tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("key", ["ema", "params", "net", "teacher", "whatever"])
+def test_a_state_dict_under_any_key_that_is_the_only_one(tmp_path, key):
+    state = {"w": torch.ones(2)}
+    beside = {"epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "lr": 0.1}}
+    for value in ({key: state}, {key: state} | beside, {key: {"shadow": state, "decay": 0.9}}):
+        assert open_checkpoint(save(value, tmp_path / "x.pt")).keys() == ["w"]
+
+
+def test_several_state_dicts_and_none_of_them_the_model(tmp_path):
+    state = {"w": torch.ones(2)}
+    path = save({"teacher": state, "student": state, "epoch": 1}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="holds 2 state dicts: 'student', 'teacher'"):
+        open_checkpoint(path)
+    path = save({"model": state, "ema": {"w": torch.zeros(2)}}, tmp_path / "x.pt")
+    assert open_checkpoint(path).read("w").tolist() == [1, 1]
+
+
+def test_extra_state_of_modules_is_left_out(tmp_path):
+    state = {"w": torch.ones(2), "layer._extra_state": io.BytesIO(b"x"), "_extra_state": None}
+    assert open_checkpoint(save(state, tmp_path / "x.pt")).keys() == ["w"]
+
+
+class Distributed:
+    """Pickles as a torch.distributed.tensor.DTensor of a size does, with this rank's part."""
+
+    def __init__(self, size, local):
+        self.size, self.local = size, local
+
+    def __reduce__(self):
+        wrapped = (DTensor, torch.float32, self.size, (2, 1), 0, torch.strided, "cpu", False)
+        rebuild = torch._utils._rebuild_wrapper_subclass
+        return torch._tensor._rebuild_from_type_v2, (
+            rebuild, DTensor, wrapped, {"_local_tensor": self.local}
+        )  # fmt: skip
+
+
+def test_distributed_tensors_are_read_where_the_file_has_all_of_them(tmp_path):
+    whole = torch.arange(6.0).reshape(3, 2)
+    path = save({"w": Distributed((3, 2), whole)}, tmp_path / "x.pt")
+    assert torch.equal(open_checkpoint(path).read("w"), whole)
+    path = save({"w": Distributed((9, 2), whole)}, tmp_path / "x.pt")
+    with pytest.raises(InputError, match="'w' is a part of a distributed tensor"):
+        open_checkpoint(path)
 
 
 # --- files that are wrong but mean no harm --------------------------------------------------------

@@ -23,7 +23,7 @@ import merging
 from merging.errors import InputError
 from merging.formats import writer as writer_module
 from merging.formats.checkpoints import open_checkpoint
-from merging.formats.slots import SAFETENSORS_DTYPES
+from merging.formats.safetensors import SAFETENSORS_DTYPES
 from merging.formats.writer import Writer, write_adapter
 
 fork = multiprocessing.get_context("fork")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from eval.cache import file_sha256
 from merging.errors import InputError
 from merging.factors import Factors
-from merging.formats.checkpoints import Adapter, Source, open_checkpoint, problems
+from merging.formats.checkpoints import Adapter, Source, open_checkpoint
+from merging.formats.checks import problems
 from merging.formats.writer import Writer
 
 # What a merge and lm-eval read of a repository; never its code.

@@ -21,20 +21,10 @@ from torch import Tensor, nn
 
 from merging.errors import InputError
 from merging.factors import Factors, factorise, merge_factors
-from merging.formats.checkpoints import (
-    Adapter,
-    Checkpoint,
-    NotFinite,
-    Source,
-    StateDict,
-    Writer,
-    check_finite,
-    not_finite,
-    open_checkpoint,
-    problems,
-    write_adapter,
-)
+from merging.formats.checkpoints import Adapter, Checkpoint, Source, StateDict, open_checkpoint
+from merging.formats.checks import NotFinite, check_finite, not_finite, problems
 from merging.formats.peft import joint_settings
+from merging.formats.writer import Writer, write_adapter
 from merging.layers import Layer, cut, join, resolve_layers, whole
 from merging.method.registry import Method, create
 from merging.progress import track

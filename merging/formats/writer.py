@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.formats.slots import SAFETENSORS_DTYPES
+from merging.formats.safetensors import SAFETENSORS_DTYPES
 
 SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs only the tensor being written
 _CHUNK = 16 << 20

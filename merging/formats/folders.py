@@ -1,0 +1,70 @@
+"""Which files of a folder hold the weights: the ones that its own library would load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merging.errors import InputError
+from merging.formats.json_files import read_json
+from merging.formats.readers import READERS, file_slots
+from merging.formats.slots import Slot
+
+# Searched in this order, which is the libraries': transformers, diffusers, open_clip.
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin.index.json",
+    "diffusion_pytorch_model.bin",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
+
+
+def weight_file(folder: Path) -> Path:
+    for name in WEIGHT_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    found = [p for p in sorted(folder.iterdir()) if p.suffix in READERS]
+    if len(found) != 1:
+        listed = ", ".join(p.name for p in found) or "none"
+        raise InputError(
+            f"{folder} should hold model.safetensors, an index or exactly one weight file, "
+            f"it has: {listed}"
+        )
+    return found[0]
+
+
+def indexed_slots(index: Path) -> dict[str, Slot]:
+    """The tensors of all shards; index and shards must list the same names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{index} has no weight_map from tensor names to shard files")
+    present = {p.name for p in index.parent.iterdir()}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard != Path(shard).name or shard == "..":
+            raise InputError(
+                f"{index}: tensor {name!r} is placed in {shard!r}, "
+                "expected the name of a file in the same folder"
+            )
+        if shard not in present:
+            raise InputError(f"{index}: the shard {shard!r} of tensor {name!r} is missing")
+    slots: dict[str, Slot] = {}
+    for shard in sorted(set(weight_map.values())):
+        for name, slot in file_slots(index.parent / shard).items():
+            if name in slots:
+                raise InputError(
+                    f"{index}: tensor {name!r} is in {slots[name].path.name} and {shard}"
+                )
+            if weight_map.get(name) != shard:
+                raise InputError(f"{index} does not list tensor {name!r} of {shard}")
+            slots[name] = slot
+    if absent := [name for name in weight_map if name not in slots]:
+        raise InputError(
+            f"{index} places tensor {absent[0]!r} in {weight_map[absent[0]]}, "
+            f"which does not hold it ({len(absent)} such tensors)"
+        )
+    return slots
