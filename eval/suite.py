@@ -88,3 +88,18 @@ class Suite(Protocol):
     def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """All that determines the experts: goes into records and cache keys."""
         ...
+
+    def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
+        """All that a score depends on beside the weights and the split: data and their revision,
+        prompts, heads, generation, backend, precision, under `name` the protocol's name where a
+        suite has several, and with `statistics`, under that name, what those are measured over.
+        It goes into every record's key as `protocol`.
+
+        Costs no download. Empty where the suite's code and `identity` leave nothing to choose;
+        the key then has no such field, as in records made before there was one.
+        """
+        return {}
+
+    def sources(self) -> dict[str, str]:
+        """What was downloaded for the latest work: {repository: resolved commit}."""
+        return {}

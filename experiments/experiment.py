@@ -69,6 +69,7 @@ class Experiment:
     statistics: Statistics = field(default_factory=Statistics)
     finetuning: str = "full"
     seed: int = 0
+    protocol: str | None = None
     tasks: list[str] | None = None
     split: str = "test"
     limit: int | None = None
@@ -113,13 +114,27 @@ def load_suite(config: Mapping[str, Any], device: str) -> Suite:
     return _suite(json.dumps(dict(config) | own))
 
 
+def under_protocol(config: Mapping[str, Any], protocol: str | None) -> Mapping[str, Any]:
+    """A suite's configuration under one of its protocols (None: the configured one).
+
+    Raises InputError where the suite has no choice of them.
+    """
+    if protocol is None:
+        return config
+    if "protocol" not in config:
+        raise InputError(
+            f"suite {config.get('name')!r} has no choice of protocols", "leave protocol=null"
+        )
+    return dict(config) | {"protocol": protocol}
+
+
 def measure(settings: Experiment) -> Record:
     """The record of a run: found when the run was done before, else made now.
 
     Raises InputError, before any heavy work, for whatever is wrong with the settings.
     """
     _check(settings)
-    suite = load_suite(settings.suite, settings.device)
+    suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
     key = _key(settings, suite)
     path = records.record_path(Path(settings.records), key)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,6 +205,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         hyperparameters.pop(chosen.parameter, None)
     elif extra := sorted(set(settings.method) - {"name"}):
         raise InputError(f"{name} has no hyperparameter {extra[0]!r}")
+    protocol = suite.protocol_key(statistics=bool(needs))
     return {
         "suite": suite.name,
         "experts": suite.identity(finetuning=settings.finetuning, seed=settings.seed),
@@ -202,7 +218,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         "limit": settings.limit,
         "statistics": asdict(settings.statistics) if needs else None,
         "selection": asdict(chosen) if chosen.parameter else None,
-    }
+    } | ({"protocol": protocol} if protocol else {})
 
 
 def _methods(settings: Experiment) -> list[merging.Method]:
@@ -246,7 +262,7 @@ def _run(settings: Experiment, suite: Suite, key: dict[str, Any]) -> Record:
         "peak_bytes": merge.peak_bytes,
         "versions": records.versions(),
         "machine": records.machine(resolve_device(settings.device)),
-    }
+    } | ({"sources": sources} if (sources := suite.sources()) else {})
 
 
 def _select(

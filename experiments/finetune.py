@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from experiments.cli import command
-from experiments.experiment import check_choices, load_suite, pick_tasks
+from experiments.experiment import check_choices, load_suite, pick_tasks, under_protocol
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -21,6 +21,7 @@ class Finetune:
     task: str = "all"
     finetuning: str = "full"
     seed: int = 0
+    protocol: str | None = None
     device: str = "auto"
 
 
@@ -28,7 +29,7 @@ class Finetune:
 def main(settings: Finetune) -> None:
     """Train (or find) the experts of one task or all, full or LoRA."""
     check_choices(settings)
-    suite = load_suite(settings.suite, settings.device)
+    suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
     tasks = pick_tasks(suite, None if settings.task == "all" else [settings.task])
     for task in track(tasks, "fine-tuning"):
         path = suite.expert(task, finetuning=settings.finetuning, seed=settings.seed)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -39,13 +39,14 @@ def _refuse_optimising_on_test(settings: Experiment) -> None:
 
 
 def accuracy_table(record: Record, reference: Mapping[str, Record]) -> Table:
-    """A run beside its references, in percent, one row per task."""
+    """A run beside its references, in percent, one row per task or benchmark."""
     key = record["key"]
+    broken = {t for t, score in reference["experts"]["scores"].items() if score["constant"]}
     rows = accuracy_rows(record, reference)
     name = key["method"]
     table = Table(
         title=f"{key['suite']}: {name}, {key['finetuning']}, seed {key['seed']}, {key['split']}",
-        caption=_caption(record),
+        caption=_caption(record, broken),
     )
     table.add_column("task")
     for column in list(rows[0])[1:]:
@@ -57,7 +58,7 @@ def accuracy_table(record: Record, reference: Mapping[str, Record]) -> Table:
         marked = not mean and record["scores"][row["task"]]["constant"]
         figures = [f"{value:.1f}" for value in list(row.values())[1:]]
         table.add_row(
-            row["task"] + " †" * marked,
+            row["task"] + " †" * marked + " ‡" * (row["task"] in broken),
             *figures,
             "–" if ratio is None else f"{100 * ratio:.1f}",
             style="bold" if mean else None,
@@ -70,7 +71,7 @@ def _ratio(value: float, expert: float) -> float | None:
     return value / expert if expert else None
 
 
-def _caption(record: Record) -> str:
+def _caption(record: Record, broken: Collection[str]) -> str:
     seconds = record["seconds"]
     told = [f"merged in {seconds['merge']:.1f} s, peak {record['peak_bytes'] / 2**30:.1f} GiB"]
     if record["key"]["statistics"]:
@@ -80,6 +81,8 @@ def _caption(record: Record) -> str:
         told.append(f"{record['selection']['parameter']} = {record['selection']['chosen']}")
     if any(score["constant"] for score in record["scores"].values()):
         told.append("† every prediction equal")
+    if broken:
+        told.append("‡ a broken expert, which answers every example alike: no figure of it counts")
     return "; ".join(told)
 
 

@@ -8,7 +8,14 @@ from typing import Any, get_args
 
 from eval.suite import Statistic
 from experiments.cli import command
-from experiments.experiment import Statistics, check_choices, collect, load_suite, pick_tasks
+from experiments.experiment import (
+    Statistics,
+    check_choices,
+    collect,
+    load_suite,
+    pick_tasks,
+    under_protocol,
+)
 from merging.errors import InputError
 from merging.progress import track
 
@@ -24,6 +31,7 @@ class Collect:
     task: str = "all"
     finetuning: str = "full"
     seed: int = 0
+    protocol: str | None = None
     device: str = "auto"
     statistics: Statistics = field(default_factory=Statistics)
 
@@ -36,7 +44,7 @@ def main(settings: Collect) -> None:
         raise InputError(
             f"kind is {settings.kind!r}, expected one of: {', '.join(get_args(Statistic))}"
         )
-    suite = load_suite(settings.suite, settings.device)
+    suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
     tasks = pick_tasks(suite, None if settings.task == "all" else [settings.task])
     for task in track(tasks, f"{settings.kind} statistics"):
         suite.expert(task, finetuning=settings.finetuning, seed=settings.seed)

@@ -7,6 +7,7 @@ that) and figures. With `paper=...` it renders a published table beside what was
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.table import Table
 
 from eval.cache import digest
 from experiments.cli import command
-from experiments.experiment import REFERENCES, UNMERGED
+from experiments.experiment import REFERENCES, UNMERGED, load_suite, under_protocol
 from experiments.report import figures, records
 from experiments.report.frames import curves, summarise, to_frame
 from experiments.report.markup import latex, markdown
@@ -28,6 +29,7 @@ from experiments.report.paper import Paper, render_paper
 from experiments.report.records import Record
 from merging.errors import InputError
 
+log = logging.getLogger(__name__)
 SUMMARY = 7  # columns up to the first task
 
 
@@ -36,6 +38,7 @@ class Tables:
     """The keys of configs/tables.yaml."""
 
     suite: dict[str, Any]
+    protocol: str | None = None
     records: str | None = "runs/records"
     output: str = "results"
     baseline: str = "actmat"
@@ -90,6 +93,7 @@ def gather(settings: Tables) -> list[Record]:
     if settings.records is not None:
         groups.append(records.load_all(Path(settings.records) / name))
     found = [r for r in records.merged(*groups) if is_reportable(r)]
+    found = of_one_protocol(settings, found)
     if settings.seeds is not None:
         found = [r for r in found if r["key"]["seed"] in settings.seeds]
     if settings.finetuning is not None:
@@ -100,6 +104,31 @@ def gather(settings: Tables) -> list[Record]:
             hint=f"make them with: python -m experiments.run suite={name} method=...",
         )
     return found
+
+
+def of_one_protocol(settings: Tables, found: list[Record]) -> list[Record]:
+    """The records of the protocol that the suite's settings describe; others are counted aloud."""
+    if "_target_" not in settings.suite:
+        return found
+    suite = load_suite(under_protocol(settings.suite, settings.protocol), "cpu")
+    wanted = suite.protocol_key()
+    chosen = [r for r in found if _protocol(r) == wanted]
+    others = [_protocol(r) for r in found if _protocol(r) != wanted]
+    if others:
+        differ = sorted({k for o in others for k in o.keys() | wanted if o.get(k) != wanted.get(k)})
+        told = f"{len(others)} records of another protocol (other {', '.join(differ)})"
+        if not chosen:
+            raise InputError(
+                f"suite {settings.suite['name']!r} has only {told}",
+                hint="give tables the suite's settings that the runs were given",
+            )
+        log.info("left out: %s", told)
+    return chosen
+
+
+def _protocol(record: Record) -> dict[str, Any]:
+    """A record's protocol without what only methods with statistics depend on."""
+    return {k: v for k, v in record["key"].get("protocol", {}).items() if k != "statistics"}
 
 
 def agreement(found: Sequence[Record], others: Sequence[Record], where: str) -> str:
@@ -203,6 +232,12 @@ def check_comparable(found: Sequence[Record]) -> None:
                 f"the record of {run} chose its {selection['parameter']} on the "
                 f"{selection['split']} split",
                 hint="remove it; hyperparameters are chosen on validation only",
+            )
+        judged = experts.setdefault(("protocol", None), _protocol(record))
+        if judged != _protocol(record):
+            raise InputError(
+                f"the record of {run} was judged by another protocol than the records beside it",
+                hint="tabulate each by itself",
             )
         own, recipe = (key["finetuning"], key["seed"]), (key["finetuning"], None)
         same = experts.setdefault(own, key["experts"]) == key["experts"]

@@ -37,11 +37,14 @@ def track_run(
 
 
 def accuracy_rows(record: Record, references: Mapping[str, Record]) -> list[dict[str, Any]]:
-    """One row per task and one for the mean: {task, zero_shot, experts, <method>}, in percent."""
+    """One row per score and one for the mean: {task, zero_shot, experts, <method>}, in percent.
+
+    A score is a task's, or a benchmark's where a task is judged by several.
+    """
     columns = dict(references) | {record["key"]["method"]: record}
     rows = [
         {"task": task} | {n: 100 * r["scores"][task]["accuracy"] for n, r in columns.items()}
-        for task in record["key"]["tasks"]
+        for task in record["scores"]
     ]
     return [*rows, {"task": "mean"} | {n: 100 * r["mean"] for n, r in columns.items()}]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from eval.suite import Score
+from eval.suite import Score, Suite
 from merging.layers import Layer
 
 NAME = "layer.weight"
@@ -16,7 +16,7 @@ DELTAS = {"first": [[1.0, 0.0], [0.0, 0.0]], "second": [[0.0, 0.0], [0.0, 1.0]]}
 
 
 @dataclass
-class LinearSuite:
+class LinearSuite(Suite):
     """Experts move one diagonal entry from 0 to 1; a task's accuracy peaks where its entry is at
     `best[split]`. So the average (0.5 on both entries) can be scored without a computer."""
 
@@ -57,3 +57,24 @@ class LinearSuite:
 
     def identity(self, *, finetuning, seed):
         return {"suite": self.name, "seed": seed, "finetuning": finetuning}
+
+
+@dataclass
+class BenchmarkSuite(LinearSuite):
+    """The same, judged as language models are: two benchmarks belong to the first task, one of
+    them with ten attempts, one to the second; and the protocol is chosen."""
+
+    protocol: str = "paper"
+    columns: tuple[tuple[str, str], ...] = (
+        ("sums", "first"), ("sums@10", "first"), ("proofs", "first"), ("code", "second"),
+    )  # fmt: skip
+
+    def evaluate(self, state, split, tasks=None, limit=None):
+        scores = super().evaluate(state, split, tasks, limit)
+        return {column: scores[task] for column, task in self.columns if task in scores}
+
+    def protocol_key(self, *, statistics=False):
+        return {"name": self.protocol} | ({"statistics": "inputs"} if statistics else {})
+
+    def sources(self):
+        return {"owner/model": "0" * 40}

@@ -8,7 +8,7 @@ import pytest
 from experiments import experiment, run
 from experiments.experiment import Experiment, Selection, measure, references
 from merging.errors import InputError
-from tests.linear_suite import LinearSuite
+from tests.linear_suite import BenchmarkSuite, LinearSuite
 
 
 @pytest.fixture
@@ -165,3 +165,51 @@ def test_constant_predictions_are_marked(suite, settings):
     table = run.accuracy_table(record, reference)
     assert list(table.columns[0].cells) == ["first", "second †", "mean"]
     assert "every prediction equal" in table.caption
+
+
+def test_a_broken_expert_is_said(suite, settings):
+    record, reference = measure(settings), references(settings)
+    reference["experts"]["scores"]["second"]["constant"] = True
+    table = run.accuracy_table(record, reference)
+    assert list(table.columns[0].cells) == ["first", "second ‡", "mean"]
+    assert "a broken expert, which answers every example alike" in table.caption
+
+
+@pytest.fixture
+def judged(tmp_path, monkeypatch):
+    """Runs of a suite that is judged by benchmarks, under a protocol."""
+
+    def under(protocol):
+        made = BenchmarkSuite(tmp_path, protocol=protocol)
+        monkeypatch.setattr(experiment, "load_suite", lambda config, device: made)
+        return made
+
+    return under
+
+
+def test_benchmarks_get_rows_and_the_record_says_what_was_downloaded(judged, settings, capsys):
+    judged("paper")
+    record = measure(settings)
+    assert record["sources"] == {"owner/model": "0" * 40}
+    run.Console(width=120).print(run.accuracy_table(record, references(settings)))
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("sums", "sums@10", "proofs", "code", "mean"))
+
+
+def test_another_protocol_is_another_record(judged, settings):
+    suite = judged("paper")
+    first = measure(settings)
+    done = len(suite.evaluated)
+    assert measure(settings) == first
+    assert len(suite.evaluated) == done
+    other = judged("later")
+    assert measure(settings)["key"]["protocol"] == {"name": "later"}
+    assert other.evaluated
+    regmean = measure(replace(settings, method={"name": "regmean"}))
+    assert regmean["key"]["protocol"] == {"name": "later", "statistics": "inputs"}
+
+
+def test_a_suite_without_protocols_keeps_its_key_and_refuses_one(suite, settings):
+    assert "protocol" not in measure(settings)["key"]
+    with pytest.raises(InputError, match="suite 'linear' has no choice of protocols"):
+        measure(replace(settings, protocol="paper"))

@@ -260,3 +260,33 @@ def test_markdown_and_latex():
     assert r"x & \textbf{1.0 $\pm$ 0.1} \\" in text
     assert r"50 \% $\dagger$ & -- \\" in text
     assert text.startswith("\\begin{tabular}{lr}\n\\toprule\n")
+
+
+def test_records_of_two_protocols_are_told_apart(tmp_path, caplog):
+    def settings(**changes):
+        suite = {"_target_": "x", "name": "s", "protocol": "paper"}
+        return tables.Tables(suite=suite, records=str(tmp_path), output=str(tmp_path), **changes)
+
+    class Chosen:
+        def __init__(self, name):
+            self.name = name
+
+        def protocol_key(self):
+            return {"name": self.name, "backend": "hf"}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "load_suite", lambda config, device: Chosen(config["protocol"]))
+        inputs = {"statistics": {"texts": 3}}
+        for protocol in ("paper", "later"):
+            own = {"name": protocol, "backend": "hf"}
+            for i, run in enumerate((record("average"), record("regmean"))):
+                run["key"]["protocol"] = own | (inputs if i else {})
+                records.save(records.record_path(tmp_path, run["key"]), run)
+        for protocol in ("paper", "later"):
+            found = tables.gather(settings(protocol=protocol))
+            assert [r["key"]["protocol"]["name"] for r in found] == [protocol] * 2
+        with pytest.raises(InputError, match=r"only 4 records of another protocol \(other name\)"):
+            tables.gather(settings(protocol="ours"))
+    everything = [run for run in records.load_all(tmp_path / "s")]
+    with pytest.raises(InputError, match="judged by another protocol"):
+        tables.check_comparable(everything)

@@ -11,13 +11,13 @@ import pytest
 from experiments import experiment, trackers
 from experiments.experiment import Experiment, measure, references
 from merging.errors import InputError
-from tests.linear_suite import LinearSuite
+from tests.linear_suite import BenchmarkSuite, LinearSuite
 
 
-@pytest.fixture
-def finished(tmp_path, monkeypatch):
+@pytest.fixture(params=[LinearSuite])
+def finished(request, tmp_path, monkeypatch):
     """A record worked out by hand, with its references."""
-    monkeypatch.setattr(experiment, "load_suite", lambda config, device: LinearSuite(tmp_path))
+    monkeypatch.setattr(experiment, "load_suite", lambda config, device: request.param(tmp_path))
     settings = Experiment(
         suite={"name": "linear"},
         method={"name": "average"},
@@ -65,6 +65,33 @@ def test_an_offline_wandb_run_holds_table_figure_config_and_summary(finished, tm
     assert summary["mean"] == 0.75
     assert summary["accuracy/first"] == 0.75
     assert summary["normalised"] == 0.75
+
+
+by_benchmark = pytest.mark.parametrize("finished", [BenchmarkSuite], indirect=True)
+BENCHMARKS = ["sums", "sums@10", "proofs", "code"]
+
+
+@by_benchmark
+def test_rows_are_what_was_scored_where_that_is_no_expert(finished):
+    rows = trackers.accuracy_rows(finished.record, finished.references)
+    assert [row["task"] for row in rows] == [*BENCHMARKS, "mean"]
+    assert {tuple(row.values())[1:] for row in rows} == {(50.0, 100.0, 75.0)}
+
+
+@by_benchmark
+def test_wandb_holds_a_table_of_benchmarks(finished, tmp_path):
+    settings = {
+        "name": "wandb", "mode": "offline", "project": "p", "entity": None, "group": None,
+        "tags": [], "folder": str(tmp_path),
+    }  # fmt: skip
+    trackers.track_run(finished.record, finished.references, settings)
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    wait_for_exit(log)
+    history, summary, config = read_wandb(log)
+    stored = json.loads((log.parent / "files" / history["accuracy"]["path"]).read_text())
+    assert [row[0] for row in stored["data"]] == [*BENCHMARKS, "mean"]
+    assert summary["accuracy/sums@10"] == 0.75
+    assert config["protocol"] == {"name": "paper"}
 
 
 def wait_for_exit(path, seconds=120):

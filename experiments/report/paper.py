@@ -29,7 +29,8 @@ class Paper:
     name: of the output files. title: what the table is, with paper and table number.
     published: file under results/published. where: the rows of it, {column: value}.
     family: of the published checkpoints; records of another family are refused.
-    suite, finetuning: of the records to put beside it.
+    suite, finetuning: of the records to put beside it; protocol: its name there, null for suites
+        that have but one.
     methods: our row -> published name, where they differ; published methods that are not named
         keep their own.
     columns: our task -> {column: value} that picks its published figures, where names differ.
@@ -44,6 +45,7 @@ class Paper:
     family: str
     suite: str
     finetuning: str = "full"
+    protocol: str | None = None
     methods: dict[str, str] = field(default_factory=dict)
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     unit: str = "percent"
@@ -126,7 +128,12 @@ def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
     """{row: {task or "mean": figure}}, means over seeds, from the committed records."""
     path = folder / "records.jsonl"
     found = records.load_lines(path) if path.exists() else []
-    found = [r for r in found if r["key"]["finetuning"] == paper.finetuning]
+    found = [
+        r
+        for r in found
+        if r["key"]["finetuning"] == paper.finetuning
+        and r["key"].get("protocol", {}).get("name") == paper.protocol
+    ]
     for record in found:
         if record["family"] != paper.family:
             raise InputError(

@@ -5,7 +5,8 @@ A record is a dictionary with these fields:
     schema      version of this layout
     key         all that determines the scores: suite, experts (the suite's identity of them),
                 method, hyperparameters, finetuning, seed, split, tasks, limit, statistics,
-                selection
+                selection; protocol (see `eval.suite.Suite.protocol_key`) where it has
+                one: without the field, the one its code had before there were several
     family      checkpoint family; figures of different families are never compared
     metric      what "accuracy" is on this suite
     data        what the method saw beside the checkpoints: none, validation, training inputs
@@ -18,6 +19,7 @@ A record is a dictionary with these fields:
     peak_bytes  highest resident memory while merging (on a GPU: of its allocator)
     versions    python, torch, transformers, merging
     machine     cpu, cores, ram_gb, gpu, device
+    sources     {repository: commit} that was downloaded; absent where nothing was
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ FIELDS = frozenset(
         "rules", "seconds", "peak_bytes", "versions", "machine",
     }
 )  # fmt: skip
+OPTIONAL = frozenset({"sources"})
 REMOVE = "remove it and run again"
 Record = dict[str, Any]
 
@@ -96,9 +99,8 @@ def _parse(text: str, where: str) -> Record:
             f"record {where} has schema {schema!r}, expected {SCHEMA}",
             hint="remove it and run again with this version",
         )
-    if set(record) != FIELDS:
-        wrong = sorted(set(record) ^ FIELDS)[0]
-        raise InputError(f"record {where} is damaged: field {wrong!r}", REMOVE)
+    if wrong := sorted((set(record) - OPTIONAL) ^ FIELDS):
+        raise InputError(f"record {where} is damaged: field {wrong[0]!r}", REMOVE)
     return record
 
 
