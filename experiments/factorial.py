@@ -114,7 +114,7 @@ def members() -> dict[str, dict[str, str]]:
     for name in merging.methods():
         method = merging.create(name)
         free = set(method.hyperparameters) <= {"alpha", "rtol", *FACTORS} and not method.needs
-        if method.entry.function is interference and free:
+        if method.function is interference and free:
             found[name] = {factor: method.arguments[factor] for factor in FACTORS}
     return found
 

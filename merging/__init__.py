@@ -9,7 +9,7 @@ from merging import method as _method  # noqa: F401  (it fills the registry)
 from merging.engine import Report, merge_checkpoints, merge_state_dicts
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
-from merging.method.registry import Method, create, methods
+from merging.method.registry import Method, create, methods, register
 
 __all__ = [
     "InputError",
@@ -21,4 +21,5 @@ __all__ = [
     "merge_checkpoints",
     "merge_state_dicts",
     "methods",
+    "register",
 ]

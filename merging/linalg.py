@@ -7,6 +7,9 @@ rest but QR; elsewhere torch's own are used. Both compute the same quantities.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -153,3 +156,19 @@ def in_row_space(stack: Tensor) -> tuple[Tensor, Tensor]:
     """The same and the rows in it: Q (d_in, k) and X (..., k), stack = X Q^T."""
     Q, R = torch.linalg.qr(stack.reshape(-1, stack.shape[-1]).mT)
     return Q, R.mT.reshape(*stack.shape[:-1], -1)
+
+
+def in_span_of_rows(
+    function: Callable[..., Tensor], deltas: Tensor, wants_width: bool, arguments: Mapping[str, Any]
+) -> Tensor:
+    """function(deltas, **arguments), computed in the span of all rows where that is narrower.
+
+    function: (T, d_out, d_in) -> (d_out, d_in) with f(D Q^T) = f(D) Q^T for orthonormal Q.
+    wants_width: whether it takes the layer's own width as `d_in`.
+    """
+    if deltas.ndim != 3 or len(deltas) * deltas.shape[1] >= deltas.shape[2]:
+        return function(deltas, **arguments)
+    Q = row_space(deltas.to(working_dtype(deltas)))  # (d_in, T d_out)
+    width = {"d_in": deltas.shape[-1]} if wants_width else {}
+    merged = function(deltas.to(Q) @ Q, **arguments, **width)
+    return (merged @ Q.mT).to(deltas.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,6 @@ from eval.language import checkpoints, judge
 from eval.regmean_pp import merge_blocks
 from eval.trained import TrainedSuite
 from merging.formats.checkpoints import Adapter, open_checkpoint
-from merging.method.registry import CONTEXT
 
 # Relative error of the logits. The conjugate gradients of MaTS are stopped before they converge,
 # which lets rounding grow.
@@ -34,9 +32,8 @@ def is_local(name: str) -> bool:
     """Whether a merge by hand must give what the engine gives, layer by layer."""
     if name in RANDOM:
         return False
-    entry = merging.create(name).entry
-    asked = CONTEXT & set(inspect.signature(entry.function).parameters)
-    return entry.prepare is None and asked <= LOCAL
+    method = merging.create(name)
+    return method.whole_model is None and method.context <= LOCAL
 
 
 def dense_expert(base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:

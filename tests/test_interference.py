@@ -1,4 +1,4 @@
-"""The interference family against plain float64 versions of each paper's formula."""
+"""The interference family: cases by hand, limits, laws. Plain formulas: test_reference.py."""
 
 import math
 
@@ -11,9 +11,7 @@ from sklearn import covariance as sklearn_covariance
 from merging import InputError, create
 from merging.linalg import eigh, gram, row_space, solve_positive
 from merging.method import covariance
-from merging.method.interference import spectral_filter
-
-EPS32 = torch.finfo(torch.float32).eps
+from merging.method.equations import spectral_filter
 
 
 def deltas(T=3, d_out=6, d_in=10, seed=0, rank=None, dtype=torch.float32):
@@ -33,99 +31,8 @@ def relative(a, b):
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-def textbook(N, S, rtol):
-    return N @ torch.linalg.pinv(S, rtol=rtol, hermitian=True)
-
-
-def plain(name, D, C=None):
-    """Each method's formula as its paper prints it, in float64, with no shared code."""
-    D = D.double()
-    T, _, d = D.shape
-    default = d * EPS32
-    w = 1 / D.square().sum((1, 2))
-    CC = D.mT @ D
-    if name in {"actmat", "bounded", "wudi_closed", "aswudi", "swudi", "ridge"}:
-        weights = torch.ones(T).double() if name in {"actmat", "bounded", "ridge"} else w
-        S = (weights[:, None, None] * CC).sum(0)
-        N = (weights[:, None, None] * (D @ CC)).sum(0)
-        if name == "ridge":
-            return N @ torch.linalg.inv(S + 1e-4 * torch.eye(d))
-        if name in {"actmat", "wudi_closed"}:
-            return textbook(N, S, default)
-        l, V = torch.linalg.eigh(S)
-        l, V = l.flip(0).clamp_min(0), V.flip(1)
-        if name == "bounded":
-            v = [x for x, lx in zip(V.T, l, strict=True) if lx > default * l[0]]
-            D_v = [N @ x / (x @ S @ x) for x in v]
-            far = [y.norm() > 1.005 * (D @ x).norm() for x, y in zip(v, D_v, strict=True)]
-            X = create("tsv_m")(D)
-            for x, y, too_far in zip(v, D_v, far, strict=True):
-                X = X if too_far else X + torch.outer(y - X @ x, x)
-            return X
-        if name == "aswudi":
-            K = math.ceil(l.sqrt().sum() ** 2 / l.sum())
-            return N @ V[:, :K] @ torch.diag(1 / l[:K]) @ V[:, :K].T
-        F = (1 - torch.exp(-l * 1300)) * (torch.arange(d) < math.ceil(0.65 * d))
-        A = D.sum(0)
-        inverse = torch.where(F > 0, F / l, 0)
-        return A - A @ V @ torch.diag(F) @ V.T + N @ V @ torch.diag(inverse) @ V.T
-    if name == "actmat_centred":
-        E = D - D.mean(1, keepdim=True)
-        return textbook((D @ E.mT @ E).sum(0), (E.mT @ E).sum(0), default)
-    if name == "tact":
-        E = D.clone()
-        for e in E:
-            cut = e.abs().flatten().sort().values[-(e.numel() // 2) - 1]
-            e[e.abs() <= cut] = 0
-        return textbook((D @ E.mT @ E).sum(0), (E.mT @ E).sum(0), default)
-    if name in {"oas", "ledoit_wolf"}:
-        S, N = 0, 0
-        for x in D:
-            r = shrinkage(name, x)
-            Ct = (1 - r) * x.T @ x + r * (x.T @ x).trace() / d * torch.eye(d)
-            S, N = S + Ct, N + x @ Ct
-        return N @ torch.linalg.inv(S)
-    if name == "anchored":
-        A = create("tsv_m")(D)
-        S = CC.sum(0)
-        return ((D @ CC).sum(0) + 1e-4 * A) @ torch.linalg.inv(S + 1e-4 * torch.eye(d))
-    C = C.double()
-    if name in {"regmean", "regmean_pp"}:
-        return textbook((D @ C).sum(0), C.sum(0), default)
-    if name == "mats":  # conjugate gradients at convergence is the exact solution
-        return (D @ C).sum(0) @ torch.linalg.inv(C.sum(0))
-    if name == "wudi":
-        X = D.sum(0).clone().requires_grad_()
-        optimizer = torch.optim.Adam([X], lr=1e-5)
-        for _ in range(300):
-            optimizer.zero_grad()
-            (w * ((X - D) @ D.mT).square().sum((1, 2))).sum().backward()
-            optimizer.step()
-        return X.detach()
-    raise KeyError(name)
-
-
-def shrinkage(name, x):
-    n, p = x.shape
-    S = x.T @ x / n
-    if name == "ledoit_wolf":
-        return sklearn_covariance.ledoit_wolf(x.numpy(), assume_centered=True)[1]
-    t2, tt = (S @ S).trace(), S.trace() ** 2
-    return min(1.0, ((1 - 2 / p) * t2 + tt) / ((n + 1 - 2 / p) * (t2 - tt / p)))
-
-
 CUT = ["actmat", "bounded", "actmat_centred", "tact", "wudi_closed", "swudi", "aswudi", "regmean"]
 SMOOTH = ["ridge", "oas", "ledoit_wolf", "anchored", "wudi"]
-
-
-@pytest.mark.parametrize("shape", [(3, 6, 10), (4, 12, 7), (2, 3, 40), (5, 9, 9)])
-@pytest.mark.parametrize("name", [*CUT, *SMOOTH, "regmean_pp", "mats"])
-def test_agrees_with_the_plain_formula(name, shape):
-    D, C = deltas(*shape), moments(shape[0], 200, shape[2])
-    merged = create(name)(D, covariances=C)
-    assert merged.dtype == torch.float32
-    tolerance = 1e-4 if name in CUT or name in {"regmean_pp", "mats"} else 1e-6
-    assert relative(merged, plain(name, D, C)) < tolerance
 
 
 def test_by_hand_two_orthogonal_tasks():

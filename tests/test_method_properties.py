@@ -10,25 +10,18 @@ import merging
 
 METHODS = merging.methods()
 
-# Their formulas hold a constant in the units of the weights (a ridge, a step, a time, a tanh), or
-# draw a mask from the weights' values.
-NOT_SCALE_EQUIVARIANT = {
-    "ace", "anchored", "pcb", "ridge", "swudi", "wudi", "dare", "dare_ties", "della",
-}  # fmt: skip
 
-# Rotating the outputs, f(P D) = P f(D), or the inputs, f(D Q) = f(D) Q with all moments rotated
-# too, changes what these look at: single entries, rows that are centred or weighed one by one,
-# steps of Adam.
-ENTRY_BY_ENTRY = {
-    "breadcrumbs", "consensus_ta", "consensus_ties", "dare", "dare_ties", "data_free_fisher",
-    "della", "fisher", "pcb", "tact", "ties", "wudi",
-}  # fmt: skip
-NOT_LEFT_EQUIVARIANT = ENTRY_BY_ENTRY | {"ace", "actmat_centred", "ledoit_wolf"}
-NOT_RIGHT_EQUIVARIANT = ENTRY_BY_ENTRY | {"ace", "knots"}
+def keeping(law):
+    """The methods whose formula keeps a law. Those that break "scale" hold a constant in the units
+    of the weights (a ridge, a step, a time, a tanh), or draw a mask from the weights' values; those
+    that break "outputs" or "inputs" look at single entries or rows, or take steps of Adam."""
+    return pytest.mark.parametrize(
+        "name", [name for name in METHODS if law not in merging.create(name).breaks]
+    )
 
-# A single expert is trimmed, dropped, scaled, flattened, centred or shrunk by the formula itself;
-# with the hyperparameters given here it is not, and is returned.
-NOT_THE_EXPERT = {"ace", "iso_c", "iso_cts", "pcb"}
+
+# A single expert is trimmed, dropped or scaled with the default hyperparameters; with these it is
+# returned.
 WITHOUT_LOSS = {
     "ties": {"k": 1.0}, "dare": {"p": 0.0}, "dare_ties": {"p": 0.0},
     "della": {"density": 1.0, "eps": 0.0}, "breadcrumbs": {"beta": 0.0, "gamma": 0.0},
@@ -113,7 +106,7 @@ def test_the_order_of_the_tasks_changes_nothing(name, data):
     close(method(deltas[order], **shuffled), method(deltas, **stats))
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_SCALE_EQUIVARIANT))
+@keeping("scale")
 @few
 @given(data=st.data(), exponent=st.integers(-8, 8), sign=st.sampled_from([1, -1]))
 def test_scaling_every_delta_scales_the_merge(name, data, exponent, sign):
@@ -122,7 +115,7 @@ def test_scaling_every_delta_scales_the_merge(name, data, exponent, sign):
     close(method(scale * deltas, **stats), scale * method(deltas, **stats))
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_LEFT_EQUIVARIANT))
+@keeping("outputs")
 @few
 @given(data=st.data())
 def test_rotating_the_outputs_rotates_the_merge(name, data):
@@ -131,7 +124,7 @@ def test_rotating_the_outputs_rotates_the_merge(name, data):
     close(method(P @ deltas, **stats), P @ method(deltas, **stats))
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_RIGHT_EQUIVARIANT))
+@keeping("inputs")
 @few
 @given(data=st.data())
 def test_rotating_the_inputs_rotates_the_merge(name, data):
@@ -160,7 +153,7 @@ def test_the_route_to_the_solution_changes_nothing(name, data):
     """By Cholesky, or by eigenvectors; singular vectors from a Gram matrix, or from an SVD."""
     (deltas, stats), method = data.draw(problems(name)), merging.create(name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("merging.method.interference.solve_positive", lambda *_, **__: None)
+        patch.setattr("merging.method.equations.solve_positive", lambda *_, **__: None)
         patch.setattr("merging.method.spectral._inexact", lambda values: True)
         expected = method(deltas, **stats)
     close(method(deltas, **stats), expected)
@@ -205,7 +198,7 @@ def test_one_expert_alone(name):
     assert merged.shape == (5, 7) and merged.isfinite().all()
 
 
-@pytest.mark.parametrize("name", sorted(set(METHODS) - NOT_THE_EXPERT))
+@keeping("expert")
 @few
 @given(d_in=st.integers(1, 9), more=st.integers(1, 4), seed=seeds)
 def test_one_expert_is_returned_where_the_formula_does_so(name, d_in, more, seed):
@@ -255,7 +248,7 @@ def test_a_method_for_the_rest_takes_tensors_of_any_shape(name, shape):
     assert merged.shape == shape and merged.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).entry.prepare])
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).whole_model])
 def test_a_model_of_one_tensor_is_that_tensor(name):
     deltas, method = stack(tasks(name), (10, 7)), merging.create(name)
     context = method.prepare(lambda: iter([("weight", deltas)]))
@@ -264,7 +257,9 @@ def test_a_model_of_one_tensor_is_that_tensor(name):
 
 
 @every_method
-def test_a_source_is_named_and_the_function_documented(name):
-    entry = merging.create(name).entry
-    assert entry.source
-    assert entry.function.__doc__
+def test_a_method_says_its_formula_its_source_and_its_hyperparameters(name):
+    method = merging.create(name)
+    formula, _, source, settings, *_ = method.__doc__.splitlines()
+    assert formula == method.formula and source == f"Source: {method.source}"
+    assert all(f"{key}={value!r}" in settings for key, value in method.hyperparameters.items())
+    assert method.formula and method.source and method.function.__doc__

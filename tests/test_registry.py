@@ -5,7 +5,6 @@ import torch
 
 import merging
 from merging import InputError, create
-from merging.method.registry import method
 
 NAMES = {
     "average", "task_arithmetic", "ties", "dare", "breadcrumbs", "fisher", "data_free_fisher",
@@ -50,4 +49,4 @@ def test_unknown_context_is_refused():
 
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="registered twice"):
-        method("actmat", source="")(lambda deltas: deltas[0])
+        merging.register("actmat", source="")(lambda deltas: deltas[0])

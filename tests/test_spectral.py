@@ -1,4 +1,4 @@
-"""Spectral methods against the published SVD formulas, written plainly in float64."""
+"""Spectral methods: cases by hand, limits, low rank. Plain formulas: test_reference.py."""
 
 import math
 
@@ -31,102 +31,9 @@ def rotation(n, seed=0):
     return torch.linalg.qr(stack(1, (n, n), seed, torch.float64)[0])[0]
 
 
-# --- The published formulas -------------------------------------------------------------------
-
-
 def svd(matrix):
     U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
     return U, s, Vh.mT
-
-
-def procrustes(matrix):
-    P, _, Qh = torch.linalg.svd(matrix, full_matrices=False)
-    return P @ Qh
-
-
-def plain_tsv_m(deltas):
-    k = min(deltas.shape[1:]) // len(deltas)
-    parts = [(U[:, :k], s[:k], V[:, :k]) for U, s, V in map(svd, deltas)]
-    U, s, V = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
-    return procrustes(U) @ s.diag() @ procrustes(V).mT
-
-
-def plain_iso_c(deltas):
-    U, s, V = svd(deltas.double().sum(0))
-    return U @ torch.full_like(s, s.mean()).diag() @ V.mT
-
-
-def plain_iso_cts(deltas, common=0.8):
-    r, T = min(deltas.shape[1:]), len(deltas)
-    k = round(common * r)
-    U, s, V = svd(deltas.double().sum(0))
-    U_c = U[:, :k]
-    parts = [(U_c, s[:k], V[:, :k])]
-    n = (r - k) // T
-    for delta in deltas.double():
-        U, s, V = svd(delta - U_c @ U_c.mT @ delta)
-        parts.append((U[:, :n], s[:n], V[:, :n]))
-    U, s, V = (torch.cat(p, dim=-1) for p in zip(*parts, strict=True))
-    return procrustes(U) @ torch.full_like(s, s.mean()).diag() @ procrustes(V).mT
-
-
-def plain_knots(deltas, k=0.2):
-    U, s, V = svd(torch.cat(list(deltas), dim=1))
-    blocks = [s[:, None] * block for block in V.mT.chunk(len(deltas), dim=1)]
-    return 0.6 * U @ merging.create("ties", k=k)(torch.stack(blocks))
-
-
-def plain_star(deltas, eta=0.4):
-    total = 0
-    for U, s, V in map(svd, deltas):
-        r = next(r for r in range(1, len(s) + 1) if s[:r].sum() >= eta * s.sum())
-        total = total + U[:, :r] @ (s[:r] * s.sum() / s[:r].sum()).diag() @ V[:, :r].mT
-    return total / len(deltas)
-
-
-def plain_subspace_boosting(deltas, beta=0.01):
-    U, s, V = svd(0.3 * deltas.double().sum(0))
-    floor = next(s[r - 1] for r in range(1, len(s) + 1) if s[:r].sum() >= beta * s.sum())
-    return U @ s.clamp_min(floor).diag() @ V.mT
-
-
-def plain_svc(deltas, floor=1.0):
-    D = deltas.double().sum(0)
-    U, s, V = svd(D)
-    for r in range(len(s)):
-        a = U[:, r] @ D
-        rows = [U[:, r] @ delta for delta in deltas.double()]
-        s[r] /= sum(max((a @ b).item() / (b @ b).item(), floor) for b in rows) / len(rows)
-    return U @ s.diag() @ V.mT
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", SPECTRAL)
-def test_full_rank_deltas_give_the_published_formula(name, shape):
-    for T in (2, 3):
-        deltas = stack(T, shape, seed=T)
-        expected = globals()[f"plain_{name}"](deltas)
-        merged = merging.create(name)(deltas)
-        assert merged.dtype == torch.float32
-        assert (merged - expected).norm() < 1e-5 * expected.norm()
-        merged = merging.create(name)(deltas.double())
-        assert (merged - expected).norm() < 1e-9 * expected.norm()
-
-
-@pytest.mark.parametrize(
-    ("name", "hyperparameters"),
-    [
-        ("iso_cts", {"common": 0.5}),
-        ("knots", {"k": 0.7}),
-        ("star", {"eta": 0.9}),
-        ("subspace_boosting", {"beta": 0.3}),
-        ("svc", {"floor": 0.2}),
-    ],
-)
-def test_hyperparameters_reach_the_formula(name, hyperparameters):
-    deltas = stack(T=2, shape=(10, 14), seed=7)
-    expected = globals()[f"plain_{name}"](deltas, **hyperparameters)
-    assert_close(merging.create(name, **hyperparameters)(deltas), expected.float())
 
 
 # --- By hand ----------------------------------------------------------------------------------

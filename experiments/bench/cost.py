@@ -280,7 +280,7 @@ def floor(name: str, D: Tensor, context: Context, rates: Rates) -> float:
     method = merging.create(name)
     double = working_dtype(D) == torch.float64
     work = Work()
-    if method.entry.function.__name__ == "interference":
+    if method.function.__name__ == "interference":
         n = min(d_in, T * d_out) if method.row_space else d_in
         inverted = method.arguments["filter"] == "cut" and nothing_is_cut(D)
         work = interference_work(method, T, d_out, n, inverted)

@@ -43,7 +43,7 @@ def family(method: str, data: str) -> str:
         return "reference"
     if data.startswith("training"):
         return "with training data"
-    module = merging.create(method).entry.function.__module__.rpartition(".")[2]
+    module = merging.create(method).function.__module__.rpartition(".")[2]
     families = dict.fromkeys(("baselines", "sparse"), "averaging, sparsity")
     return (families | {"spectral": "spectral"}).get(module, "interference, data-free")
 

@@ -1,3 +1,3 @@
 """The methods: pure functions on a stack of differences. Importing this fills the registry."""
 
-from merging.method import ace, averages, interference, sparse, spectral  # noqa: F401
+from merging.method import ace, averages, descent, interference, sparse, spectral  # noqa: F401

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from merging.linalg import gram, solve_positive
-from merging.method.registry import method
+from merging.method.registry import register
 from merging.method.spectral import singular_triplets
 
 
-@method("ace", source="arXiv 2603.02945")
+@register("ace", source="arXiv 2603.02945", breaks=("scale", "outputs", "inputs", "expert"))
 def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Tensor:
     """ACE-Merging, (T, d_out, d_in) -> (d_out, d_in) (arXiv 2603.02945 and its code).
 

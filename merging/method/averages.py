@@ -10,12 +10,12 @@ from torch import Tensor
 
 from merging import linalg
 from merging.errors import InputError
-from merging.method.registry import method
+from merging.method.registry import register
 
 _CHUNK = 2**22  # entries per task that are held in float64 at a time
 
 
-@method(
+@register(
     "average", source="arXiv 2203.05482", rest="method",
     row_space=True, column_space=True, elementwise=True,
 )  # fmt: skip
@@ -24,7 +24,7 @@ def average(deltas: Tensor) -> Tensor:
     return deltas.mean(0)
 
 
-@method(
+@register(
     "task_arithmetic", source="arXiv 2212.04089", rest="method", alpha=0.3,
     row_space=True, column_space=True, elementwise=True,
 )  # fmt: skip
@@ -33,7 +33,7 @@ def task_arithmetic(deltas: Tensor) -> Tensor:
     return deltas.sum(0)
 
 
-@method("lines", source="arXiv 2410.17146", rest="method", row_space=True, elementwise=True)
+@register("lines", source="arXiv 2410.17146", rest="method", row_space=True, elementwise=True)
 def lines(
     deltas: Tensor, *, depth: float = 0.0, start: float | None = None, beta: float = 0.5
 ) -> Tensor:
@@ -47,7 +47,14 @@ def lines(
     return scale * deltas.sum(0)
 
 
-@method("fisher", source="arXiv 2111.09832", needs="fisher", rest="method", elementwise=True)
+@register(
+    "fisher",
+    source="arXiv 2111.09832",
+    breaks=("outputs", "inputs"),
+    needs="fisher",
+    rest="method",
+    elementwise=True,
+)
 def fisher(deltas: Tensor, *, fishers: Tensor) -> Tensor:
     """sum_t F_t D_t / sum_t F_t entry by entry, (T, *shape) -> (*shape) (arXiv 2111.09832).
 
@@ -61,8 +68,13 @@ def fisher(deltas: Tensor, *, fishers: Tensor) -> Tensor:
     return _weighted_mean(deltas, fishers.to(deltas))
 
 
-@method("data_free_fisher", source="arXiv 2111.09832 with F_t = D_t^2", rest="method",
-        elementwise=True)  # fmt: skip
+@register(
+    "data_free_fisher",
+    source="arXiv 2111.09832 with F_t = D_t^2",
+    breaks=("outputs", "inputs"),
+    rest="method",
+    elementwise=True,
+)
 def data_free_fisher(deltas: Tensor) -> Tensor:
     """sum_t D_t^3 / sum_t D_t^2, (T, *shape) -> (*shape): the squared difference as the Fisher."""
     largest = deltas.abs().amax(0)
@@ -77,7 +89,7 @@ def _weighted_mean(deltas: Tensor, weights: Tensor) -> Tensor:
     return (weights * deltas).sum(0) / weights.sum(0)
 
 
-@method("slerp", source="Shoemake 1985", rest="method", row_space=True)
+@register("slerp", source="Shoemake 1985", rest="method", row_space=True)
 def slerp(deltas: Tensor, *, t: float = 0.5) -> Tensor:
     """Spherical interpolation of two deltas, (2, *shape) -> (*shape) (Shoemake 1985).
 
@@ -99,7 +111,7 @@ def slerp(deltas: Tensor, *, t: float = 0.5) -> Tensor:
     return _combine(part, deltas)
 
 
-@method("karcher", source="Karcher 1977", rest="method", row_space=True)
+@register("karcher", source="Karcher 1977", rest="method", row_space=True)
 def karcher(deltas: Tensor, *, steps: int = 100) -> Tensor:
     """Mean direction on the sphere times the mean norm, (T, *shape) -> (*shape) (Karcher 1977).
 
@@ -130,7 +142,7 @@ def karcher(deltas: Tensor, *, steps: int = 100) -> Tensor:
     return _combine(norms.mean() * torch.where(norms > 0, c / norms, 0.0), deltas)
 
 
-@method("model_stock", source="arXiv 2403.19522", rest="method", row_space=True)
+@register("model_stock", source="arXiv 2403.19522", rest="method", row_space=True)
 def model_stock(deltas: Tensor) -> Tensor:
     """r mean_t D_t, r = T cos / (1 + (T - 1) cos), (T, *shape) -> (*shape) (2403.19522).
 

@@ -1,85 +1,110 @@
-"""The table of methods: a name, a pure function on tensors, what the engine must know of it."""
+"""The table of methods: a name, a pure function on tensors, what the engine must know of it.
+
+    @merging.register("norm_mean", source="an example", rest="method", row_space=True)
+    def norm_mean(deltas):
+        '''sum_t |D_t| D_t / sum_t |D_t|, (T, *shape) -> (*shape).'''
+        norms = deltas.reshape(len(deltas), -1).norm(dim=1)
+        return torch.einsum("t,t...->...", norms / norms.sum().clamp_min(1e-30), deltas)
+
+adds one, from a module of this package as from any other.
+"""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
 from typing import Any, Literal
 
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.linalg import row_space, working_dtype
+from merging.linalg import in_span_of_rows
 
-# What the engine can hand to a method beside the deltas. Everything else in a signature is a
-# hyperparameter. `d_in` and `d_out` are the layer's own when deltas are given in a basis of their
-# rows and columns.
-CONTEXT = frozenset({"covariances", "fishers", "d_in", "d_out", "depth", "generator", "thresholds"})
+# What a method may ask for beside the deltas, by the name of a keyword. Everything else in a
+# signature is a hyperparameter.
+CONTEXT = {
+    "covariances": "(T, d_in, d_in) second moments of each task's inputs",
+    "fishers": "(T, *shape) diagonal Fisher information of each expert",
+    "base": "(*shape) the base's own values, for methods that run on the whole matrix",
+    "weights": "(T,) what each expert counts for; none is 1 for all",
+    "d_in": "the layer's own width, where deltas come in a basis of their rows",
+    "d_out": "its height, where deltas come in a basis of their columns",
+    "depth": "place of the tensor's block along the model, 0 to 1",
+    "thresholds": "what the method's own pass over the whole model has found",
+}
 
-Flag = bool | Callable[[Mapping[str, Any]], bool]  # or a function of the arguments
-
+Arguments = Mapping[str, Any]
+Flag = bool | Callable[[Arguments], bool]  # or a function of the arguments
 Needs = Literal["covariance", "fisher"]
 Rest = Literal["average", "base", "method"]
+Law = Literal["scale", "outputs", "inputs", "expert"]
+Stream = Callable[[], Any]  # a pass over the whole model: (name, (T, *shape)) after another
+
 _STATISTIC_ARGUMENT = {"covariance": "covariances", "fisher": "fishers"}
+_DATA: dict[Needs | None, Literal["none", "inputs", "gradients"]] = {
+    None: "none", "covariance": "inputs", "fisher": "gradients",
+}  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One row of the table; see `method` for the meaning of the fields."""
+    """One row of the table; `register` says what the fields mean."""
 
     name: str
     function: Callable[..., Tensor]
     source: str
-    needs: Needs | Callable[[Mapping[str, Any]], Needs | None] | None
+    formula: str
+    needs: Needs | Callable[[Arguments], Needs | None] | None
     rest: Rest
     alpha: float
     row_space: Flag
     column_space: Flag
     elementwise: Flag
     sequential: bool
-    prepare: Callable[..., dict[str, Any]] | None
-    preset: Mapping[str, Any]
+    prepare: Callable[[Stream, Arguments], dict[str, Any]] | None
+    breaks: frozenset[Law]
     settable: tuple[str, ...] | None
+    preset: Arguments
 
     def arguments(self) -> dict[str, Any]:
         """Every keyword of the function that is not context, with this name's value for it."""
         parameters = inspect.signature(self.function).parameters.values()
-        own = {
-            p.name: p.default
-            for p in parameters
-            if p.kind is p.KEYWORD_ONLY and p.name not in CONTEXT
-        }
-        return own | self.preset
+        keywords = [p for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in CONTEXT]
+        return {p.name: p.default for p in keywords} | dict(self.preset)
 
     def defaults(self) -> dict[str, Any]:
         """Hyperparameters a user may set, with their default values, `alpha` included."""
-        own = self.arguments()
-        names = own if self.settable is None else self.settable
-        return {k: own[k] for k in names} | {"alpha": self.alpha}
+        arguments = self.arguments()
+        names = arguments if self.settable is None else self.settable
+        return {k: arguments[k] for k in names} | {"alpha": self.alpha}
 
 
 _TABLE: dict[str, Entry] = {}
 
 
-def method(
+def register(
     name: str,
     *,
     source: str,
-    needs: Needs | Callable[[Mapping[str, Any]], Needs | None] | None = None,
+    formula: str = "",
+    needs: Needs | Callable[[Arguments], Needs | None] | None = None,
     rest: Rest = "average",
     alpha: float = 1.0,
     row_space: Flag = False,
     column_space: Flag = False,
     elementwise: Flag = False,
     sequential: bool = False,
-    prepare: Callable[..., dict[str, Any]] | None = None,
+    prepare: Callable[[Stream, Arguments], dict[str, Any]] | None = None,
+    breaks: tuple[Law, ...] = (),
     settable: tuple[str, ...] | None = None,
     **preset: Any,
 ) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function `(deltas (T, d_out, d_in), *, hyperparameters) -> (d_out, d_in)`.
 
+    source: the paper, and the equation or section if it has several.
+    formula: what it computes, in a line; the first line of its docstring if not given.
     needs: the statistic it wants for each layer, or None (or a function of the arguments).
     rest: how tensors that are no linear layer's matrix are merged: "average" of their
         differences, "base" (kept), or "method" (the function itself, on (T, *shape)).
@@ -89,91 +114,68 @@ def method(
     elementwise: each entry is merged by itself (given the context), so any block of rows may be.
     sequential: its statistics are measured through the merged model, layer after layer.
     prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
+    breaks: laws that its formula breaks with its defaults: "scale" (f(s D) = s f(D)), "outputs"
+        and "inputs" (f(P D) = P f(D), f(D Q) = f(D) Q for rotations), "expert" (one alone is
+        returned). The others are tested by the method's name.
     preset: arguments of the function that differ from its own defaults under this name.
     settable: the arguments a user may change under this name; None is all of them.
     """
 
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def add(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if name in _TABLE:
             raise ValueError(f"method {name!r} is registered twice")
         _TABLE[name] = Entry(
-            name,
-            function,
-            source,
-            needs,
-            rest,
-            alpha,
-            row_space,
-            column_space,
-            elementwise,
-            sequential,
-            prepare,
-            preset,
-            settable,
-        )
+            name=name, function=function, source=source,
+            formula=formula or inspect.getdoc(function).partition("\n")[0],
+            needs=needs, rest=rest, alpha=alpha, row_space=row_space, column_space=column_space,
+            elementwise=elementwise, sequential=sequential, prepare=prepare,
+            breaks=frozenset(breaks), settable=settable, preset=preset,
+        )  # fmt: skip
         return function
 
-    return register
+    return add
 
 
 @dataclass(frozen=True)
 class Method:
     """A registered function with its hyperparameters bound; call it on a stack of deltas."""
 
-    entry: Entry = field(repr=False)
     name: str
-    hyperparameters: Mapping[str, Any]
+    hyperparameters: Arguments
+    _: KW_ONLY
+    function: Callable[..., Tensor] = field(repr=False)
+    arguments: Arguments = field(repr=False)  # what it is called with: fixed ones too, no alpha
+    context: frozenset[str] = field(repr=False)  # what of `CONTEXT` it takes
+    source: str = field(repr=False)
+    formula: str = field(repr=False)
+    needs: Needs | None = field(repr=False)
+    rest: Rest = field(repr=False)
+    row_space: bool = field(repr=False)
+    column_space: bool = field(repr=False)
+    elementwise: bool = field(repr=False)
+    sequential: bool = field(repr=False)
+    breaks: frozenset[Law] = field(repr=False)
+    whole_model: Callable[[Stream, Arguments], dict[str, Any]] | None = field(repr=False)
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """What the function is called with: fixed and settable arguments, without `alpha`."""
-        own = self.entry.arguments() | dict(self.hyperparameters)
-        return {k: v for k, v in own.items() if k != "alpha"}
-
-    @property
-    def needs(self) -> Needs | None:
-        needs = self.entry.needs
-        return needs(self.arguments) if callable(needs) else needs
-
-    @property
-    def source(self) -> str:
-        return self.entry.source
-
-    @property
-    def rest(self) -> Rest:
-        return self.entry.rest
-
-    @property
-    def row_space(self) -> bool:
-        return self._holds(self.entry.row_space)
-
-    @property
-    def column_space(self) -> bool:
-        return self._holds(self.entry.column_space)
-
-    @property
-    def elementwise(self) -> bool:
-        return self._holds(self.entry.elementwise)
-
-    def _holds(self, flag: Flag) -> bool:
-        return flag(self.arguments) if callable(flag) else flag
-
-    @property
-    def sequential(self) -> bool:
-        return self.entry.sequential
+    def __post_init__(self) -> None:
+        values = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
+        facts = f"{self.formula}\n\nSource: {self.source}\nHyperparameters: {values}\n\n"
+        rest = (inspect.getdoc(self.function) or "").removeprefix(self.formula).lstrip()
+        object.__setattr__(self, "__doc__", facts + rest)
 
     @property
     def data(self) -> Literal["none", "inputs", "gradients"]:
         """What of the training data the method sees."""
-        return {None: "none", "covariance": "inputs", "fisher": "gradients"}[self.needs]
+        return _DATA[self.needs]
 
     @property
     def alpha(self) -> float:
+        """Factor on the result."""
         return self.hyperparameters["alpha"]
 
-    def prepare(self, stream: Callable[[], Any]) -> dict[str, Any]:
+    def prepare(self, stream: Stream) -> dict[str, Any]:
         """Context from one pass over the whole model; empty for most methods."""
-        return self.entry.prepare(stream, self.hyperparameters) if self.entry.prepare else {}
+        return self.whole_model(stream, self.hyperparameters) if self.whole_model else {}
 
     def __call__(self, deltas: Tensor, **context: Any) -> Tensor:
         """Merge one layer.
@@ -183,7 +185,17 @@ class Method:
             use is ignored, what it needs and does not get is an InputError.
         Returns (d_out, d_in), `alpha` applied: the merged weight is W_0 + method(deltas).
         """
-        if unknown := set(context) - CONTEXT:
+        self._require(context)
+        used = {k: v for k, v in context.items() if k in self.context and v is not None}
+        call = self.arguments | used
+        if self.row_space and not self.elementwise and "d_in" not in used:
+            merged = in_span_of_rows(self.function, deltas, "d_in" in self.context, call)
+        else:
+            merged = self.function(deltas, **call)
+        return merged if self.alpha == 1 else self.alpha * merged
+
+    def _require(self, context: Mapping[str, Any]) -> None:
+        if unknown := set(context) - set(CONTEXT):
             raise InputError(
                 f"method {self.name!r} was called with {sorted(unknown)}, "
                 f"expected only {sorted(CONTEXT)}"
@@ -193,18 +205,6 @@ class Method:
                 f"method {self.name!r} needs {_STATISTIC_ARGUMENT[self.needs]}, none were given",
                 hint="collect them with: python -m experiments.statistics",
             )
-        wanted = inspect.signature(self.entry.function).parameters
-        given = {k: v for k, v in context.items() if k in wanted and v is not None}
-        narrower = deltas.ndim == 3 and len(deltas) * deltas.shape[1] < deltas.shape[2]
-        if self.row_space and narrower and "d_in" not in given and not self.elementwise:
-            # fewer rows in all than columns: the same problem in their span is smaller
-            Q = row_space(deltas.to(working_dtype(deltas)))
-            narrow = {"d_in": deltas.shape[-1]} if "d_in" in wanted else {}
-            merged = self.entry.function(deltas.to(Q) @ Q, **self.arguments, **given, **narrow)
-            merged = (merged @ Q.mT).to(deltas.dtype)
-        else:
-            merged = self.entry.function(deltas, **self.arguments, **given)
-        return merged if self.alpha == 1 else self.alpha * merged
 
 
 def methods() -> list[str]:
@@ -232,4 +232,33 @@ def create(name: str, **hyperparameters: Any) -> Method:
             f"method {name!r} has no hyperparameter {sorted(unknown)[0]!r}",
             hint=f"it takes: {', '.join(sorted(defaults))}",
         )
-    return Method(entry, name, defaults | hyperparameters)
+    return _bind(entry, defaults | hyperparameters)
+
+
+def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
+    """The method with everything resolved that depends on its arguments."""
+    arguments = entry.arguments() | {k: v for k, v in hyperparameters.items() if k != "alpha"}
+
+    def resolved(flag: Any) -> Any:
+        return flag(arguments) if callable(flag) else flag
+
+    return Method(
+        entry.name,
+        hyperparameters,
+        function=entry.function,
+        arguments=arguments,
+        context=frozenset(CONTEXT) & set(inspect.signature(entry.function).parameters),
+        source=entry.source,
+        formula=entry.formula,
+        needs=resolved(entry.needs),
+        rest=entry.rest,
+        row_space=resolved(entry.row_space),
+        column_space=resolved(entry.column_space),
+        elementwise=resolved(entry.elementwise),
+        sequential=entry.sequential,
+        breaks=entry.breaks,
+        whole_model=entry.prepare,
+    )
+
+
+method = register  # the older name

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.method.registry import method
+from merging.method.registry import register
 
 _CHUNK = 2**22  # entries per task that are looked at together
 _DIGIT = 16  # bits resolved by one pass over the model
@@ -40,8 +40,8 @@ def _magnitude_thresholds(stream: Callable, hyperparameters: Mapping[str, Any]) 
     return {"thresholds": kth_largest(magnitudes, _share("k", hyperparameters["k"]))}
 
 
-@method(
-    "ties", source="arXiv 2306.01708", rest="method",
+@register(
+    "ties", source="arXiv 2306.01708", breaks=("outputs", "inputs"), rest="method",
     elementwise=_whole_model, prepare=_magnitude_thresholds,
 )  # fmt: skip
 def ties(
@@ -89,7 +89,13 @@ def elect(deltas: Tensor, merge: str) -> Tensor:
 # --- Random masks -----------------------------------------------------------------------------
 
 
-@method("dare", source="arXiv 2311.03099", rest="method", alpha=0.3)
+@register(
+    "dare",
+    source="arXiv 2311.03099",
+    breaks=("scale", "outputs", "inputs"),
+    rest="method",
+    alpha=0.3,
+)
 def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
     """sum_t of each delta with a share p dropped and the rest over 1 - p (2311.03099, section 3.2).
 
@@ -98,7 +104,9 @@ def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
     return drop(deltas, _share("1 - p", 1 - p), seed).sum(0)
 
 
-@method("dare_ties", source="arXiv 2311.03099", rest="method")
+@register(
+    "dare_ties", source="arXiv 2311.03099", breaks=("scale", "outputs", "inputs"), rest="method"
+)
 def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "mean") -> Tensor:
     """DARE, then TIES' election and merge, (T, *shape) -> (*shape) (2311.03099, section 3.3).
 
@@ -107,7 +115,13 @@ def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "me
     return elect(drop(deltas, _share("1 - p", 1 - p), seed), merge)
 
 
-@method("della", source="arXiv 2406.11617", rest="method", alpha=1.1)
+@register(
+    "della",
+    source="arXiv 2406.11617",
+    breaks=("scale", "outputs", "inputs"),
+    rest="method",
+    alpha=1.1,
+)
 def della(
     deltas: Tensor,
     *,
@@ -153,7 +167,9 @@ def uniform(delta: Tensor, seed: int) -> Tensor:
 # --- Fixed masks ------------------------------------------------------------------------------
 
 
-@method("breadcrumbs", source="arXiv 2312.06795", rest="method", alpha=0.3)
+@register(
+    "breadcrumbs", source="arXiv 2312.06795", breaks=("outputs", "inputs"), rest="method", alpha=0.3
+)
 def breadcrumbs(deltas: Tensor, *, beta: float = 0.9, gamma: float = 0.01) -> Tensor:
     """sum_t of each delta without its smallest and its largest entries (2312.06795).
 
@@ -181,7 +197,14 @@ def drop_smallest(deltas: Tensor, count: int) -> Tensor:
     return torch.where(deltas.abs() > _per_task(cut, deltas), deltas, 0)
 
 
-@method("consensus_ta", source="arXiv 2405.07813", rest="method", alpha=0.3, elementwise=True)
+@register(
+    "consensus_ta",
+    source="arXiv 2405.07813",
+    breaks=("outputs", "inputs"),
+    rest="method",
+    alpha=0.3,
+    elementwise=True,
+)
 def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
     """Task arithmetic on the entries that several tasks need (arXiv 2405.07813).
 
@@ -192,10 +215,15 @@ def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
     return _consensus(deltas.sum(0), deltas, lam, agree)
 
 
-@method(
-    "consensus_ties", source="arXiv 2405.07813", rest="method", alpha=0.3,
-    elementwise=_whole_model, prepare=_magnitude_thresholds,
-)  # fmt: skip
+@register(
+    "consensus_ties",
+    source="arXiv 2405.07813",
+    breaks=("outputs", "inputs"),
+    rest="method",
+    alpha=0.3,
+    elementwise=_whole_model,
+    prepare=_magnitude_thresholds,
+)
 def consensus_ties(
     deltas: Tensor,
     *,
@@ -233,10 +261,15 @@ def _competition_thresholds(stream: Callable, hyperparameters: Mapping[str, Any]
     return {"thresholds": torch.stack([low, high, cut.to(low), top])}
 
 
-@method(
-    "pcb", source="arXiv 2410.02396", rest="method", alpha=1.2,
-    elementwise=_whole_model, prepare=_competition_thresholds,
-)  # fmt: skip
+@register(
+    "pcb",
+    source="arXiv 2410.02396",
+    breaks=("scale", "outputs", "inputs", "expert"),
+    rest="method",
+    alpha=1.2,
+    elementwise=_whole_model,
+    prepare=_competition_thresholds,
+)
 def pcb(
     deltas: Tensor, *, ratio: float = 0.1, scope: str = "model", thresholds: Tensor | None = None
 ) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.linalg import eigh, gram, product
 from merging.method.averages import task_gram
-from merging.method.registry import create, method
+from merging.method.registry import create, register
 from merging.method.sparse import ties
 
 # Rounding a delta to float32 perturbs it by less than eps = 2^-23 of its spectral norm, forming it
@@ -94,7 +94,7 @@ def _inexact(values: Tensor) -> bool:
 # --- Methods ----------------------------------------------------------------------------------
 
 
-@method("tsv_m", source="arXiv 2412.00081", row_space=True, column_space=True)
+@register("tsv_m", source="arXiv 2412.00081", row_space=True, column_space=True)
 def tsv_m(
     deltas: Tensor, *, k: int | None = None, d_in: int | None = None, d_out: int | None = None
 ) -> Tensor:
@@ -110,7 +110,7 @@ def tsv_m(
     return _product(orthonormalise(U) * s, orthonormalise(V), deltas)
 
 
-@method("iso_c", source="arXiv 2502.04959", row_space=True, column_space=True)
+@register("iso_c", source="arXiv 2502.04959", breaks=("expert",), row_space=True, column_space=True)
 def iso_c(deltas: Tensor) -> Tensor:
     """Iso-C: sum_t D_t with every singular value replaced by their mean (2502.04959, eqs. 7 and 8).
 
@@ -119,7 +119,9 @@ def iso_c(deltas: Tensor) -> Tensor:
     return with_spectrum(_sum(deltas), lambda s: s.mean().expand_as(s)).to(deltas)
 
 
-@method("iso_cts", source="arXiv 2502.04959", row_space=True, column_space=True)
+@register(
+    "iso_cts", source="arXiv 2502.04959", breaks=("expert",), row_space=True, column_space=True
+)
 def iso_cts(
     deltas: Tensor, *, common: float = 0.8, d_in: int | None = None, d_out: int | None = None
 ) -> Tensor:
@@ -144,7 +146,13 @@ def iso_cts(
     return _product(mean * orthonormalise(U), orthonormalise(V), deltas)
 
 
-@method("knots", source="arXiv 2410.19735", alpha=0.6, row_space=lambda a: a["merge"] != "ties")
+@register(
+    "knots",
+    source="arXiv 2410.19735",
+    breaks=("inputs",),
+    alpha=0.6,
+    row_space=lambda a: a["merge"] != "ties",
+)
 def knots(
     deltas: Tensor, *, merge: str = "ties", k: float = 0.2, d_in: int | None = None
 ) -> Tensor:
@@ -171,7 +179,7 @@ def knots(
     return (U @ merged).to(deltas)
 
 
-@method("star", source="arXiv 2502.10339", row_space=lambda a: _row_space(a["of"]))
+@register("star", source="arXiv 2502.10339", row_space=lambda a: _row_space(a["of"]))
 def star(
     deltas: Tensor, *, eta: float = 0.4, of: str = "average", d_in: int | None = None
 ) -> Tensor:
@@ -190,7 +198,7 @@ def star(
     return _merge(of, torch.stack(truncated), d_in)
 
 
-@method("subspace_boosting", source="arXiv 2506.16506", row_space=lambda a: _row_space(a["of"]))
+@register("subspace_boosting", source="arXiv 2506.16506", row_space=lambda a: _row_space(a["of"]))
 def subspace_boosting(
     deltas: Tensor, *, beta: float = 0.01, of: str = "task_arithmetic", d_in: int | None = None
 ) -> Tensor:
@@ -204,7 +212,7 @@ def subspace_boosting(
     return with_spectrum(merged, lambda s: s.maximum(s[_reaching(s, beta) - 1 :][:1])).to(deltas)
 
 
-@method("svc", source="arXiv 2602.05536", row_space=lambda a: _row_space(a["of"]))
+@register("svc", source="arXiv 2602.05536", row_space=lambda a: _row_space(a["of"]))
 def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None = None) -> Tensor:
     """Singular value calibration of a merge D (arXiv 2602.05536).
 

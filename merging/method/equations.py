@@ -1,0 +1,179 @@
+"""The normal equations of a layer's interference, D S = N, and the routes to their solution.
+
+S = sum_t w_t C_t (d_in, d_in) and N = sum_t w_t D_t C_t (d_out, d_in) for second moments C_t.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from merging.errors import InputError
+from merging.linalg import eigh, gram, product, sharpen, solve_positive, solving_dtype
+from merging.method.covariance import Estimate
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+class Filter(NamedTuple):
+    """How the equations are inverted; `interference` says what its fields mean."""
+
+    name: str = "cut"
+    rtol: float | None = None
+    lam: float = 0.0
+    relative: bool = False
+    t: float = 0.0
+    rho: float = 1.0
+
+
+def task_weights(name: str, deltas: Tensor) -> Tensor:
+    """(T, d_out, d_in) -> (T,): "uniform" 1, or "inverse_norm" 1 / |D_t|^2 (WUDI, eq. 12)."""
+    if name == "uniform":
+        return deltas.new_ones(len(deltas))
+    if name != "inverse_norm":
+        raise InputError(f"unknown task weight {name!r}", "known: uniform, inverse_norm")
+    norms = deltas.square().sum((1, 2))
+    return torch.where(norms > 0, 1 / norms, 0)  # a task that did not move weighs nothing
+
+
+def normal_equations(deltas: Tensor, est: Estimate, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """S (d_in, d_in) and N (d_out, d_in) for C_t = a_t E_t^T E_t + b_t I, by the cheaper route."""
+    E, a, b = est.factor, weights * est.scale, weights * est.ridge
+    d_out, d_in = deltas.shape[1:]
+    if E.shape[1] < d_in:
+        # (D E^T) E costs d_out n d_in; forming E^T E first would cost n d_in^2 more
+        rows = E if (a == 1).all() else a.sqrt().view(-1, 1, 1) * E
+        S = gram(rows.reshape(-1, d_in))  # of (T n, d_in)
+        if E is deltas:
+            outer = est.gram if est.gram is not None else map(gram, E.mT)
+        else:
+            outer = map(product, deltas, E.mT)
+        cross = torch.cat([x * w for x, w in zip(outer, a, strict=True)], dim=1)  # (d_out, T n)
+        N = product(cross, E.reshape(-1, d_in))
+    else:
+        S = deltas.new_zeros(d_in, d_in)
+        N = deltas.new_zeros(d_out, d_in)
+        inner = est.gram if est.gram is not None else map(gram, E)
+        for x, C, w in zip(deltas, inner, a, strict=True):
+            C = C * w
+            S += C
+            N += product(x, C)
+    if b.any():
+        S.diagonal().add_(b.sum())
+        N = N + torch.einsum("t,tij->ij", b, deltas)
+    return S, N
+
+
+def measured_normal_equations(
+    deltas: Tensor, covariances: Tensor | None, weights: Tensor, gram_scale: float
+) -> tuple[Tensor, Tensor]:
+    """The same from measured second moments, their off-diagonals scaled (RegMean, section 4)."""
+    if covariances is None or covariances.shape != (len(deltas), *2 * deltas.shape[-1:]):
+        got = "none" if covariances is None else f"shape {tuple(covariances.shape)}"
+        raise InputError(
+            f"expected covariances of shape {(len(deltas), *2 * deltas.shape[-1:])}, got {got}"
+        )
+    S, N = 0.0, 0.0
+    for x, C, w in zip(deltas, covariances, weights, strict=True):
+        C = w * C.to(deltas)
+        C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()
+        S, N = S + C, N + product(x, C)
+    return S, N
+
+
+def solve(
+    S: Tensor, N: Tensor, A: Tensor | None, filter: Filter, weights: Tensor, width: int
+) -> Tensor:
+    """A + (N V / l - A V) F V^T where S = V diag(l) V^T, by the cheapest route: (d_out, d_in).
+
+    weights: (T,) of the tasks in S; width: the layer's own d_in, where S is in a narrower basis.
+    """
+    dtype = solving_dtype(S)
+    S, N, A = S.to(dtype), N.to(dtype), None if A is None else A.to(dtype)
+    D = None
+    if filter.name == "cut":
+        # |S| >= max l: where nothing lies below this, nothing is cut and S is inverted
+        D = solve_positive(N, S, above=_cut(filter.rtol, width) * S.norm())
+    elif filter.name in {"ridge", "none"}:
+        scale = S.diagonal().sum() / width if filter.relative else 1.0
+        return _damped(S, N, A, filter.lam * scale if filter.name == "ridge" else 0.0, width)
+    if D is not None:
+        return D
+    keep = partial(
+        spectral_filter, filter.name, rtol=filter.rtol, t=filter.t, rho=filter.rho, d_in=width
+    )
+    return _filtered(S, N, A, keep, _bound(weights) if filter.name == "gain" else math.inf)
+
+
+def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width: int) -> Tensor:
+    """(N + ridge A)(S + ridge I)^-1 by Cholesky; by a cut where S is singular and ridge 0."""
+    if ridge:
+        S.diagonal().add_(ridge)
+        N = N if A is None else N + ridge * A
+    D = solve_positive(N, S)
+    return D if D is not None else _filtered(S, N, A, partial(spectral_filter, "cut", d_in=width))
+
+
+def _filtered(
+    S: Tensor, N: Tensor, A: Tensor | None, filter: Callable, bound: float | Tensor = math.inf
+) -> Tensor:
+    """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0.
+
+    bound: F is 0 as well where the solution N V / l stretches a direction by more, squared, than
+        this multiple of l.
+    """
+    values, vectors = eigh(S)  # (d,), (d, d)
+    kept = int((filter(values) > 0).sum())  # the first: no filter prefers a smaller eigenvalue
+    if S.dtype == torch.float32 and 0 < kept < len(S):
+        sharpen(S, values, vectors, at=values[kept - 1])
+    F = filter(values)
+    kept = int((F > 0).sum())
+    V, l, F = vectors[:, :kept], values[:kept], F[:kept]
+    solved = product(N, V) / l  # (d_out, kept), D V
+    F = F * (solved.square().sum(0) <= bound * l)
+    if A is None:
+        return product(solved * F, V.mT)
+    return A + product((solved - product(A, V)) * F, V.mT)
+
+
+def _bound(weights: Tensor) -> Tensor:
+    """Of |D v|^2 / l: l is sum_t w_t |D_t v|^2, so that this is sum_t |D_t v|^2 if weights agree.
+
+    With a hair's breadth, since one task alone reaches it: D v = D_t v.
+    """
+    moved = weights > 0
+    return 1.01 / weights[moved].mean() if moved.any() else weights.new_ones(())
+
+
+def _cut(rtol: float | None, d_in: int) -> float:
+    return d_in * EPS32 if rtol is None else rtol
+
+
+def spectral_filter(
+    name: str, l: Tensor, *, d_in: int, rtol: float | None = None, t: float = 0, rho: float = 1
+) -> Tensor:
+    """Descending eigenvalues l (d,) -> filter (d,) in [0, 1]; ambient width d_in >= d.
+
+    cut: 1 above rtol * max l (None: d_in times the epsilon of float32).
+    exponential: (1 - exp(-l t)) for the ceil(rho d_in) largest (arXiv 2606.07289).
+    gain: as cut; `interference` then drops the directions that are stretched too far.
+    effective_rank: 1 for the K largest, K = ceil((sum sqrt l)^2 / sum l) (arXiv 2606.07289).
+    """
+    index = torch.arange(len(l), device=l.device)
+    if name in {"cut", "gain"}:
+        return (l > _cut(rtol, d_in) * l.max()).to(l)
+    if name == "exponential":
+        return -torch.expm1(-l * t) * (index < math.ceil(rho * d_in)) * (l > 0)
+    if name == "effective_rank":
+        energy = l.sum()
+        # the small term keeps a rank that is an integer from being rounded up past itself
+        K = torch.ceil(l.sqrt().sum().square() / energy - 1e-6) if energy > 0 else 0
+        return ((index < K) & (l > 0)).to(l)
+    raise InputError(
+        f"unknown filter {name!r}", "known: none, ridge, cut, gain, exponential, effective_rank"
+    )

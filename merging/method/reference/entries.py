@@ -1,0 +1,126 @@
+"""Plain formulas of the methods that look at single entries, or at a delta as one vector."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merging.method.reference.plain import printed
+
+
+@printed
+def average(D: Tensor) -> Tensor:
+    return D.mean(0)
+
+
+@printed
+def task_arithmetic(D: Tensor, alpha: float = 0.3) -> Tensor:
+    return alpha * D.sum(0)
+
+
+@printed
+def lines(D: Tensor, depth: float = 0.0, start: float | None = None, beta: float = 0.5) -> Tensor:
+    return ((1 / len(D) if start is None else start) + beta * depth) * D.sum(0)
+
+
+@printed
+def fisher(D: Tensor, fishers: Tensor) -> Tensor:
+    return (fishers * D).sum(0) / fishers.sum(0)
+
+
+@printed
+def data_free_fisher(D: Tensor) -> Tensor:
+    return fisher(D, D.square())
+
+
+def top(D: Tensor, share: float) -> Tensor:
+    """Each task's largest entries by magnitude, the rest 0."""
+    flat = D.flatten(1)
+    count = int(share * flat.shape[1])
+    kept = flat.abs().topk(count, dim=1).indices
+    return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(D)
+
+
+def elect(D: Tensor, merge: str = "mean") -> Tensor:
+    agree = D * D.sum(0).sign() > 0
+    total = (D * agree).sum(0)
+    return total if merge == "sum" else total / agree.sum(0).clamp_min(1)
+
+
+@printed
+def ties(D: Tensor, k: float = 0.2, merge: str = "mean") -> Tensor:
+    return elect(top(D, k), merge)
+
+
+@printed
+def dare(D: Tensor) -> Tensor:
+    return 0.3 * (D * (torch.rand_like(D) < 0.1) / 0.1).sum(0)
+
+
+@printed
+def dare_ties(D: Tensor) -> Tensor:
+    return elect(D * (torch.rand_like(D) < 0.1) / 0.1)
+
+
+@printed
+def della(D: Tensor) -> Tensor:
+    rank = D.abs().argsort(-1).argsort(-1)
+    keep = 0.63 + 0.14 * rank / (D.shape[-1] - 1)
+    return 1.1 * elect(D * (torch.rand_like(D) < keep) / keep)
+
+
+@printed
+def breadcrumbs(D: Tensor, beta: float = 0.9, gamma: float = 0.01) -> Tensor:
+    n = D[0].numel()
+    order = D.abs().flatten(1).argsort(1)
+    kept = torch.zeros_like(D).flatten(1)
+    kept.scatter_(1, order[:, int(beta * n) : n - int(gamma * n)], 1.0)
+    return 0.3 * (D * kept.view_as(D)).sum(0)
+
+
+def consensus(merged: Tensor, D: Tensor, lam: float, agree: int) -> Tensor:
+    needed = D.abs() > lam * (merged - D).abs()
+    return 0.3 * merged * (needed.sum(0) >= agree)
+
+
+@printed
+def consensus_ta(D: Tensor, lam: float = 0.4, agree: int = 2) -> Tensor:
+    return consensus(D.sum(0), D, lam, agree)
+
+
+@printed
+def consensus_ties(D: Tensor, k: float = 0.2, lam: float = 0.4, agree: int = 2) -> Tensor:
+    return consensus(ties(D, k, "sum"), D, lam, agree)
+
+
+@printed
+def pcb(D: Tensor, ratio: float = 0.1) -> Tensor:
+    shape, D = D.shape[1:], D.flatten(1)
+    low, high = D.abs().amin(1, True), D.abs().amax(1, True)
+    own = ((D.abs() - low) / (high - low)).square()
+    score = torch.exp(len(D) * own) * torch.tanh(D * D.sum(0))
+    cut = score.sort(1, descending=True).values[:, int(ratio * D.shape[1]) - 1, None]
+    weight = (score - cut).clamp_min(0) / (score.amax(1, True) - cut)
+    return (1.2 * (weight * D).sum(0) / weight.sum(0).clamp_min(1e-12)).view(shape)
+
+
+@printed
+def karcher(D: Tensor) -> Tensor:
+    norms = D.flatten(1).norm(dim=1)
+    unit = D.flatten(1) / norms[:, None]
+    x = torch.nn.functional.normalize(unit.mean(0), dim=0)
+    for _ in range(100):
+        theta = torch.acos((unit @ x).clamp(-1, 1))[:, None]
+        step = (theta / theta.sin() * (unit - theta.cos() * x)).mean(0)
+        if step.norm() < 1e-12:
+            break
+        x = step.norm().cos() * x + step.norm().sin() / step.norm() * step
+    return norms.mean() * x.view_as(D[0])
+
+
+@printed
+def model_stock(D: Tensor) -> Tensor:
+    T = len(D)
+    unit = torch.nn.functional.normalize(D.flatten(1), dim=1)
+    cos = ((unit @ unit.mT).sum() - T) / (T * (T - 1))
+    return T * cos.clamp_min(0) / (1 + (T - 1) * cos.clamp_min(0)) * D.mean(0)

@@ -1,0 +1,62 @@
+"""A method from outside the package is a method: its function and its file are all it takes."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import merging
+from merging.method import registry
+from tests import test_configs
+
+ROOT = Path(__file__).parents[1]
+YAML = "# The mean, weighted by how far each expert moved.\nname: norm_mean\nalpha: 1.0\n"
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The example's module, imported with a copy of the table that goes with this test."""
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    sys.modules.pop("tests.norm_mean", None)
+    import tests.norm_mean
+
+    yield tests.norm_mean
+    del sys.modules["tests.norm_mean"]
+
+
+def test_every_law_is_tested_by_its_name():
+    line = [sys.executable, "-m", "pytest", "-p", "tests.norm_mean"]
+    laws = subprocess.run(
+        [*line, "tests/test_method_properties.py", "-k", "norm_mean"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert laws.returncode == 0, laws.stdout
+    passed = re.search(r"(\d+) passed", laws.stdout)
+    assert passed and int(passed[1]) >= 20, laws.stdout
+
+
+def test_its_file_is_all_that_configs_need(registered, tmp_path, monkeypatch):
+    shutil.copytree(test_configs.CONFIGS, tmp_path / "configs")
+    (tmp_path / "configs" / "method" / "norm_mean.yaml").write_text(YAML)
+    monkeypatch.setattr(test_configs, "CONFIGS", tmp_path / "configs")
+    test_configs.test_every_method_has_a_file_and_every_file_a_method()
+    test_configs.test_a_methods_file_holds_the_defaults_of_the_code("norm_mean")
+    test_configs.test_a_methods_file_opens_with_its_source("norm_mean")
+
+
+def test_it_merges_like_any_other(registered):
+    base = {"fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}
+    near = {"fc.weight": torch.eye(2), "fc.bias": torch.ones(2)}
+    far = {"fc.weight": 3 * torch.eye(2).flip(0), "fc.bias": 3 * torch.ones(2)}
+    method = merging.create("norm_mean")
+    merged = merging.merge_state_dicts(base, {"near": near, "far": far}, method)
+    # norms 1 : 3, so a quarter of one and three quarters of the other
+    torch.testing.assert_close(merged["fc.weight"], torch.tensor([[0.25, 2.25], [2.25, 0.25]]))
+    torch.testing.assert_close(merged["fc.bias"], torch.full((2,), 2.5))
+    assert "norm_mean" in merging.methods() and "an example" in method.__doc__
