@@ -10,16 +10,20 @@ from merging.engine import Report, merge_checkpoints, merge_state_dicts
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 from merging.method.registry import Method, create, methods, register
+from merging.planning import PLANNED, Plan, plan
 
 __all__ = [
+    "PLANNED",
     "InputError",
     "Layer",
     "Method",
+    "Plan",
     "Report",
     "create",
     "linear_layers",
     "merge_checkpoints",
     "merge_state_dicts",
     "methods",
+    "plan",
     "register",
 ]

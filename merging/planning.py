@@ -1,0 +1,213 @@
+"""Will these experts merge, and how? Answered from headers, then from the weights, without data.
+
+`plan` reads headers first (what is missing, what the method will reach, what it costs), then
+streams the weights once and returns a `Plan`: norms, cosines, overlap and conflict of the task
+vectors, and the residuals of several merges of all experts and of subsets: `merging.diagnosis`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from merging.diagnosis import LayerDiagnosis, diagnose, residual
+from merging.engine.merge import _deltas as differences
+from merging.errors import InputError
+from merging.formats.checkpoints import Adapter, Checkpoint, Source, open_checkpoint
+from merging.formats.checks import problems
+from merging.layers import Layer, cut, resolve_layers
+from merging.method.registry import Method, create
+from merging.progress import track
+
+PLANNED = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "bounded")
+Experts = Mapping[str, Checkpoint | Adapter]
+_ATTENTION = re.compile(r"attn|attention|[qkv]_proj|o_proj|out_proj|in_proj|qkv|query|key|value")
+_MLP = re.compile(r"mlp|ffn|fc\d?|feed_forward|intermediate|dense|gate|up_proj|down_proj|wi|wo")
+
+
+@dataclass
+class Group:
+    """The layers of one kind in one block, summed."""
+
+    kind: str
+    block: int | None
+    layers: int
+    diagnosis: LayerDiagnosis
+    residual: dict[str, Tensor]  # method -> (2, T) numerators, see `diagnosis.residual`
+
+
+@dataclass
+class Plan:
+    """What was found; tensors are (T, T) in the order of `tasks`, ratios as in diagnosis."""
+
+    tasks: list[str]
+    problems: list[str]  # a sentence each; where there are any, no weights were read
+    bytes: int = 0  # of the base and the experts
+    largest: int = 0  # bytes of the largest matrix in float32: a merge holds T + 2 of them
+    matrices: int = 0  # entries of all matrices
+    covered: int = 0  # of them, those that a method for matrices reaches
+    groups: list[Group] = field(default_factory=list)
+    # (method, merged tasks) -> {task: (r_t of the inputs' side, of the outputs' side)}
+    residuals: dict[tuple[str, tuple[str, ...]], dict[str, tuple[float, float]]] = field(
+        default_factory=dict
+    )
+
+    @property
+    def cosine(self) -> Tensor:
+        return _normalised(sum(g.diagnosis.inner for g in self.groups))
+
+    @property
+    def overlap(self) -> Tensor:
+        return _normalised(sum(g.diagnosis.shared for g in self.groups))
+
+    @property
+    def conflict(self) -> Tensor:
+        opposed, common = (
+            sum(getattr(g.diagnosis, name) for g in self.groups) for name in ("opposed", "common")
+        )
+        return opposed / common.clamp_min(1e-300)
+
+    @property
+    def movement(self) -> dict[str, float]:
+        """|D_t| / |W_0| over all layers, per task."""
+        moved = sum(g.diagnosis.inner.diagonal() for g in self.groups)
+        base = sum(g.diagnosis.base for g in self.groups)
+        return dict(zip(self.tasks, (moved / base).sqrt().tolist(), strict=True))
+
+    @property
+    def ranking(self) -> list[tuple[str, float]]:
+        """(method, mean residual over both sides and all experts), best first."""
+        every = tuple(self.tasks)
+        rows = [(m, mean_residual(r)) for (m, tasks), r in self.residuals.items() if tasks == every]
+        return sorted(rows, key=lambda row: row[1])
+
+
+def plan(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    *,
+    methods: Sequence[str | Method] = PLANNED,
+    layers: object = None,
+    subsets: bool = True,
+) -> Plan:
+    """Diagnose a merge of checkpoints; nothing is written.
+
+    methods: what r_t is computed for; those that need statistics are refused.
+    layers: as in `merge_state_dicts`.
+    subsets: the best method on all pairs and on all experts but one, too.
+    Raises InputError for unreadable files and unknown methods; what does not fit is in `problems`.
+    """
+    named = [create(m) if isinstance(m, str) else m for m in methods]
+    for method in named:
+        if method.needs or method.sequential:
+            raise InputError(f"method {method.name!r} needs statistics, a plan has none")
+    source = open_checkpoint(base)
+    opened = {task: open_checkpoint(path) for task, path in sorted(experts.items())}
+    try:
+        found = Plan(list(opened), problems(source, opened))
+        shapes = {name: source.shape(name) for name in source.keys()}
+        resolved = resolve_layers(layers, shapes)
+        _count(found, source, opened, resolved)
+        if not found.problems:
+            _read(found, source, opened, resolved, named, subsets)
+    finally:
+        for checkpoint in (source, *opened.values()):
+            checkpoint.close()
+    return found
+
+
+def mean_residual(residuals: Mapping[str, tuple[float, float]]) -> float:
+    """Over both sides and all tasks."""
+    return sum(sum(sides) / 2 for sides in residuals.values()) / len(residuals)
+
+
+def _count(found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer]) -> None:
+    """Bytes, the largest matrix and coverage, from headers."""
+    sizes = {name: torch.Size(source.shape(name)).numel() for name in source.keys()}
+    matrices = [n for n in sizes if len(source.shape(n)) > 1 and source.dtype(n).is_floating_point]
+    found.bytes = sum(sizes[n] * source.dtype(n).itemsize for n in sizes)
+    for expert in experts.values():
+        found.bytes += sum(Path(file).stat().st_size for file, *_ in expert.stamp())
+    found.largest = 4 * max((sizes[n] for n in layers if n in sizes), default=0)
+    found.matrices = sum(sizes[n] for n in matrices)
+    found.covered = sum(sizes[n] for n in matrices if n in layers)
+
+
+def _read(
+    found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer],
+    methods: Sequence[Method], subsets: bool,
+) -> None:  # fmt: skip
+    """Stream the layers that any expert moved and sum what is found by kind and block."""
+    names = [n for n in layers if n not in source.tied and _touched(experts, n)]
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            yield name, differences(source.read(name), experts, name)
+
+    contexts = [method.prepare(stream) for method in methods]
+    chosen = list(_subsets(len(experts))) if subsets else [tuple(range(len(experts)))]
+    sums: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+    groups: dict[tuple[str, int | None], Group] = {}
+    for name, stack in track(stream(), "reading the differences", len(names)):
+        W0 = source.read(name)
+        for part, deltas in zip(cut(W0, layers[name]), cut(stack, layers[name]), strict=True):
+            residuals = {}
+            for method, context in zip(methods, contexts, strict=True):
+                # what was prepared is of all experts together
+                for subset in chosen[:1] if context else chosen:
+                    merging = deltas[list(subset)]
+                    numerators = residual(merging, method(merging, **context))
+                    key = (method.name, subset)
+                    sums[key] = sums.get(key, 0) + numerators
+                    if len(subset) == len(experts):
+                        residuals[method.name] = numerators
+            kind, block = _place(name)
+            group = Group(kind, block, 1, diagnose(part, deltas), residuals)
+            groups[kind, block] = _merged(groups.get((kind, block)), group)
+    found.groups = sorted(groups.values(), key=lambda g: (g.block is None, g.block or 0, g.kind))
+    own = sum(g.diagnosis.shared.diagonal() for g in found.groups)
+    for (name, subset), numerators in sums.items():
+        tasks = tuple(found.tasks[i] for i in subset)
+        ratios = (numerators / own[list(subset)].clamp_min(1e-300)).T.tolist()
+        found.residuals[name, tasks] = dict(zip(tasks, map(tuple, ratios), strict=True))
+
+
+def _subsets(T: int) -> Iterator[tuple[int, ...]]:
+    """All experts, all but one, and all pairs where they are few."""
+    sizes = {T, T - 1} | ({2} if T <= 5 else set())
+    for size in sorted((n for n in sizes if n > 1), reverse=True):
+        yield from itertools.combinations(range(T), size)
+
+
+def _touched(experts: Experts, name: str) -> bool:
+    return any(name in expert for expert in experts.values())
+
+
+def _merged(one: Group | None, other: Group) -> Group:
+    """The sums of two groups."""
+    if one is None:
+        return other
+    a, b = one.diagnosis, other.diagnosis
+    sums = {f.name: getattr(a, f.name) + getattr(b, f.name) for f in fields(a)}
+    residuals = {m: one.residual[m] + other.residual[m] for m in one.residual}
+    return Group(one.kind, one.block, one.layers + 1, LayerDiagnosis(**sums), residuals)
+
+
+def _place(name: str) -> tuple[str, int | None]:
+    """(attention, mlp or other; number of the block), from a tensor's name."""
+    block = re.search(r"\.(\d+)\.", f".{name}")
+    tail = name[block.end() - 1 :] if block else name
+    kind = "attention" if _ATTENTION.search(tail) else "mlp" if _MLP.search(tail) else "other"
+    return kind, int(block[1]) if block else None
+
+
+def _normalised(square: Tensor) -> Tensor:
+    """(T, T) divided by the root of its diagonal on both sides."""
+    scale = square.diagonal().sqrt().clamp_min(1e-300)
+    return square / scale / scale[:, None]
