@@ -472,7 +472,7 @@ def test_bad_adapter_weights(tmp_path, shapes, message):
 
 
 def test_factors_of_integers(tmp_path):
-    tensors = {f"q.lora_{which}.weight": torch.ones(2, 2, dtype=torch.int8) for which in "AB"}
+    tensors = {f"q.lora_{which}.weight": torch.ones(2, 2, dtype=torch.int16) for which in "AB"}
     with pytest.raises(InputError, match=r"factors of 'q.weight' are not floating point"):
         open_checkpoint(write_adapter_files(tmp_path, tensors=tensors))
 

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from merging.errors import InputError
 from merging.formats.folders import indexed_slots, weight_file
 from merging.formats.json_files import read_json
 from merging.formats.peft import Adapter
+from merging.formats.quantised import dequantised
 from merging.formats.readers import file_slots
 from merging.formats.slots import Slot
 
@@ -87,12 +88,19 @@ class StateDict:
 class Checkpoint:
     """A `Source` over one or more files, each opened once; safe to read from several threads.
 
-    A file that changes after its header was read is an InputError, not silent nonsense.
+    `quantised` names the format of weights that are worked out when they are read, in float32; ""
+    where all are stored as they are. A file that changes after its header was read is an
+    InputError, not silent nonsense.
+
+    settings: how the weights are quantised, as the model's config.json says.
     """
 
-    def __init__(self, path: Path, slots: Mapping[str, Slot]) -> None:
+    def __init__(
+        self, path: Path, slots: Mapping[str, Slot], settings: Mapping[str, Any] | None = None
+    ) -> None:
         if not slots:
             raise InputError(f"{path} holds no tensors")
+        slots, self.quantised = dequantised(slots, path, settings or {})
         self.path, self.bytes_read, self._slots = str(path), 0, slots
         self.tied = _tied({k: s for k, s in slots.items() if s.nbytes})
         files = {file: None for slot in slots.values() for file in slot.files}
@@ -180,9 +188,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint | Adapter:
         if path.is_dir() and (path / "adapter_config.json").exists():
             return _open_adapter(path)
         file = weight_file(path) if path.is_dir() else path
-        return Checkpoint(path, (indexed_slots if file.suffix == ".json" else file_slots)(file))
+        slots = (indexed_slots if file.suffix == ".json" else file_slots)(file)
+        return Checkpoint(path, slots, _quantisation(file.parent))
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+
+
+def _quantisation(folder: Path) -> dict[str, Any]:
+    """What the config.json beside weights says of how they are quantised."""
+    config = folder / "config.json"
+    settings = read_json(config).get("quantization_config") if config.is_file() else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _open_adapter(folder: Path) -> Adapter:
