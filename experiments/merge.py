@@ -27,7 +27,7 @@ from merging.progress import track
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
 
 
-PATHS = r"\+*((?:experts|statistics)\.[^=]+|base|output|architecture)=(.*)"
+PATHS = r"\+*((?:experts|statistics)\.[^=]+|base|expert|output|architecture)=(.*)"
 
 
 @dataclass
