@@ -113,11 +113,15 @@ def sharpen(symmetric: Tensor, values: Tensor, vectors: Tensor, at: float | Tens
     values[near], vectors[:, near] = exact.to(values), product(block, rotation).to(vectors)
 
 
-def solve_positive(right: Tensor, matrix: Tensor, above: float | Tensor = 0.0) -> Tensor | None:
+def solve_positive(
+    right: Tensor, matrix: Tensor, above: float | Tensor = 0.0, eps: float | None = None
+) -> Tensor | None:
     """right @ matrix^-1 by Cholesky, (d_out, d) and (d, d) -> (d_out, d).
 
     None where not all eigenvalues of the matrix exceed `above`, or it is not safely positive
-    definite in its dtype, so that a caller can take the spectral route instead.
+    definite in the precision it was set up in, so that a caller can take another route to the
+    solution of the same problem.
+    eps: relative error of the matrix's entries; None is that of its dtype.
     """
     if above and _cholesky(matrix, -above) is None:
         return None  # matrix - above I has a negative pivot for each eigenvalue below
@@ -126,7 +130,8 @@ def solve_positive(right: Tensor, matrix: Tensor, above: float | Tensor = 0.0) -
         return None
     diagonal = factor.diagonal()
     # the squared ratio of the factor's diagonal bounds the condition number from below
-    if (diagonal.min() / diagonal.max()).square() < matrix.shape[0] * torch.finfo(matrix.dtype).eps:
+    eps = torch.finfo(matrix.dtype).eps if eps is None else eps
+    if (diagonal.min() / diagonal.max()).square() < matrix.shape[0] * eps:
         return None
     if not _on_cpu(matrix):
         return torch.cholesky_solve(right.mT, factor).mT

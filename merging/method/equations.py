@@ -86,46 +86,88 @@ def measured_normal_equations(
     return S, N
 
 
-def solve(
-    S: Tensor, N: Tensor, A: Tensor | None, filter: Filter, weights: Tensor, width: int
-) -> Tensor:
-    """A + (N V / l - A V) F V^T where S = V diag(l) V^T, by the cheapest route: (d_out, d_in).
+class Equations(NamedTuple):
+    """D S = N of one layer, and what a route to their solution must know of them."""
 
-    weights: (T,) of the tasks in S; width: the layer's own d_in, where S is in a narrower basis.
+    S: Tensor  # (d, d)
+    N: Tensor  # (d_out, d)
+    weights: Tensor  # (T,) of the tasks in S
+    width: int  # the layer's own d_in, where S is in a narrower basis
+    regular: bool = False  # S holds a multiple of the identity: all of its eigenvalues count
+
+
+def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | None:
+    """A + (N V / l - A V) F V^T where S = V diag(l) V^T, by the cheapest route: (d_out, d).
+
+    None where the filter keeps what equations set up in float32 cannot tell from rounding: set up
+    in float64 they are solved, whatever they are.
     """
-    dtype = solving_dtype(S)
+    S, N, weights, width, _ = equations
+    eps, dtype = torch.finfo(S.dtype).eps, solving_dtype(S)
     S, N, A = S.to(dtype), N.to(dtype), None if A is None else A.to(dtype)
-    D = None
+    if filter.name in {"ridge", "none"}:
+        scale = S.diagonal().sum() / width if filter.relative else 1.0
+        ridge = float(filter.lam * scale) if filter.name == "ridge" else 0.0
+        return _damped(equations._replace(S=S, N=N), A, ridge, eps)
     if filter.name == "cut":
         # |S| >= max l: where nothing lies below this, nothing is cut and S is inverted
         D = solve_positive(N, S, above=_cut(filter.rtol, width) * S.norm())
-    elif filter.name in {"ridge", "none"}:
-        scale = S.diagonal().sum() / width if filter.relative else 1.0
-        return _damped(S, N, A, filter.lam * scale if filter.name == "ridge" else 0.0, width)
-    if D is not None:
-        return D
+        if D is not None:
+            return D
     keep = partial(
         spectral_filter, filter.name, rtol=filter.rtol, t=filter.t, rho=filter.rho, d_in=width
     )
-    return _filtered(S, N, A, keep, _bound(weights) if filter.name == "gain" else math.inf)
+    bound = _bound(weights) if filter.name == "gain" else math.inf
+    # a cut below float32's resolution is asked of equations in float64, see `asks_for_double`
+    noise = width * eps if filter.name == "effective_rank" else 0.0
+    return _filtered(S, N, A, keep, bound, noise)
 
 
-def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float | Tensor, width: int) -> Tensor:
-    """(N + ridge A)(S + ridge I)^-1 by Cholesky; by a cut where S is singular and ridge 0."""
+def asks_for_double(filter: Filter, width: int) -> bool:
+    """Whether the filter's cut lies where equations set up in float32 hold nothing but rounding."""
+    return filter.name in {"cut", "gain"} and _cut(filter.rtol, width) < width * EPS32
+
+
+def _damped(equations: Equations, A: Tensor | None, ridge: float, eps: float) -> Tensor | None:
+    """(N + ridge A)(S + ridge I)^-1 by Cholesky, or by eigenvectors in float64.
+
+    Every eigenvalue counts if there is a ridge or S is regular; else S may be singular, and the
+    directions below pinv's default cut are left out.
+    """
+    S, N, _, width, regular = equations
+    shifted = S
     if ridge:
-        S.diagonal().add_(ridge)
-        N = N if A is None else N + ridge * A
-    D = solve_positive(N, S)
-    return D if D is not None else _filtered(S, N, A, partial(spectral_filter, "cut", d_in=width))
+        shifted = S.clone()
+        shifted.diagonal().add_(ridge)
+    D = solve_positive(N if A is None or not ridge else N + ridge * A, shifted, eps=eps)
+    if D is not None:
+        return D
+    if not (ridge or regular):
+        return _filtered(S, N, A, partial(spectral_filter, "cut", d_in=width))
+    if eps >= EPS32:
+        return None
+    l, V = eigh(S)
+    # where l is rounding, so is N V, and the solution is its limit for l -> 0
+    solved = product(N, V) * torch.where(l > len(l) * eps * l[:1], 1 / (l + ridge), 0)
+    if A is not None and ridge:
+        solved += product(A, V) * (ridge / (l + ridge))
+    return product(solved, V.mT)
 
 
 def _filtered(
-    S: Tensor, N: Tensor, A: Tensor | None, filter: Callable, bound: float | Tensor = math.inf
-) -> Tensor:
+    S: Tensor,
+    N: Tensor,
+    A: Tensor | None,
+    filter: Callable[[Tensor], Tensor],
+    bound: float | Tensor = math.inf,
+    noise: float = 0.0,
+) -> Tensor | None:
     """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0.
 
     bound: F is 0 as well where the solution N V / l stretches a direction by more, squared, than
         this multiple of l.
+    noise: None is returned where F keeps an eigenvalue below this multiple of the largest, unless
+        S was set up in float64: there such directions are left out.
     """
     values, vectors = eigh(S)  # (d,), (d, d)
     kept = int((filter(values) > 0).sum())  # the first: no filter prefers a smaller eigenvalue
@@ -133,6 +175,10 @@ def _filtered(
         sharpen(S, values, vectors, at=values[kept - 1])
     F = filter(values)
     kept = int((F > 0).sum())
+    if kept and values[kept - 1] <= noise * values[0]:
+        if noise >= EPS32:
+            return None
+        kept = int((values > noise * values[0]).sum())
     V, l, F = vectors[:, :kept], values[:kept], F[:kept]
     solved = product(N, V) / l  # (d_out, kept), D V
     F = F * (solved.square().sum(0) <= bound * l)

@@ -29,12 +29,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merging.linalg import working_dtype
 from merging.method import covariance
 from merging.method.equations import (
+    Equations,
     Filter,
+    asks_for_double,
     measured_normal_equations,
     normal_equations,
     solve,
@@ -189,16 +192,22 @@ def interference(
     lam: ridge added to S; with `relative`, in units of the mean eigenvalue tr(S) / d_in.
     t, rho: time of the gradient flow and share of directions kept by the exponential filter.
     """
-    D = deltas.to(working_dtype(deltas))  # (T, d_out, d_in)
-    w = task_weights(task_weight, D)  # (T,)
-    width = d_in or D.shape[-1]
-    if estimator == "inputs":
-        S, N = measured_normal_equations(D, covariances, w, gram_scale)
-    else:
-        S, N = normal_equations(D, covariance.estimate(estimator, D, width, k), w)
-    A = _anchor(anchor, D, d_in=d_in, d_out=d_out)  # (d_out, d_in), or None for zero
     inverse = Filter(filter, rtol=rtol, lam=lam, relative=relative, t=t, rho=rho)
-    return solve(S, N, A, inverse, w, width).to(deltas.dtype)
+    width = d_in or deltas.shape[-1]
+    dtype = torch.float64 if asks_for_double(inverse, width) else working_dtype(deltas)
+    A = _anchor(anchor, deltas.to(dtype), d_in=d_in, d_out=d_out)  # (d_out, d_in), None for zero
+
+    def solution(D: Tensor) -> Tensor | None:  # of deltas (T, d_out, d_in) in some precision
+        w = task_weights(task_weight, D)  # (T,)
+        if estimator == "inputs":
+            S, N = measured_normal_equations(D, covariances, w, gram_scale)
+            return solve(Equations(S, N, w, width), A, inverse)
+        C = covariance.estimate(estimator, D, width, k)
+        S, N = normal_equations(D, C, w)  # sum_t w_t C_t, sum_t w_t D_t C_t
+        return solve(Equations(S, N, w, width, regular=bool((w * C.ridge).any())), A, inverse)
+
+    merged = solution(deltas.to(dtype))
+    return (solution(deltas.double()) if merged is None else merged).to(deltas.dtype)
 
 
 def _anchor(name: str, deltas: Tensor, **layer: int | None) -> Tensor | None:
