@@ -3,6 +3,7 @@
 # make sweep       every method, full and LoRA, three seeds: what results/embedded_text is made of
 # make tables      results/ from the records of the runs
 # make bench       time and memory of every method beside textbook code
+# make bench-gpu   the same on a GPU, in at most 6 minutes
 PYTHON ?= python3.11
 SUITE ?= embedded_text
 SEEDS ?= 0,1,2
@@ -11,7 +12,7 @@ JOBS ?= 2
 LAUNCHER ?=
 RUN := .venv/bin/python -m experiments
 
-.PHONY: reproduce test sweep tables bench clean
+.PHONY: reproduce test sweep tables bench bench-gpu clean
 
 # Made anew only when pyproject.toml asks for something else.
 .venv/.ready: pyproject.toml
@@ -36,6 +37,9 @@ tables: .venv/.ready
 
 bench: .venv/.ready
 	$(RUN).bench
+
+bench-gpu: .venv/.ready
+	$(RUN).bench.gpu
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info
