@@ -6,6 +6,7 @@ receives something else: what the merged blocks below it pass on (arXiv 2508.031
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -16,6 +17,8 @@ from torch import Tensor
 import merging
 from merging.layers import Layer
 from merging.progress import track
+
+_NUMBER = re.compile(r"((?:.*?\.)?)(\d+)\.")  # of a block: what precedes it, and the number
 
 
 class Sequential(Protocol):
@@ -53,7 +56,7 @@ def merge_blocks(
     merged blocks below it and the expert t's own block and all above.
     """
     layers, merged, seconds = suite.layers(), {}, 0.0
-    for names in track(blocks(base), "merging block by block"):
+    for names in track(blocks(base, layers), "merging block by block"):
         own = {name: layers[name] for name in names if name in layers}
         start = time.perf_counter()
         statistics = {
@@ -77,14 +80,27 @@ def merge_blocks(
     return {name: merged[name] for name in base}, seconds
 
 
-def blocks(names: Iterable[str]) -> list[list[str]]:
-    """Tensor names grouped in the order a forward pass needs them.
+def blocks(names: Iterable[str], layers: Iterable[str] = ()) -> list[list[str]]:
+    """Tensor names grouped in the order a forward pass needs them, whatever order they come in.
 
-    A block is what shares the name up to its first number (`encoder.layer.3`); what has no
-    number (embeddings, final norms) comes first, as it depends on no block's inputs.
+    A block is what shares the name up to its first number (`encoder.layer.3`). Blocks come by
+    their numbers, stacks of blocks by the place of their first layer.
+    layers: names of the linear layers as the model holds its modules, which is the order it runs
+        them in. What has no number comes first (embeddings, norms: they ask for no inputs), but
+        for layers behind the first block (a pooler), which come last.
     """
-    groups: dict[str, list[str]] = {"": []}
+    place = {name: i for i, name in enumerate(layers)}
+    start = min((i for name, i in place.items() if _NUMBER.match(name)), default=len(place))
+    groups: dict[tuple[float, int], list[str]] = {}
+    stacks: dict[str, float] = {}
+    for name, i in place.items():
+        if match := _NUMBER.match(name):
+            stacks.setdefault(match[1], i)
     for name in names:
-        match = re.match(r"(.*?\.)?\d+(?=\.)", name)
-        groups.setdefault(match.group() if match else "", []).append(name)
-    return [group for group in groups.values() if group]
+        if match := _NUMBER.match(name):
+            rank = stacks.setdefault(match[1], len(place) + len(stacks))
+            key = (rank, int(match[2]))
+        else:
+            key = (math.inf, 0) if place.get(name, -1) > start else (-1, 0)
+        groups.setdefault(key, []).append(name)
+    return [groups[key] for key in sorted(groups)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import merging
 from eval.regmean_pp import blocks, merge_blocks
@@ -96,18 +96,61 @@ def test_it_differs_from_regmean_from_the_second_block_on(states):
     assert (sequential[second] - plain[second]).abs().max() > 1e-3
 
 
-def test_blocks_come_in_the_order_of_the_model():
-    names = [
-        "embeddings.weight", "encoder.layer.0.q.weight", "encoder.layer.0.q.bias",
-        "encoder.layer.10.q.weight", "encoder.layer.2.q.weight", "norm.weight", "3.weight",
-    ]  # fmt: skip
-    assert blocks(names) == [
+NAMES = [
+    "embeddings.weight", "encoder.layer.0.q.weight", "encoder.layer.0.q.bias",
+    "encoder.layer.2.q.weight", "encoder.layer.10.q.weight", "norm.weight", "pooler.weight",
+]  # fmt: skip
+
+
+def test_blocks_come_in_the_order_of_the_forward_pass(tmp_path):
+    expected = [
         ["embeddings.weight", "norm.weight"],
-        ["encoder.layer.0.q.weight", "encoder.layer.0.q.bias"],
-        ["encoder.layer.10.q.weight"],
+        ["encoder.layer.0.q.bias", "encoder.layer.0.q.weight"],
         ["encoder.layer.2.q.weight"],
-        ["3.weight"],
+        ["encoder.layer.10.q.weight"],
+        ["pooler.weight"],
     ]
+    layers = [name for name in NAMES if name.endswith(("q.weight", "pooler.weight"))]
+    save_file({name: torch.zeros(2) for name in NAMES}, tmp_path / "base.safetensors")
+    stored = list(load_file(tmp_path / "base.safetensors"))
+    assert stored != NAMES, "a file lists names by the alphabet: 10 before 2"
+    for names in (NAMES, NAMES[::-1], stored):
+        assert [sorted(block) for block in blocks(names, layers)] == expected
+
+
+def test_stacks_of_blocks_come_in_the_order_of_the_modules():
+    names = [f"{side}.block.{i}.weight" for side in ("decoder", "encoder") for i in (0, 1)]
+    layers = names[2:] + names[:2]  # T5 runs its encoder first
+    assert blocks(sorted(names), layers) == [[name] for name in layers]
+
+
+class TwelveBlocks(TwoBlocks):
+    """As a file lists it: block 10 before block 2. Its moments know whether all below is merged."""
+
+    NAMES = tuple(f"layer.{i}.weight" for i in range(12))
+
+    def __init__(self, base):
+        self.base, self.seen = base, []
+
+    def second_moments(self, task, state, names, *, batches, batch_size):
+        (name,) = names
+        below = self.NAMES[: self.NAMES.index(name)]
+        self.seen.append((name, all(not torch.equal(state[n], EXPERT[n]) for n in below)))
+        return {name: torch.eye(WIDTH)}
+
+
+EXPERT = {name: torch.full((WIDTH, WIDTH), 2.0) for name in TwelveBlocks.NAMES}
+
+
+def test_a_base_from_a_file_is_measured_through_all_merged_blocks_below(tmp_path):
+    zeros = {name: torch.zeros(WIDTH, WIDTH) for name in TwelveBlocks.NAMES}
+    save_file(zeros, tmp_path / "base.safetensors")
+    base = load_file(tmp_path / "base.safetensors")
+    suite, method = TwelveBlocks(base), merging.create("regmean_pp")
+    experts = {"a": EXPERT, "b": zeros}
+    merge_blocks(suite, base, experts, method, batches=1, batch_size=1)
+    assert [name for name, _ in suite.seen[::2]] == list(suite.NAMES)
+    assert all(merged for _, merged in suite.seen[::2])
 
 
 def test_a_text_suite_measures_through_any_state(tmp_path, monkeypatch):
