@@ -1,3 +1,1 @@
-"""The command lines."""
-
-import merging  # noqa: F401  (before torch: it sets how threads wait)
+"""The command lines. Nothing is imported here: they must answer at once (`experiments.cli`)."""

@@ -13,9 +13,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from eval import theory
-from experiments import analyse, cli
-from experiments.experiment import Statistics, load_suite
+from experiments import hydra_run
+from experiments.commands import analyse
 from experiments.report import theory as theory_report
+from experiments.settings import Statistics
+from experiments.suites import load_suite
 from merging.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ def settings(tmp_path_factory):
             published=str(ROOT / "results/published/actmat_theory.csv"), output=str(folder / "out"),
             device="cpu",
         )  # fmt: skip
-        analyse.main.__wrapped__(own)
+        analyse.analyse(own)
         yield own
 
 
@@ -150,7 +152,7 @@ def test_the_summary_puts_the_papers_means_beside_ours(settings):
 
 def test_nothing_is_trained_twice_and_the_same_is_written_again(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(analyse, "train", lambda *a, **k: pytest.fail("trained again"))
-    analyse.main.__wrapped__(replace(settings, output=str(tmp_path)))
+    analyse.analyse(replace(settings, output=str(tmp_path)))
     for path in Path(settings.output).iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -166,7 +168,7 @@ def test_committed_summaries_follow_from_the_committed_tables(folder, tmp_path):
 
 def test_estimates_can_be_had_without_recording(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(analyse, "train", lambda *a, **k: pytest.fail("recorded"))
-    analyse.main.__wrapped__(replace(settings, record=0, methods=[], output=str(tmp_path)))
+    analyse.analyse(replace(settings, record=0, methods=[], output=str(tmp_path)))
     assert "| delta | 0.3 |" in (tmp_path / "summary.md").read_text()
     assert not (tmp_path / "conditions.png").exists()
 
@@ -185,7 +187,7 @@ def test_bad_settings_are_refused_before_any_work(settings, monkeypatch, change,
     for work in ("train", "merge_suite", "second_moments"):
         monkeypatch.setattr(analyse, work, lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(InputError, match=told):
-        analyse.main.__wrapped__(replace(settings, **change))
+        analyse.analyse(replace(settings, **change))
 
 
 def test_snapshots_fall_between_optimiser_steps():
@@ -198,7 +200,7 @@ def test_snapshots_fall_between_optimiser_steps():
 
 def test_the_config_composes():
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        settings = cli.read_settings(analyse.Analyse, compose("analyse"))
+        settings = hydra_run.read_settings(analyse.Analyse, compose("analyse"))
     assert (ROOT / settings.published).exists()
     assert settings.output == "results/embedded_text/theory"
 

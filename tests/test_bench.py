@@ -14,7 +14,8 @@ from experiments.bench import command as bench
 from experiments.bench import files as bench_files
 from experiments.bench import report as bench_report
 from experiments.bench.command import Bench, cost
-from experiments.cli import CONFIGS, read_settings
+from experiments.cli import CONFIGS
+from experiments.hydra_run import read_settings
 from merging import InputError
 from merging.formats.checkpoints import open_checkpoint
 from merging.method.reference import TEXTBOOK

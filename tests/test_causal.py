@@ -288,7 +288,8 @@ def test_rows_of_a_larger_vocabulary_follow_the_named_rule(models, copy):
 
 
 def test_a_run_records_every_column_and_averages_single_attempts(models, tmp_path):
-    from experiments.experiment import Experiment, measure
+    from experiments.measurement import measure
+    from experiments.settings import Experiment
 
     sampled = {"attempts": 2, "k": [1, 2], "generation": {"do_sample": True}}
     config = {

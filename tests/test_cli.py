@@ -15,15 +15,18 @@ from hydra.errors import MissingConfigException
 from experiments import (
     analyse,
     cli,
-    experiment,
+    errors,
     factorial,
     finetune,
+    hydra_run,
+    measurement,
     merge,
     run,
     statistics,
+    suites,
     tables,
 )
-from experiments.bench import command as bench
+from experiments.bench import __main__ as bench
 from experiments.report import records
 from merging.errors import InputError
 from tests.linear_suite import LinearSuite
@@ -35,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 def call(tmp_path, monkeypatch, capsys):
     """Run `python -m experiments.run` in this process: (exit code, stdout, stderr)."""
     suite = LinearSuite(tmp_path)
-    monkeypatch.setattr(experiment, "load_suite", lambda config, device: suite)
+    monkeypatch.setattr(measurement, "load_suite", lambda config, device: suite)
     monkeypatch.setenv(cli.TRACEBACK, "0")  # and put back what --traceback sets
 
     def invoke(*overrides, main=run.main):
@@ -63,13 +66,13 @@ def test_a_run_prints_its_table(call):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["method=actmta"], "Could not find 'method/actmta'"),
+        (["method=actmta"], "there is no method 'actmta'"),
         (["method.rtoll=1"], "Could not override 'method.rtoll'"),
         (["+method.rtoll=1"], "method 'actmat' has no hyperparameter 'rtoll'"),
         (["+colour=red"], "unknown config key 'colour'"),
         (["+statistics.samples=3"], "samples"),
         (["seed=first"], "first"),
-        (["suite=imagenet"], "Could not find 'suite/imagenet'"),
+        (["suite=imagenet"], "there is no suite 'imagenet'"),
         (["suite._target_=os.system"], "suite._target_ is 'os.system'"),
         (["+suite.zoom=2"], "suite has no setting 'zoom'"),
         (["hydra.sweeper._target_=os.system"], "outside this project"),
@@ -87,10 +90,9 @@ def test_a_run_prints_its_table(call):
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(call, overrides, told):
     code, _, err = call(*overrides)
-    assert code == cli.BAD_INPUT, err
+    assert code == errors.BAD_INPUT, err
     assert told in err
-    errors = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(errors) >= 1
+    assert sum(line.startswith("error: ") for line in err.splitlines()) == 1
     assert "Traceback" not in err
     assert not list(call.records.rglob("*.json"))
 
@@ -112,12 +114,12 @@ def test_a_fault_of_the_program_is_exit_code_1_and_traceback_on_request(call, mo
 
     monkeypatch.setattr(LinearSuite, "evaluate", broken)
     code, _, err = call("method=actmat")
-    assert code == cli.FAULT
+    assert code == errors.FAULT
     assert "ZeroDivisionError: so much for that" in err
     assert "--traceback" in err
     assert "Traceback (most recent call last)" not in err
     code, _, err = call("method=actmat", "--traceback")
-    assert code == cli.FAULT
+    assert code == errors.FAULT
     assert "Traceback (most recent call last)" in err
 
 
@@ -127,7 +129,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_record(call, monkeypatch):
 
     monkeypatch.setattr(records, "_write_atomically", full)
     code, _, err = call("method=actmat")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert err.startswith("error: No space left on device: ")
     assert not list(call.records.rglob("*.json"))
 
@@ -142,10 +144,18 @@ def test_an_interrupt_is_exit_code_130(call, monkeypatch):
     assert "run again to continue" in err
 
 
-def test_a_sweep_goes_on_after_a_failure_and_reports_it(call):
-    code, _, err = call("-m", "method=actmat,ridge", "tasks=[third],[first]")
-    assert code == cli.BAD_INPUT
-    assert err.count("error: suite linear has no task 'third'") == 2
+def test_a_sweep_goes_on_after_a_failure_and_reports_it(call, monkeypatch):
+    evaluate = LinearSuite.evaluate
+
+    def broken(self, state, split, tasks=None, limit=None):
+        if tasks == ["second"]:
+            raise InputError("file b of task 'second' is damaged")
+        return evaluate(self, state, split, tasks, limit)
+
+    monkeypatch.setattr(LinearSuite, "evaluate", broken)
+    code, _, err = call("-m", "method=actmat,ridge", "tasks=[second],[first]")
+    assert code == errors.BAD_INPUT
+    assert err.count("error: file b of task 'second' is damaged") == 2
     made = {json.loads(p.read_text())["key"]["method"] for p in call.records.rglob("*.json")}
     assert {"actmat", "ridge"} <= made
 
@@ -163,18 +173,18 @@ def test_a_sweep_skips_what_its_suite_cannot_do(call, caplog):
     ]
     made = {json.loads(p.read_text())["key"]["method"] for p in call.records.rglob("*.json")}
     assert made == {"actmat", "zero_shot", "experts"}
-    assert call("method=multi_task")[0] == cli.BAD_INPUT  # alone it is what was asked for
+    assert call("method=multi_task")[0] == errors.BAD_INPUT  # alone it is what was asked for
 
 
 def test_a_sweep_shares_one_suite(monkeypatch):
     built = []
-    monkeypatch.setattr(cli, "build", lambda config: built.append(config) or object())
-    experiment._suite.cache_clear()
+    monkeypatch.setattr(suites, "build", lambda config: built.append(config) or object())
+    suites._suite.cache_clear()
     config = {"_target_": "eval.language.text.TextSuite", "name": "x", "device": "auto"}
-    first = experiment.load_suite(config, "cpu")
-    assert experiment.load_suite(dict(config), "cpu") is first
+    first = suites.load_suite(config, "cpu")
+    assert suites.load_suite(dict(config), "cpu") is first
     assert built == [config | {"device": "cpu"}]
-    experiment._suite.cache_clear()
+    suites._suite.cache_clear()
 
 
 def test_optuna_maximises_the_validation_figure_that_a_run_returns(call):
@@ -217,19 +227,27 @@ def test_optuna_maximises_the_validation_figure_that_a_run_returns(call):
 def test_foreign_targets_are_refused_wherever_they_hide(target):
     for node in ({"_target_": target}, {"a": {"b": [{"_target_": target}]}}):
         with pytest.raises(InputError, match="_target_ is"):
-            cli.check_targets(node)
+            suites.check_targets(node)
         with pytest.raises(InputError):
-            cli.build(node)
+            suites.build(node)
 
 
-def test_every_suite_of_the_project_may_be_constructed():
-    cli.check_targets({"_target_": "eval.language.text.TextSuite", "_convert_": "all", "name": "x"})
+@pytest.mark.parametrize("suite", sorted(p.stem for p in (ROOT / "configs/suite").glob("*.yaml")))
+def test_every_suite_of_the_project_may_be_constructed(suite):
+    with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
+        composed = compose("experiment", [f"suite={suite}", "+suite.zoom=2"])
+    config = hydra_run.OmegaConf.to_container(composed, resolve=True)["suite"]
+    with pytest.raises(InputError, match="suite has no setting 'zoom'"):
+        suites.check_targets({"suite": config})
+    del config["zoom"]
+    suites.check_targets({"suite": config})
+    assert suites.build(config).name == config["name"]
 
 
 @pytest.mark.parametrize("key", ["_args_", "_partial_", "_recursive_"])
 def test_hydras_other_doors_are_closed(key):
     with pytest.raises(InputError, match=f"has no setting '{key}'"):
-        cli.check_targets({"_target_": "eval.language.text.TextSuite", key: True})
+        suites.check_targets({"_target_": "eval.language.text.TextSuite", key: True})
 
 
 CODE = {
@@ -253,7 +271,7 @@ def test_a_file_of_ones_own_cannot_name_code_for_hydra_to_run(call, tmp_path, ki
     (tmp_path / "own/attack/it.yaml").write_text(text.replace("CANARY", str(canary)))
     sweep = ["-m"] if multirun else []
     code, _, err = call(*sweep, f"--config-dir={tmp_path}/own", "+attack=it")
-    assert code == cli.BAD_INPUT, err
+    assert code == errors.BAD_INPUT, err
     assert "which would run code outside this project" in err
     assert not canary.exists()
 
@@ -264,17 +282,17 @@ def test_an_option_of_ones_own_cannot_replace_hydras(call, tmp_path, group):
     text = f"_target_: os.mkdir\npath: {tmp_path}/canary\n"
     (tmp_path / f"own/hydra/{group}/it.yaml").write_text(text)
     code, _, err = call("-m", f"hydra/{group}=it", f"--config-dir={tmp_path}/own")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert f"hydra.{group}._target_ is 'os.mkdir'" in err
     assert not (tmp_path / "canary").exists()
 
 
 def test_optuna_cannot_be_told_to_run_code(call):
     code, _, err = call("hydra/sweeper=optuna", "hydra.sweeper.custom_search_space=os.system")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "hydra.sweeper.custom_search_space is 'os.system'" in err
     code, _, err = call("hydra/sweeper=optuna", "hydra.sweeper.sampler._target_=os.system")
-    assert code == cli.BAD_INPUT
+    assert code == errors.BAD_INPUT
     assert "hydra.sweeper.sampler._target_ is 'os.system'" in err
 
 
@@ -292,7 +310,7 @@ def test_optuna_cannot_be_told_to_run_code(call):
 def test_hydras_own_choices_stay(choice):
     with initialize_config_dir(str(cli.CONFIGS), version_base="1.3"):
         composed = compose("experiment", choice.split(), return_hydra_config=True)
-    cli.check_hydra(composed.hydra)
+    hydra_run.check_hydra(composed.hydra)
 
 
 # --- errors and settings ------------------------------------------------------------------------
@@ -305,13 +323,13 @@ def test_an_input_error_survives_being_wrapped(capsys):
         except InputError as error:
             raise RuntimeError("Error in call to target") from error
     except RuntimeError as wrapped:
-        assert cli.report(wrapped) == cli.BAD_INPUT
+        assert errors.report(wrapped) == errors.BAD_INPUT
     assert capsys.readouterr().err == "error: file a lacks tensor b\nhint: look there\n"
 
 
 def test_hydras_messages_lose_their_search_path(capsys):
     error = MissingConfigException("No x\n\nAvailable:\n\ty\nConfig search path:\n\tz", "x", [])
-    assert cli.report(error) == cli.BAD_INPUT
+    assert errors.report(error) == errors.BAD_INPUT
     assert capsys.readouterr().err == "error: No x\nhint: Available: y\n"
 
 
@@ -327,8 +345,8 @@ class Outer:
 
 
 def test_settings_are_typed():
-    composed = cli.OmegaConf.create({"name": "x", "inner": {"size": "3"}})
-    assert cli.read_settings(Outer, composed) == Outer("x", Inner(3))
+    composed = hydra_run.OmegaConf.create({"name": "x", "inner": {"size": "3"}})
+    assert hydra_run.read_settings(Outer, composed) == Outer("x", Inner(3))
 
 
 COMMANDS = [run, merge, finetune, statistics, tables, analyse, factorial, bench]
@@ -346,7 +364,7 @@ def test_every_command_keeps_to_the_exit_codes(monkeypatch, capsys, module):
         def read(*_):
             raise error
 
-        monkeypatch.setattr(cli, "read_settings", read)
+        monkeypatch.setattr(hydra_run, "read_settings", read)
 
     monkeypatch.setenv(cli.TRACEBACK, "0")
     code, err = call("+colour=red")
@@ -368,5 +386,8 @@ def test_no_traceback_reaches_the_terminal_of_a_real_process(tmp_path):
     line = [sys.executable, "-m", "experiments.run", "suite=tiny_text", "finetuning=half"]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.splitlines() == ["error: finetuning is 'half', expected one of: full, lora"]
+    assert done.stderr.splitlines() == [
+        "loading torch ...",
+        "error: finetuning is 'half', expected one of: full, lora",
+    ]
     assert done.stdout == ""

@@ -7,12 +7,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import merging
-from experiments import cli
-from experiments.experiment import UNMERGED, Experiment, Selection, Statistics
-from experiments.finetune import Finetune
-from experiments.merge import MergeCheckpoints
-from experiments.statistics import Collect
-from experiments.tables import Tables
+from experiments import hydra_run
+from experiments.commands.finetune import Finetune
+from experiments.commands.merge import MergeCheckpoints
+from experiments.commands.statistics import Collect
+from experiments.commands.tables import Tables
+from experiments.settings import UNMERGED, Experiment, Selection, Statistics
 from experiments.trackers import TRACKERS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -49,19 +49,19 @@ def test_a_methods_file_opens_with_its_source(name):
 
 @pytest.mark.parametrize("suite", names("suite"))
 def test_every_suite_composes_and_may_be_constructed(suite):
-    settings = cli.read_settings(Experiment, composed("experiment", f"suite={suite}"))
+    settings = hydra_run.read_settings(Experiment, composed("experiment", f"suite={suite}"))
     assert settings.suite["name"].startswith(suite)
 
 
 @pytest.mark.parametrize("tracker", names("tracker"))
 def test_every_tracker_has_a_function(tracker):
-    settings = cli.read_settings(Experiment, composed("experiment", f"tracker={tracker}"))
+    settings = hydra_run.read_settings(Experiment, composed("experiment", f"tracker={tracker}"))
     assert settings.tracker["name"] == tracker
     assert set(names("tracker")) == set(TRACKERS)
 
 
 def test_defaults_of_the_schema_and_of_the_file_agree():
-    settings = cli.read_settings(Experiment, composed("experiment"))
+    settings = hydra_run.read_settings(Experiment, composed("experiment"))
     assert settings.statistics == Statistics()
     assert settings.selection == Selection()
     plain = Experiment(settings.suite, settings.method, settings.tracker)
@@ -70,7 +70,7 @@ def test_defaults_of_the_schema_and_of_the_file_agree():
 
 def test_selection_is_made_on_validation():
     for name in names("selection"):
-        settings = cli.read_settings(Experiment, composed("experiment", f"selection={name}"))
+        settings = hydra_run.read_settings(Experiment, composed("experiment", f"selection={name}"))
         assert settings.selection.split == "validation"
 
 
@@ -107,10 +107,10 @@ def test_the_sweep_over_tasks_names_tasks_of_its_suite():
     ],
 )
 def test_every_command_composes(config, schema, overrides):
-    cli.read_settings(schema, composed(config, *overrides))
+    hydra_run.read_settings(schema, composed(config, *overrides))
 
 
 @pytest.mark.parametrize("paper", names("paper"))
 def test_every_paper_table_composes(paper):
-    settings = cli.read_settings(Tables, composed("tables", f"paper={paper}"))
+    settings = hydra_run.read_settings(Tables, composed("tables", f"paper={paper}"))
     assert (CONFIGS.parent / settings.published / settings.paper.published).exists()

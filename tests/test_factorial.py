@@ -12,7 +12,8 @@ from linear_suite import DELTAS, LinearSuite
 
 import merging
 from eval import theory
-from experiments import cli, experiment, factorial
+from experiments import hydra_run, measurement
+from experiments.commands import factorial
 from merging.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -21,13 +22,13 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 def composed():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return cli.read_settings(factorial.Factorial, compose("factorial"))
+        return hydra_run.read_settings(factorial.Factorial, compose("factorial"))
 
 
 @pytest.fixture
 def settings(tmp_path, monkeypatch):
     suite = LinearSuite(tmp_path)
-    for module in (experiment, factorial):
+    for module in (measurement, factorial):
         monkeypatch.setattr(module, "load_suite", lambda config, device: suite)
     cells = [{"estimator": ["delta", "oas"], "task_weight": ["uniform", "inverse_norm"],
               "filter": ["none"], "anchor": ["zero"]}]  # fmt: skip
@@ -116,7 +117,7 @@ def test_a_missing_record_is_named():
 
 
 def test_every_cell_is_judged_on_validation_and_once(settings, monkeypatch):
-    factorial.main.__wrapped__(settings)
+    factorial.factorial(settings)
     folder = Path(settings.output) / "linear" / "factorial_full"
     found = factorial.records.load_lines(folder / "records.jsonl")
     assert len(found) == 2 * (4 + 2)
@@ -132,13 +133,13 @@ def test_every_cell_is_judged_on_validation_and_once(settings, monkeypatch):
         *before
     }
     monkeypatch.setattr(factorial, "measure", lambda run: pytest.fail("run again"))
-    factorial.main.__wrapped__(replace(settings, run=False))
+    factorial.factorial(replace(settings, run=False))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_without_records_there_is_no_table(settings):
     with pytest.raises(InputError, match=r"records\.jsonl does not exist"):
-        factorial.main.__wrapped__(replace(settings, run=False))
+        factorial.factorial(replace(settings, run=False))
 
 
 @pytest.mark.parametrize("folder", sorted(RESULTS.glob("*/factorial_*")), ids=str)
@@ -199,7 +200,7 @@ def test_suites_side_by_side_by_the_worst_case(settings, tmp_path, monkeypatch):
 
 def test_without_one_of_the_tables_there_is_no_comparison(settings):
     with pytest.raises(InputError, match=r"none/records\.jsonl does not exist"):
-        factorial.main.__wrapped__(replace(settings, together=["none"]))
+        factorial.factorial(replace(settings, together=["none"]))
 
 
 def test_the_committed_comparison_follows_from_the_committed_records(tmp_path):

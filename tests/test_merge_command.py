@@ -11,7 +11,9 @@ from transformers import AutoModel, AutoTokenizer
 
 import merging
 from eval import tiny
-from experiments import cli, merge
+from experiments import cli, errors
+from experiments.commands import merge
+from experiments.merge import main
 from merging.formats.writer import write_adapter
 
 LAYER = "encoder.layer.0.attention.self.query.weight"
@@ -48,7 +50,7 @@ def call(monkeypatch, capsys):
         monkeypatch.setenv(cli.TRACEBACK, "0")
         code = 0
         try:
-            merge.main()
+            main()
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -138,7 +140,7 @@ def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_p
         ([*good, "precision=low"], "precision"),
     ]:
         code, _, err = call(*line)
-        assert code == cli.BAD_INPUT, (line, err)
+        assert code == errors.BAD_INPUT, (line, err)
         assert told in err
         assert not output.exists()
 
@@ -181,7 +183,7 @@ def test_what_cannot_stay_an_adapter_is_told(call, base, experts, adapters, tmp_
         (adapters, "vocabulary=any", "vocabulary is 'any', expected one of: refuse, common_rows"),
     ]:
         code, _, err = call(*arguments(base, given, output, "form=adapter", more))
-        assert code == cli.BAD_INPUT
+        assert code == errors.BAD_INPUT
         assert told in err
         assert not output.exists()
 

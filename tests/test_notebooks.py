@@ -7,9 +7,10 @@ import pytest
 from linear_suite import LinearSuite
 from nbclient import NotebookClient
 
-from experiments import experiment
-from experiments.experiment import Experiment, measure
+from experiments import measurement
+from experiments.measurement import measure
 from experiments.report import records
+from experiments.settings import Experiment
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -24,7 +25,7 @@ def read(path):
 def stand_in(tmp_path, monkeypatch):
     """A folder of records like the committed ones: two methods more than the references."""
     suite = LinearSuite(tmp_path)
-    monkeypatch.setattr(experiment, "load_suite", lambda config, device: suite)
+    monkeypatch.setattr(measurement, "load_suite", lambda config, device: suite)
     found = [
         measure(
             Experiment(

@@ -11,10 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import merging
-from experiments import cli
+from experiments import hydra_run
+from experiments.commands.tables import Tables
 from experiments.report import paper, records
 from experiments.report.frames import to_frame
-from experiments.tables import Tables
 from merging.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ NAMES = sorted(path.stem for path in (ROOT / "configs/paper").glob("*.yaml"))
 @cache
 def load(name):
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return cli.read_settings(Tables, compose("tables", [f"paper={name}"])).paper
+        return hydra_run.read_settings(Tables, compose("tables", [f"paper={name}"])).paper
 
 
 def record(method, scores, *, hyperparameters=None, selection=None, **changes):

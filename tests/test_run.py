@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import experiment, run
-from experiments.experiment import Experiment, Selection, measure, references
+from experiments import measurement
+from experiments.commands import run
+from experiments.measurement import measure, references
+from experiments.settings import Experiment, Selection
 from merging.errors import InputError
 from tests.linear_suite import BenchmarkSuite, LinearSuite
 
@@ -14,7 +16,7 @@ from tests.linear_suite import BenchmarkSuite, LinearSuite
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     made = LinearSuite(tmp_path)
-    monkeypatch.setattr(experiment, "load_suite", lambda config, device: made)
+    monkeypatch.setattr(measurement, "load_suite", lambda config, device: made)
     return made
 
 
@@ -181,7 +183,7 @@ def judged(tmp_path, monkeypatch):
 
     def under(protocol):
         made = BenchmarkSuite(tmp_path, protocol=protocol)
-        monkeypatch.setattr(experiment, "load_suite", lambda config, device: made)
+        monkeypatch.setattr(measurement, "load_suite", lambda config, device: made)
         return made
 
     return under

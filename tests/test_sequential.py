@@ -12,7 +12,7 @@ import merging
 from eval.regmean_pp import blocks, merge_blocks
 from eval.statistics import second_moments
 from eval.training import expert_state
-from experiments import cli
+from experiments import suites
 from merging.layers import Layer
 
 WIDTH, SAMPLES = 4, 50
@@ -156,7 +156,7 @@ def test_a_base_from_a_file_is_measured_through_all_merged_blocks_below(tmp_path
 def test_a_text_suite_measures_through_any_state(tmp_path, monkeypatch):
     monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path))
     config = OmegaConf.load(Path(__file__).parents[1] / "configs" / "suite" / "tiny_text.yaml")
-    suite = cli.build(OmegaConf.to_container(config, resolve=True))
+    suite = suites.build(OmegaConf.to_container(config, resolve=True))
     own = {"finetuning": "full", "seed": 0}
     size = {"batches": 2, "batch_size": 8}
     state = expert_state(suite.base(), suite.expert("animals", **own))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments import tables
+from experiments.commands import tables
 from experiments.report import frames, records
 from experiments.report.markup import latex, markdown
 from merging.errors import InputError

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import experiment, trackers
-from experiments.experiment import Experiment, measure, references
+from experiments import measurement, trackers
+from experiments.measurement import measure, references
+from experiments.settings import Experiment
 from merging.errors import InputError
 from tests.linear_suite import BenchmarkSuite, LinearSuite
 
@@ -17,7 +18,7 @@ from tests.linear_suite import BenchmarkSuite, LinearSuite
 @pytest.fixture(params=[LinearSuite])
 def finished(request, tmp_path, monkeypatch):
     """A record worked out by hand, with its references."""
-    monkeypatch.setattr(experiment, "load_suite", lambda config, device: request.param(tmp_path))
+    monkeypatch.setattr(measurement, "load_suite", lambda config, device: request.param(tmp_path))
     settings = Experiment(
         suite={"name": "linear"},
         method={"name": "average"},

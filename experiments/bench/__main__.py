@@ -1,3 +1,8 @@
-from experiments.bench.command import main
+"""`python -m experiments.bench`: time and memory of every method beside textbook code."""
 
-main()
+from experiments.cli import entry
+
+main = entry("bench")
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,7 @@ from experiments.bench import cost
 from experiments.bench import files as bench_files
 from experiments.bench import report as bench_report
 from experiments.bench.cost import Cost, Rates, Repeats, in_fresh_process
-from experiments.cli import command
+from experiments.hydra_run import Command
 from experiments.report import records
 from merging.errors import InputError
 from merging.method.reference import TEXTBOOK
@@ -265,8 +265,7 @@ PARTS = {p.__name__: p for p in (accuracy, methods, lora, scaling, checkpoints, 
 # --- The command ------------------------------------------------------------------------------
 
 
-@command("bench", Bench)
-def main(settings: Bench) -> None:
+def bench(settings: Bench) -> None:
     """Measure the chosen parts, render all of them and show the summary."""
     Console().print(Markdown(measure(settings)))
 
@@ -333,5 +332,4 @@ def describe(rates: Rates, output: Path, parts: Sequence[str]) -> None:
     path.write_text(json.dumps(machine | {"rates": known}, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+COMMAND = Command("bench", Bench, task=bench)

@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 
 import merging
-from experiments.experiment import Statistics
 from experiments.report.records import Record
+from experiments.settings import Statistics
 
 
 def to_frame(found: Sequence[Record]) -> pd.DataFrame:

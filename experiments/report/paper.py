@@ -12,11 +12,11 @@ from statistics import fmean
 import pandas as pd
 
 import merging
-from experiments.experiment import UNMERGED
 from experiments.report import records
 from experiments.report.frames import to_frame
 from experiments.report.markup import latex, markdown
 from experiments.report.records import Record
+from experiments.settings import UNMERGED
 from merging.errors import InputError
 
 NOT_MEASURED = "Methods without a line of ours were not measured here."

@@ -2,80 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, get_args
+from typing import Any
 
-import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
 from eval.regmean_pp import merge_blocks
-from eval.suite import Finetuning, Split, Statistic, Suite, Unsupported
+from eval.suite import Suite, Unsupported
 from eval.training import expert_state
-from experiments import cli
 from experiments.report import records
 from experiments.report.records import Record
+from experiments.settings import (
+    REFERENCES,
+    UNMERGED,
+    Experiment,
+    Selection,
+    check_choices,
+    resolve_device,
+)
+from experiments.suites import collect, load_expert, load_suite, pick_tasks, under_protocol
 from merging.errors import InputError
-from merging.formats.checkpoints import Adapter, open_checkpoint
 from merging.progress import track
 
 log = logging.getLogger(__name__)
-REFERENCES = ("zero_shot", "experts")  # what every run is compared with
-UNMERGED = (*REFERENCES, "multi_task")  # rows of a table that merge nothing
-
-
-@dataclass
-class Selection:
-    """A hyperparameter chosen by validation accuracy; None: nothing is chosen."""
-
-    parameter: str | None = None
-    values: list[Any] = field(default_factory=list)
-    split: str = "validation"
-
-
-@dataclass
-class Statistics:
-    """How many training inputs per task a method that needs statistics may see."""
-
-    batches: int = 10
-    batch_size: int = 32
-
-
-class HasStatistics(Protocol):
-    """Settings that say through which experts, and how many inputs, statistics are measured."""
-
-    finetuning: str
-    seed: int
-    statistics: Statistics
-
-
-@dataclass
-class Experiment:
-    """The keys of configs/experiment.yaml."""
-
-    suite: dict[str, Any]
-    method: dict[str, Any]
-    tracker: dict[str, Any]
-    selection: Selection = field(default_factory=Selection)
-    statistics: Statistics = field(default_factory=Statistics)
-    finetuning: str = "full"
-    seed: int = 0
-    protocol: str | None = None
-    tasks: list[str] | None = None
-    split: str = "test"
-    limit: int | None = None
-    device: str = "auto"
-    records: str = "runs/records"
-    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,52 +46,12 @@ class Merge:
     peak_bytes: int = 0
 
 
-def resolve_device(name: str) -> str:
-    """ "auto" is the first GPU, else the CPU; a GPU that is not there is an InputError."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {name!r}", "known: auto, cpu, cuda, cuda:1") from error
-    count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"device {name!r} was asked for, but this machine has {count} usable GPUs")
-    return name
-
-
-@functools.lru_cache(maxsize=2)
-def _suite(config: str) -> Suite:
-    return cli.build(json.loads(config))
-
-
-def load_suite(config: Mapping[str, Any], device: str) -> Suite:
-    """The suite of a configuration; the same object each time, so that a sweep loads data once."""
-    own = {"device": resolve_device(device)} if "device" in config else {}
-    return _suite(json.dumps(dict(config) | own))
-
-
-def under_protocol(config: Mapping[str, Any], protocol: str | None) -> Mapping[str, Any]:
-    """A suite's configuration under one of its protocols (None: the configured one).
-
-    Raises InputError where the suite has no choice of them.
-    """
-    if protocol is None:
-        return config
-    if "protocol" not in config:
-        raise InputError(
-            f"suite {config.get('name')!r} has no choice of protocols", "leave protocol=null"
-        )
-    return dict(config) | {"protocol": protocol}
-
-
 def measure(settings: Experiment) -> Record:
     """The record of a run: found when the run was done before, else made now.
 
     Raises InputError, before any heavy work, for whatever is wrong with the settings.
     """
-    _check(settings)
-    suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
+    suite = check(settings)
     key = _key(settings, suite)
     path = records.record_path(Path(settings.records), key)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +60,14 @@ def measure(settings: Experiment) -> Record:
             if key["method"] not in UNMERGED:
                 log.info("%s: already done; force=true does it again", path.stem)
             return records.load(path)
-        record = _run(settings, suite, key)
+        merge, method, selection = Merge({}), None, None
+        if key["method"] not in UNMERGED:
+            method, selection = _select(settings, suite, key["tasks"])
+            merge = merge_suite(settings, suite, key["tasks"], method)
+        record = _record(settings, suite, key, merge) | {
+            "data": _data_use(method, selection),
+            "selection": selection,
+        }
         records.save(path, record)
     return record
 
@@ -158,24 +82,21 @@ def _reference(settings: Experiment, name: str) -> Record:
     return measure(replace(settings, **plain))
 
 
-def check_choices(settings: object) -> None:
-    """InputError for settings whose value is none of the few that exist."""
-    for name, known in (("finetuning", get_args(Finetuning)), ("split", get_args(Split))):
-        if (value := getattr(settings, name, known[0])) not in known:
-            raise InputError(f"{name} is {value!r}, expected one of: {', '.join(known)}")
-
-
-def pick_tasks(suite: Suite, names: Sequence[str] | None) -> list[str]:
-    """The named tasks in the suite's order, all of them for None."""
-    if unknown := sorted(set(names or ()) - set(suite.tasks)):
-        raise InputError(
-            f"suite {suite.name} has no task {unknown[0]!r}", f"known: {', '.join(suite.tasks)}"
-        )
-    return [task for task in suite.tasks if names is None or task in names]
-
-
-def _check(settings: Experiment) -> None:
+def check(settings: Experiment) -> Suite:
+    """InputError for whatever can be known to be wrong before anything is computed; the suite."""
     check_choices(settings)
+    _check_selection(settings)
+    suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
+    pick_tasks(suite, settings.tasks)
+    name = settings.method["name"]
+    if name not in UNMERGED:
+        _methods(settings)
+    elif extra := sorted(set(settings.method) - {"name"}):
+        raise InputError(f"{name} has no hyperparameter {extra[0]!r}")
+    return suite
+
+
+def _check_selection(settings: Experiment) -> None:
     chosen = settings.selection
     if chosen.parameter is None:
         return
@@ -203,8 +124,6 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         method = _methods(settings)[0]
         hyperparameters, needs = dict(method.hyperparameters), method.needs
         hyperparameters.pop(chosen.parameter, None)
-    elif extra := sorted(set(settings.method) - {"name"}):
-        raise InputError(f"{name} has no hyperparameter {extra[0]!r}")
     protocol = suite.protocol_key(statistics=bool(needs))
     return {
         "suite": suite.name,
@@ -228,19 +147,15 @@ def _methods(settings: Experiment) -> list[merging.Method]:
     return [merging.create(**dict(settings.method) | candidate) for candidate in candidates]
 
 
-def _run(settings: Experiment, suite: Suite, key: dict[str, Any]) -> Record:
-    name, tasks = key["method"], key["tasks"]
-    merge, data, selection = Merge({}), "none", None
+def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merge) -> Record:
+    """What a merge scores and cost; how it was chosen is for the caller to add."""
+    name = key["method"]
+    judged = [(merge.state, key["tasks"])]
     if name in UNMERGED:
-        states = _unmerged(settings, suite, tasks)
-    else:
-        method, selection = _select(settings, suite, tasks)
-        merge = merge_suite(settings, suite, tasks, method)
-        data = _data_use(method, selection)
-        states = [(merge.state, tasks)]
+        judged = _unmerged(settings, suite, key["tasks"])
     start, scores = time.perf_counter(), {}
-    for state, judged in states:
-        scores |= _score(settings, suite, state, settings.split, judged)
+    for state, tasks in judged:
+        scores |= _score(settings, suite, state, settings.split, tasks)
     evaluation = time.perf_counter() - start
     experts = scores if name == "experts" else _reference(settings, "experts")["scores"]
     return {
@@ -248,8 +163,6 @@ def _run(settings: Experiment, suite: Suite, key: dict[str, Any]) -> Record:
         "key": key,
         "family": suite.family,
         "metric": suite.metric,
-        "data": data,
-        "selection": selection,
         "scores": scores,
         "mean": _mean_accuracy(scores),
         "normalised": _normalised(scores, experts),
@@ -331,33 +244,6 @@ def _merge_sequentially(
     return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
 
 
-@functools.lru_cache(maxsize=40)  # two seeds of the largest suite; memory-mapped, so cheap
-def load_expert(path: Path) -> Mapping[str, Tensor] | Adapter:
-    """An expert's tensors, or its adapter."""
-    source = open_checkpoint(path)
-    if isinstance(source, Adapter):
-        return source
-    return {name: source.read(name) for name in source.keys()}
-
-
-def collect(
-    settings: HasStatistics, suite: Suite, task: str, kind: Statistic
-) -> tuple[Path, float]:
-    """The file of a task's statistics, and the seconds it took when it was collected."""
-    start = time.perf_counter()
-    path = suite.statistics(
-        task,
-        kind,
-        finetuning=settings.finetuning,
-        seed=settings.seed,
-        **asdict(settings.statistics),
-    )
-    spent = path.with_suffix(".seconds")  # beside it, as the next run finds it collected
-    if not spent.exists():
-        spent.write_text(f"{time.perf_counter() - start:.3f}")
-    return path, float(spent.read_text())
-
-
 def _unmerged(
     settings: Experiment, suite: Suite, tasks: list[str]
 ) -> Iterator[tuple[Mapping[str, Tensor], list[str]]]:
@@ -398,6 +284,7 @@ def _normalised(scores: Mapping[str, Any], experts: Mapping[str, Any]) -> float 
     return fmean(a / e for a, e in pairs) if all(e for _, e in pairs) else None
 
 
-def _data_use(method: merging.Method, selection: object | None) -> str:
-    used = ["training inputs"] * bool(method.needs) + ["validation"] * bool(selection)
+def _data_use(method: merging.Method | None, selection: object | None) -> str:
+    needs = method is not None and method.needs
+    used = ["training inputs"] * bool(needs) + ["validation"] * bool(selection)
     return ", ".join(used) or "none"

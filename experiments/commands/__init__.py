@@ -1,0 +1,1 @@
+"""What each command does: its settings, its task, what it prints. `experiments.cli` starts them."""

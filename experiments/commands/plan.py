@@ -1,0 +1,72 @@
+"""`python -m experiments.plan base=... experts.NAME=...`: will it merge, and how?"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import merging
+from eval.architecture import layers_of
+from experiments.commands.merge import quote_paths
+from experiments.hydra_run import Command
+from experiments.report.plan_page import page
+from experiments.report.plan_words import sentences
+from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
+
+
+@dataclass
+class PlanMerge:
+    """The keys of configs/plan.yaml."""
+
+    base: str
+    experts: dict[str, str]
+    methods: list[str] = field(default_factory=lambda: list(merging.PLANNED))
+    subsets: bool = True
+    architecture: str | None = None
+    output: str | None = None
+
+
+def plan(settings: PlanMerge) -> None:
+    """Print what a merge of these checkpoints would meet, and write it as a page."""
+    if not settings.experts:
+        raise InputError("no experts were given", hint="add experts.NAME=PATH for each of them")
+    output = Path(settings.output) if settings.output else None
+    if output and output.suffix != ".html":
+        raise InputError(f"output is {output}, expected the name of an .html file")
+    base = Path(settings.base)
+    described = Path(settings.architecture) if settings.architecture else base
+    planned = merging.plan(
+        base,
+        settings.experts,
+        methods=settings.methods,
+        layers=layers_of(
+            described if described.is_dir() else described.parent, open_checkpoint(base).keys()
+        ),
+        subsets=settings.subsets,
+    )
+    print("\n".join(sentences(planned)))
+    if output:
+        write(output, page(planned, f"Merging {', '.join(planned.tasks)} into {base.name}"))
+        print(f"written to {output}: open it in any browser")
+    if planned.problems:
+        raise InputError(f"{len(planned.problems)} things keep these checkpoints from being merged")
+
+
+def write(path: Path, text: str) -> None:
+    """The file is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            file.write(text)
+        Path(partial).chmod(0o644)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+COMMAND = Command("plan", PlanMerge, task=plan, prepare=quote_paths)
