@@ -136,7 +136,7 @@ def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_p
         (good[1:], "base"),
         (lost, f"{tmp_path}/nowhere does not exist"),
         ([*good, "method=regmean"], "statistics of task 'rain'"),
-        ([*good, "method=nothing"], "method/nothing"),
+        ([*good, "method=nothing"], "there is no method 'nothing'"),
         ([*good, "precision=low"], "precision"),
     ]:
         code, _, err = call(*line)
