@@ -1,4 +1,4 @@
-"""`python -m experiments.readme`: the README's table, from the tables of results/."""
+"""`python -m experiments.readme`: the README's table and results/README.md, from results/."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from experiments.report.findings import page
 from experiments.report.markup import markdown
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -46,5 +47,6 @@ def inserted(readme: str, table: str) -> str:
 
 
 if __name__ == "__main__":
-    page = ROOT / "README.md"
-    page.write_text(inserted(page.read_text(), table(ROOT / "results")))
+    readme = ROOT / "README.md"
+    readme.write_text(inserted(readme.read_text(), table(ROOT / "results")))
+    (ROOT / "results" / "README.md").write_text(page(ROOT / "results"))

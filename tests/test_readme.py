@@ -8,12 +8,37 @@ from hydra import compose, initialize_config_dir
 
 import merging
 from experiments.readme import ROOT, inserted, table
+from experiments.report.findings import answer, page
+from merging.errors import InputError
 
 README = (ROOT / "README.md").read_text()
 
 
 def test_the_table_is_the_one_of_the_results():
     assert inserted(README, table(ROOT / "results")) == README
+
+
+def test_the_findings_are_those_of_the_results():
+    found = (ROOT / "results" / "README.md").read_text()
+    assert found == page(ROOT / "results")
+    for target in re.findall(r"\]\(([^)#]+)\)", found):
+        assert (ROOT / "results" / target).exists(), target
+
+
+def test_a_finding_is_answered_from_the_table_or_refused(tmp_path):
+    (tmp_path / "embedded_text").mkdir()
+    (tmp_path / "embedded_text" / "table.csv").write_text(
+        "finetuning,row,mean,mean_se,merge_seconds,statistics_seconds\n"
+        "full,experts,80.0,,0,0\nfull,actmat,60.04,0.26,1.5,2.0\nfull,average,50.0,0.1,1,0\n"
+    )
+    asked = {
+        "mean text full actmat": "60.0 ± 0.3", "gap text full actmat average": "10.0",
+        "share text full actmat": "75 %", "seconds text full actmat": "3.5",
+        "best text full": "actmat",
+    }  # fmt: skip
+    assert {question: answer(question, tmp_path) for question in asked} == asked
+    with pytest.raises(InputError, match="no row 'nothing'"):
+        answer("mean text full nothing", tmp_path)
 
 
 @pytest.mark.parametrize("line", re.findall(r"^python -m experiments\.run (.*)$", README, re.M))

@@ -1,0 +1,86 @@
+"""results/README.md: what was found, each number taken from the tables that records make.
+
+The page is `findings.md` beside this file, in which a number is written as a question:
+
+    {{mean text full actmat}}            mean test accuracy, ± standard error over the seeds
+    {{gap text full bounded actmat}}     the first method's mean minus the second's
+    {{share text full bounded}}          of the experts' mean, in percent
+    {{seconds text full regmean}}        median seconds of merging, statistics included
+    {{best text full}}                   the merge with the highest mean
+    {{costs}}                            what data-free merging saves, as a table
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.report.markup import markdown
+from merging.errors import InputError
+
+SUITES = {"text": "embedded_text", "vision": "embedded_vision", "lm": "embedded_lm"}
+NOT_MERGED = ("experts", "zero_shot", "multi_task")
+COSTS = ("actmat", "regmean", "regmean_pp", "fisher", "mats")
+
+
+def page(results: Path) -> str:
+    """The page with every question answered; InputError for one that has no answer."""
+    template = files("experiments.report").joinpath("findings.md").read_text()
+    return re.sub(r"\{\{(.*?)\}\}", lambda found: answer(found[1], results), template)
+
+
+def answer(question: str, results: Path) -> str:
+    """Of one question, e.g. "mean text full actmat"."""
+    kind, *words = question.split()
+    if kind == "costs":
+        return markdown(*_costs(results))
+    suite, finetuning, *rows = words
+    table = _table(results / SUITES[suite] / "table.csv", finetuning)
+    if missing := [row for row in rows if row not in table.index]:
+        raise InputError(f"{SUITES[suite]}, {finetuning}: there is no row {missing[0]!r}")
+    if kind == "best":
+        return table.drop([n for n in NOT_MERGED if n in table.index])["mean"].idxmax()
+    first = table.loc[rows[0]]
+    if kind == "mean":
+        error = "" if pd.isna(first.mean_se) else f" ± {first.mean_se:.1f}"
+        return f"{first['mean']:.1f}{error}"
+    if kind == "gap":
+        return f"{first['mean'] - table.loc[rows[1], 'mean']:.1f}"
+    if kind == "share":
+        return f"{100 * first['mean'] / table.loc['experts', 'mean']:.0f} %"
+    if kind == "seconds":
+        return f"{first.merge_seconds + first.statistics_seconds:.1f}"
+    raise InputError(f"unknown question {question!r}")
+
+
+@cache
+def _table(path: Path, finetuning: str) -> pd.DataFrame:
+    """Rows of a suite's table by name."""
+    table = pd.read_csv(path, keep_default_na=False, na_values={"mean_se": ""})
+    return table[table.finetuning == finetuning].set_index("row")
+
+
+def _costs(results: Path) -> tuple[list[str], list[list[str]]]:
+    """Seconds with data and without, suite by suite."""
+
+    def lines() -> Iterator[list[str]]:
+        for suite in SUITES.values():
+            for finetuning in ("full", "lora"):
+                table = _table(results / suite / "table.csv", finetuning)
+                found = [name for name in COSTS if name in table.index]
+                if len(found) < 2 or "actmat" not in found:
+                    continue
+                free = table.loc["actmat", "merge_seconds"]
+                for name in found:
+                    row = table.loc[name]
+                    total = row.merge_seconds + row.statistics_seconds
+                    yield [f"{suite}, {finetuning}", name, f"{row.merge_seconds:.1f}",
+                           f"{row.statistics_seconds:.1f}", f"{total / free:.1f}"]  # fmt: skip
+
+    header = ["suite", "method", "merging, s", "statistics, s", "times ACTMat"]
+    return header, list(lines())
