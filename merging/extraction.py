@@ -67,7 +67,7 @@ def extract(
         if found := problems(source, {"expert": tuned}):
             raise InputError("; ".join(found[:9]), hint="nothing was extracted")
         shapes = {name: source.shape(name) for name in source.keys()}
-        adapted = _adaptable(resolve_layers(layers, shapes))
+        adapted = _adaptable(resolve_layers(layers, shapes, base))
         extraction, factors = _factor(source, tuned, adapted, rank, energy)
         if not factors:
             raise InputError(f"no layer of {expert} differs from {base}: there is nothing to adapt")

@@ -112,7 +112,7 @@ def plan(
     try:
         found = Plan(list(opened), problems(source, opened))
         shapes = {name: source.shape(name) for name in source.keys()}
-        resolved = resolve_layers(layers, shapes)
+        resolved = resolve_layers(layers, shapes, base)
         _count(found, source, opened, resolved)
         if not found.problems:
             _read(found, source, opened, resolved, named, subsets)

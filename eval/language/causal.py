@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from eval import architecture, statistics, streamed_statistics
+from eval import statistics, streamed_statistics
 from eval.cache import cache_root, cached
 from eval.language import checkpoints, judge
 from eval.suite import Finetuning, Score, Split, Statistic, Unsupported
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
-from merging.layers import Layer, linear_layers
+from merging.layers import Layer, choose_layers, linear_layers
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -137,11 +137,9 @@ class CausalSuite:
     def layers(self) -> dict[str, Layer]:
         folder = self._checked["base"]
         source = open_checkpoint(folder)
-        found = architecture.layers_of(folder, source.keys())
+        shapes = {name: source.shape(name) for name in source.keys()}
         source.close()
-        if found is None:
-            raise InputError(f"{folder / 'config.json'} names no model that transformers knows")
-        return found
+        return choose_layers(folder, shapes).layers
 
     def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """Names and SHA-256 of the checkpoints; nothing depends on `seed`."""

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import merging
-from eval.architecture import layers_of
 from experiments.commands.merge import quote_paths
 from experiments.hydra_run import Command
 from experiments.report.plan_words import percent
-from merging.formats.checkpoints import open_checkpoint
 
 
 @dataclass
@@ -29,15 +27,13 @@ class ExtractAdapter:
 
 def extract(settings: ExtractAdapter) -> None:
     """Write a LoRA adapter of a fine-tuned model, and print what it keeps."""
-    described = Path(settings.architecture or settings.base)
-    folder = described if described.is_dir() else described.parent
     extraction = merging.extract(
         settings.base,
         settings.expert,
         settings.output,
         rank=settings.rank,
         energy=settings.energy,
-        layers=layers_of(folder, open_checkpoint(settings.base).keys()),
+        layers=Path(settings.architecture) if settings.architecture else None,
         overwrite=settings.overwrite,
     )
     print("\n".join(sentences(extraction)))

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 import merging
-from eval.architecture import layers_of
 from eval.cache import file_sha256
 from eval.language.checkpoints import companions, require_mergeable
 from experiments.hydra_run import Command
@@ -21,7 +20,6 @@ from experiments.report.markup import markdown
 from experiments.report.records import versions
 from experiments.settings import resolve_device
 from merging.errors import InputError
-from merging.formats.checkpoints import open_checkpoint
 from merging.progress import track
 
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
@@ -72,9 +70,6 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     devices = [resolve_device(device) for device in devices]
     experts = {task: Path(path) for task, path in settings.experts.items()}
     require_mergeable(base, experts, vocabulary=settings.vocabulary, name=settings.base)
-    described = Path(settings.architecture) if settings.architecture else base
-    names = open_checkpoint(base).keys()
-    layers = layers_of(described if described.is_dir() else described.parent, names)
 
     def extra() -> dict[str, bytes | Path]:
         if output.suffix == ".safetensors":
@@ -87,7 +82,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         experts,
         method,
         output,
-        layers=layers,
+        layers=Path(settings.architecture) if settings.architecture else None,
         statistics=settings.statistics or None,
         device=devices,
         split_qkv=settings.split_qkv,

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import merging
-from eval.architecture import layers_of
 from experiments.commands.merge import quote_paths
 from experiments.hydra_run import Command
 from experiments.report.plan_page import page
 from experiments.report.plan_words import sentences
 from merging.errors import InputError
-from merging.formats.checkpoints import open_checkpoint
 
 
 @dataclass
@@ -37,14 +35,11 @@ def plan(settings: PlanMerge) -> None:
     if output and output.suffix != ".html":
         raise InputError(f"output is {output}, expected the name of an .html file")
     base = Path(settings.base)
-    described = Path(settings.architecture) if settings.architecture else base
     planned = merging.plan(
         base,
         settings.experts,
         methods=settings.methods,
-        layers=layers_of(
-            described if described.is_dir() else described.parent, open_checkpoint(base).keys()
-        ),
+        layers=Path(settings.architecture) if settings.architecture else None,
         subsets=settings.subsets,
     )
     print("\n".join(sentences(planned)))

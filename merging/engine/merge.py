@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from merging.errors import InputError
 from merging.factors import Factors, factorise, merge_factors
@@ -25,7 +25,7 @@ from merging.formats.checkpoints import Adapter, Checkpoint, Source, StateDict, 
 from merging.formats.checks import NotFinite, check_finite, not_finite, problems
 from merging.formats.peft import joint_settings
 from merging.formats.writer import Writer, write_adapter
-from merging.layers import Layer, cut, join, resolve_layers, whole
+from merging.layers import Layer, Layers, choose_layers, cut, join, whole
 from merging.method.registry import Method, create
 from merging.progress import track
 from merging.triangles import unpack
@@ -40,7 +40,6 @@ _STEM = re.compile(
     r"embed(?!_out)|wte|wpe|shared|position|token|conv1|stem|patch|ln_pre|norm_pre|pre_layrnorm"
 )
 
-Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | None
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Vocabulary = Literal["refuse", "common_rows"]
 Form = Literal["dense", "adapter"]
@@ -129,7 +128,8 @@ def merge_state_dicts(
 
     experts: task name -> state dict, or an opened `Adapter`. They are stacked in the order of their
         names, so that the order they come in changes no bit.
-    layers: the linear layers: a model, {weight name: Layer}, weight names, or None (guessed).
+    layers: the linear layers: a model, the folder of one (a Path), {weight name: Layer}, weight
+        names, or None: told by the base's own config.json, or else by names and shapes.
     statistics: task name -> {weight name: tensor}, for methods that need them.
     device: where matrices are merged; several devices share the work.
     split_qkv: merge packed q, k, v rows as three matrices.
@@ -187,7 +187,9 @@ def merge_checkpoints(
             task: s if isinstance(s, Mapping) else _Lazy(open_checkpoint(s))
             for task, s in statistics.items()
         }
-    options = _options(source, opened, method, layers, statistics, device, split_qkv, vocabulary)
+    options = _options(
+        source, opened, method, layers, statistics, device, split_qkv, vocabulary, base
+    )
     _check_choice("form", form, Form)
     if form == "adapter":
         _check_adapter_output(opened, method, Path(output), overwrite)
@@ -254,13 +256,14 @@ def _options(
     device: str | Sequence[str],
     split_qkv: bool,
     vocabulary: Vocabulary,
+    folder: str | Path | None = None,
 ) -> _Options:
     """Everything checked that headers can tell, before any tensor is read."""
     if not experts:
         raise InputError("no experts were given, expected at least one")
     _check_choice("vocabulary", vocabulary, Vocabulary)
     shapes = {name: base.shape(name) for name in base.keys()}
-    resolved = resolve_layers(layers, shapes)
+    resolved = choose_layers(layers, shapes, folder).layers
     if not split_qkv:
         resolved = {name: whole(layer) for name, layer in resolved.items()}
     if found := problems(base, experts, common_rows=vocabulary == "common_rows"):

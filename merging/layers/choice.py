@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
 from merging.errors import InputError
-from merging.layers import modules, names
+from merging.layers import names, stored
+from merging.layers.architecture import skeleton
 from merging.layers.layout import Layer
+
+log = logging.getLogger(__name__)
 
 # A paper's matrix with a side of so many is a vocabulary.
 MAX_SIDE = 20_000
-# What wrappers put before a model's own names: torch.compile, DistributedDataParallel, Lightning.
-WRAPPERS = re.compile(r"^(_orig_mod\.|module\.|_fsdp_wrapped_module\.|model\.|net\.)+")
-
-Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | None
+Layers = nn.Module | Mapping[str, Layer] | Iterable[str] | Path | None
 
 
 class Choice(NamedTuple):
@@ -57,17 +58,22 @@ def paper_layers(shapes: names.Shapes) -> dict[str, Layer]:
     }
 
 
-def choose_layers(layers: Layers, shapes: names.Shapes) -> Choice:
+def choose_layers(layers: Layers, shapes: names.Shapes, folder: str | Path | None = None) -> Choice:
     """The layers of a checkpoint with these shapes, and the reason for each tensor that is none.
 
-    layers: a model, {weight name: Layer}, weight names, or None (guessed from names and shapes).
+    layers: a model, the folder of one (its config.json), {weight name: Layer}, weight names, or
+        None: told by the configuration in `folder`, or else by names and shapes.
+    folder: where the checkpoint lies; a file stands for the folder that holds it.
     Raises InputError for a name that the checkpoint lacks, one that is no matrix it could cut, and
     a model none of whose layers the checkpoint has.
     """
-    if layers is None:
-        return split(names.kinds(shapes))
+    if isinstance(layers, str):
+        raise InputError(f"layers is the string {layers!r}, expected names, a model or a Path")
+    if layers is None or isinstance(layers, Path):
+        return split(_of_folder(layers or folder, shapes))
     if isinstance(layers, nn.Module):
-        return split(_of_model(layers, shapes))
+        _check_related(layers, shapes)
+        return split(stored.kinds(layers, shapes))
     if not isinstance(layers, Mapping):
         layers = {name: Layer() for name in layers}
     for name, layer in layers.items():
@@ -82,25 +88,32 @@ def choose_layers(layers: Layers, shapes: names.Shapes) -> Choice:
     return Choice(dict(layers), {name: "not named" for name in shapes if name not in layers})
 
 
-def _of_model(model: nn.Module, shapes: names.Shapes) -> dict[str, Layer | str]:
-    """Kinds by a model's modules, whatever wrapper's prefix either side's names carry.
+def _of_folder(folder: str | Path | None, shapes: names.Shapes) -> stored.Kinds:
+    if folder is None:
+        return names.kinds(shapes)
+    path = Path(folder)
+    path = path if path.is_dir() else path.parent
+    model = skeleton(path)
+    if model is None:
+        return names.kinds(shapes)
+    if not stored.matched(model, shapes):
+        log.warning("%s: no layer of %s is in the checkpoint", path, type(model).__name__)
+    return stored.kinds(model, shapes)
 
-    A module may hold what the checkpoint omits (tied copies); the reverse is averaged.
-    """
-    told = {WRAPPERS.sub("", name): kind for name, kind in modules.kinds(model).items()}
-    found = {name: told.get(WRAPPERS.sub("", name), "no module known") for name in shapes}
-    layers = [kind for kind in told.values() if isinstance(kind, Layer)]
-    if layers and not any(isinstance(kind, Layer) for kind in found.values()):
-        example = next(name for name, kind in told.items() if isinstance(kind, Layer))
+
+def _check_related(model: nn.Module, shapes: names.Shapes) -> None:
+    """A model that was given and shares no name with the checkpoint is a mistake."""
+    if shapes and not stored.matched(model, shapes):
+        own = next(iter(model.state_dict()), "nothing")
         raise InputError(
-            f"none of the {len(layers)} layers of {type(model).__name__} is in the checkpoint: "
-            f"{example!r} and others; the checkpoint has {next(iter(shapes), 'nothing')!r}",
+            f"layers is a {type(model).__name__} none of whose tensors is in the checkpoint: "
+            f"it has {own!r}, the checkpoint {next(iter(shapes))!r}",
             hint="pass the model that the checkpoint belongs to, or layers=None to go by names",
         )
-    bad = {n for n, k in found.items() if isinstance(k, Layer) and not k.fits(tuple(shapes[n]))}
-    return found | {name: "another shape than the module's" for name in bad}
 
 
-def resolve_layers(layers: Layers, shapes: names.Shapes) -> dict[str, Layer]:
+def resolve_layers(
+    layers: Layers, shapes: names.Shapes, folder: str | Path | None = None
+) -> dict[str, Layer]:
     """The layers alone of `choose_layers`."""
-    return choose_layers(layers, shapes).layers
+    return choose_layers(layers, shapes, folder).layers
