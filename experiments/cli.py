@@ -34,6 +34,8 @@ COMMANDS = {
     "analyse": "experiments.commands.analyse",
     "factorial": "experiments.commands.factorial",
     "bench": "experiments.bench.command",
+    "bench.gpu": "experiments.bench.gpu",
+    "bench.scale": "experiments.bench.scale",
 }
 
 

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 import merging
-from experiments.cli import command
+from experiments.cli import entry
+from experiments.hydra_run import Command
 from merging.errors import InputError
 from merging.method.reference import RANDOM, TEXTBOOK
 from merging.progress import track
@@ -78,8 +79,7 @@ class Row:
     distance: float | None  # to the CPU's result on one layer; None: the method draws at random
 
 
-@command("bench_gpu", BenchGpu)
-def main(settings: BenchGpu) -> None:
+def bench_gpu(settings: BenchGpu) -> None:
     """Time the methods on a GPU beside textbook code, and write results/bench/gpu.*"""
     device = _device(settings.device)
     deadline = time.monotonic() + 60 * settings.minutes
@@ -259,6 +259,9 @@ def _table(rows: Iterable[Row], model: str) -> Iterator[str]:
         cells += [str(PUBLISHED.get(row.method, "–"))] * bool(paper)
         yield "| " + " | ".join(cells) + " |"
 
+
+COMMAND = Command("bench_gpu", BenchGpu, task=bench_gpu)
+main = entry("bench.gpu")
 
 if __name__ == "__main__":
     main()

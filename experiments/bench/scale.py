@@ -17,7 +17,8 @@ import pandas as pd
 
 import merging
 from experiments.bench.cost import Work, interference_work, tsv_work
-from experiments.cli import command
+from experiments.cli import entry
+from experiments.hydra_run import Command
 from experiments.report.markup import markdown
 
 METHODS = ("average", "actmat", "tsv_m")
@@ -118,8 +119,7 @@ def bill(model: Model, T: int, method: str, machine: Machine) -> Bill:
     return Bill((T + 2) * size, (T + 2) * size / machine.disk, seconds / machine.devices, memory)
 
 
-@command("bench_scale", Scale)
-def main(settings: Scale) -> None:
+def bench_scale(settings: Scale) -> None:
     """Write scale.md beside the measurements it is checked against."""
     folder = Path(settings.results)
     (folder / "scale.md").write_text(page(folder))
@@ -244,6 +244,9 @@ def _conclusions(cores: Machine, factors: Mapping[str, float]) -> Sequence[str]:
         "several merges (methods, hyperparameters) are, by `hydra/launcher=submitit_slurm`.",
     ]
 
+
+COMMAND = Command("bench_scale", Scale, task=bench_scale)
+main = entry("bench.scale")
 
 if __name__ == "__main__":
     main()
