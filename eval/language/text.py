@@ -132,6 +132,8 @@ class TextSuite(TrainedSuite):
         shuffle by `split_seed`; the training seed plays no part in it.
     moment_tokens: which tokens second moments count, those of the sentence or padding as well.
     fisher_labels: drawn from the model's own distribution, or the true ones.
+    adapter_seeds: whether the adapters of all tasks start from one random A, or each from its
+        own, as adapters made by different people do; the order of the examples is the same.
     """
 
     name: str
@@ -147,6 +149,7 @@ class TextSuite(TrainedSuite):
     logit_scale: float = 20.0
     moment_tokens: Literal["sentence", "all"] = "sentence"
     fisher_labels: Literal["sampled", "true"] = "sampled"
+    adapter_seeds: Literal["shared", "independent"] = "shared"
     device: str = "cpu"
     metric: str = "accuracy"
 
@@ -154,6 +157,11 @@ class TextSuite(TrainedSuite):
         if self.encoder not in ENCODERS:
             raise InputError(
                 f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(ENCODERS)}"
+            )
+        if self.adapter_seeds not in (known := ("shared", "independent")):
+            raise InputError(
+                f"adapter_seeds of suite {self.name!r} is {self.adapter_seeds!r}",
+                hint=f"known: {', '.join(known)}",
             )
         for task, corpus in self.corpora.items():
             if set(corpus) != {"reader", "source", "labels"} or corpus["reader"] not in READERS:
@@ -353,7 +361,9 @@ class TextSuite(TrainedSuite):
         return file_sha256(self._folder / "model.safetensors")
 
     def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        return {
+        own = self.adapter_seeds == "independent" and finetuning == "lora"
+        # only where it differs: the key of an expert that starts as it always did stays
+        return ({"adapter_seed": self._adapter_seed([task], seed)} if own else {}) | {
             "version": VERSION,
             "base": self._base_sha256,
             "task": task,
@@ -365,6 +375,12 @@ class TextSuite(TrainedSuite):
             "recipe": asdict(self._recipe(finetuning)),
             "seed": seed,
         }
+
+    def _adapter_seed(self, tasks: Sequence[str], seed: int) -> int:
+        """What the adapters' random factors follow from; one model of all tasks has one anyway."""
+        if self.adapter_seeds == "shared" or len(tasks) > 1:
+            return seed
+        return int(digest({"task": tasks[0], "seed": seed}), 16) % 2**31
 
     def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
         mode = self.moment_tokens if kind == "covariance" else self.fisher_labels
@@ -386,7 +402,8 @@ class TextSuite(TrainedSuite):
         model: nn.Module = self._pretrained()
         if finetuning == "lora":
             targets = [name.removesuffix(".weight") for name in self.layers()]
-            model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
+            start = self._adapter_seed(tasks, seed)
+            model = training.add_lora(model, targets, recipe.r, recipe.alpha, start)
             names = None
         else:
             names = [name for name, _ in model.named_parameters() if name.startswith("encoder.")]
