@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -170,6 +171,41 @@ def test_lora_experts_are_adapters_of_every_encoder_layer(suite):
     state = expert_state(suite.base(), folder)
     gain = [suite.evaluate(s, "test", ["meals"])["meals"].accuracy for s in (suite.base(), state)]
     assert gain[1] > gain[0]
+
+
+def starts(suite, task):
+    """The random A of every layer before the first step."""
+    model = suite.training([task], finetuning="lora", seed=0).model
+    return torch.cat([p.detach().flatten() for n, p in model.named_parameters() if "lora_A" in n])
+
+
+def test_adapters_start_from_one_random_matrix_or_each_from_its_own(suite):
+    own = instantiate(config(name="own", adapter_seeds="independent"))
+    assert torch.equal(starts(suite, "meals"), starts(suite, "weather"))
+    assert not torch.isclose(starts(own, "meals"), starts(own, "weather")).any()
+    assert torch.equal(starts(own, "meals"), starts(own, "meals"))
+    names = [s.identity(**LORA)["experts"] for s in (suite, own)]
+    assert all(names[0][task] != names[1][task] for task in suite.tasks)
+    # experts fine-tuned in full have no A, and are the same
+    assert suite.identity(**FULL)["experts"] == own.identity(**FULL)["experts"]
+    with pytest.raises(InstantiationException, match="adapter_seeds"):
+        instantiate(config(adapter_seeds="all"))
+
+
+@pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
+def test_one_expert_may_be_larger_than_it_was_trained(suite, kind):
+    larger, base = instantiate(config(name="larger", scales={"meals": 3.0})), suite.base()
+    paths = [s.expert("meals", **kind) for s in (suite, larger)]
+    assert paths[1].is_dir() == paths[0].is_dir()  # still a checkpoint, or an adapter
+    once, thrice = (expert_state(base, path) for path in paths)
+    for name in suite.layers():
+        moved = once[name] - base[name]
+        torch.testing.assert_close(thrice[name] - base[name], 3 * moved, rtol=1e-3, atol=1e-6)
+    assert larger.expert("weather", **kind) == suite.expert("weather", **kind)
+    names = [s.identity(**kind)["experts"] for s in (suite, larger)]
+    assert {t for t in suite.tasks if names[0][t] != names[1][t]} == {"meals"}
+    with pytest.raises(InstantiationException, match="unknown task .meal."):
+        instantiate(config(scales={"meal": 3.0}))
 
 
 def test_identity_names_all_that_decides_the_experts(suite):

@@ -11,7 +11,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -28,6 +28,7 @@ from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
 from eval.data.packages import Package, read_member
 from eval.onednn import accelerate
+from eval.scaled import scaled
 from eval.suite import Finetuning, Score, Split, Statistic
 from eval.trained import TrainedSuite
 from merging.errors import InputError
@@ -134,6 +135,7 @@ class TextSuite(TrainedSuite):
     fisher_labels: drawn from the model's own distribution, or the true ones.
     adapter_seeds: whether the adapters of all tasks start from one random A, or each from its
         own, as adapters made by different people do; the order of the examples is the same.
+    scales: per task a factor on what its expert has moved by; 1 for those it does not name.
     """
 
     name: str
@@ -150,6 +152,7 @@ class TextSuite(TrainedSuite):
     moment_tokens: Literal["sentence", "all"] = "sentence"
     fisher_labels: Literal["sampled", "true"] = "sampled"
     adapter_seeds: Literal["shared", "independent"] = "shared"
+    scales: Mapping[str, float] = field(default_factory=dict)
     device: str = "cpu"
     metric: str = "accuracy"
 
@@ -163,6 +166,9 @@ class TextSuite(TrainedSuite):
                 f"adapter_seeds of suite {self.name!r} is {self.adapter_seeds!r}",
                 hint=f"known: {', '.join(known)}",
             )
+        for task in self.scales:
+            if task not in self.corpora:
+                raise InputError(f"scales of suite {self.name!r} names an unknown task {task!r}")
         for task, corpus in self.corpora.items():
             if set(corpus) != {"reader", "source", "labels"} or corpus["reader"] not in READERS:
                 raise InputError(
@@ -189,7 +195,10 @@ class TextSuite(TrainedSuite):
 
     def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """What determines the experts, with a digest per task that stands for its data."""
-        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
+        experts = {}
+        for task in self.tasks:
+            scale = {"scale": self.scales[task]} if task in self.scales else {}
+            experts[task] = digest(self._expert_key(task, finetuning, seed) | scale)
         return {
             "suite": self.name,
             "family": self.family,
@@ -198,6 +207,13 @@ class TextSuite(TrainedSuite):
             "recipe": asdict(self._recipe(finetuning)),
             "experts": experts,
         }
+
+    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
+        path = super().expert(task, finetuning=finetuning, seed=seed)
+        if task not in self.scales:
+            return path
+        key = self._expert_key(task, finetuning, seed)
+        return scaled(path, self._base, self.scales[task], key)
 
     def evaluate(
         self,

@@ -1,3 +1,12 @@
 """The methods: pure functions on a stack of differences. Importing this fills the registry."""
 
-from merging.method import ace, averages, descent, interference, sparse, spectral  # noqa: F401
+from merging.method import (  # noqa: F401
+    ace,
+    averages,
+    both_sides,
+    core_space,
+    descent,
+    interference,
+    sparse,
+    spectral,
+)

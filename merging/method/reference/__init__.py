@@ -6,7 +6,12 @@ needs them, covariances (T, d_in, d_in) or fishers (T, d_out, d_in), and hyperpa
 library's names and defaults (random masks apart). Nothing here shares code with the library's own.
 """
 
-from merging.method.reference import entries, interference, spectral  # noqa: F401  (fill the table)
+from merging.method.reference import (  # noqa: F401  (fill the table)
+    both_sides,
+    entries,
+    interference,
+    spectral,
+)
 from merging.method.reference.plain import TEXTBOOK
 
 RANDOM = frozenset({"dare", "dare_ties", "della"})  # the same only in distribution
