@@ -52,7 +52,15 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.linalg import eigh, gram, product, sharpen, solving_dtype, working_dtype
 from merging.method import covariance
-from merging.method.equations import EPS32, Filter, normal_equations, solve, task_weights
+from merging.method.equations import (
+    EPS32,
+    Equations,
+    Filter,
+    asks_for_double,
+    normal_equations,
+    solve,
+    task_weights,
+)
 from merging.method.registry import create, register
 from merging.method.spectral import RANK_RTOL, singular_triplets
 
@@ -104,10 +112,11 @@ def both_sides(
         and for powers or truncated experts what cuts the noise of their singular values.
     """
     _check(a, mean, filter)
-    D = deltas.to(working_dtype(deltas))
+    height, width = d_out or deltas.shape[1], d_in or deltas.shape[2]
+    fine = asks_for_double(Filter("cut", rtol=rtol), min(height, width))
+    D = deltas.double() if fine else deltas.to(working_dtype(deltas))
     w = task_weights(task_weight, D) ** p
     w = w if weights is None else w * weights.to(w)
-    height, width = d_out or D.shape[1], d_in or D.shape[2]
     plain = p == 1 and not truncate
     if plain and (mean, filter) == ("geometric", "cut") and a in {0, 1}:
         return _one_side(D, w, a == 1, rtol, (height, width)).to(deltas.dtype)
@@ -153,7 +162,7 @@ def _one_side(
     """a = 0 or 1 by the interference family's own solver, for the mirror on transposes."""
     D, width = (D.mT, shape[0]) if outputs else (D, shape[1])
     S, N = normal_equations(D, covariance.estimate("delta", D, width, 1.0), w)
-    merged = solve(S, N, None, Filter("cut", rtol=rtol), w, width)
+    merged = solve(Equations(S, N, w, width), None, Filter("cut", rtol=rtol))
     return merged.mT if outputs else merged
 
 
