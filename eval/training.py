@@ -17,8 +17,8 @@ from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
 from transformers import get_cosine_schedule_with_warmup
 
 from eval.cache import digest
+from merging import apply, open_checkpoint
 from merging.errors import InputError
-from merging.formats.checkpoints import Adapter, open_checkpoint
 from merging.formats.writer import flush
 from merging.progress import track
 
@@ -222,10 +222,4 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 def expert_state(base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Dense state dict of an expert: a checkpoint as it is, an adapter added to the base."""
-    source = open_checkpoint(path)
-    if not isinstance(source, Adapter):
-        return {name: source.read(name) for name in source.keys()}
-    state = dict(base) | dict(source.dense)
-    for name in source.keys():
-        state[name] = (base[name].float() + source.delta(name)).to(base[name].dtype)
-    return state
+    return apply(base, open_checkpoint(path))

@@ -209,7 +209,6 @@ def merge_suite(
             path, spent = collect(settings, suite, task, method.needs)
             collected[task] = load_file(path)
             seconds += spent
-    report = merging.Report()
     state = merging.merge_state_dicts(
         suite.base(),
         experts,
@@ -218,8 +217,8 @@ def merge_suite(
         statistics=collected or None,
         device=resolve_device(settings.device),
         vocabulary=getattr(suite, "vocabulary", "refuse"),  # of language models only
-        report=report,
     )
+    report = state.report
     return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
 
 

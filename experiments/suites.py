@@ -14,13 +14,13 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from eval.suite import Statistic, Suite
 from experiments.errors import did_you_mean
 from experiments.settings import HasStatistics, resolve_device
 from merging.errors import InputError
-from merging.formats.checkpoints import Adapter, open_checkpoint
+from merging.experts import Expert
+from merging.formats.checkpoints import open_checkpoint
 
 
 def load_suite(config: Mapping[str, Any], device: str) -> Suite:
@@ -99,12 +99,9 @@ def pick_tasks(suite: Suite, names: Sequence[str] | None) -> list[str]:
 
 
 @functools.lru_cache(maxsize=40)  # two seeds of the largest suite; memory-mapped, so cheap
-def load_expert(path: Path) -> Mapping[str, Tensor] | Adapter:
-    """An expert's tensors, or its adapter."""
-    source = open_checkpoint(path)
-    if isinstance(source, Adapter):
-        return source
-    return {name: source.read(name) for name in source.keys()}
+def load_expert(path: Path) -> Expert:
+    """An expert, opened once."""
+    return open_checkpoint(path)
 
 
 def collect(

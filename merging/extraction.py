@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merging.engine.merge import _deltas as differences
+from merging.engine.routes import read_deltas as differences
 from merging.errors import InputError
+from merging.experts import Source
 from merging.factors import Factors
-from merging.formats.checkpoints import Adapter, Source, open_checkpoint
+from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.writer import write_adapter
 from merging.layers import Layer, Layers, resolve_layers
@@ -60,9 +61,9 @@ def extract(
     _check_choice(rank, energy)
     source, tuned = open_checkpoint(base), open_checkpoint(expert)
     try:
-        if isinstance(tuned, Adapter):
+        if tuned.partial:
             raise InputError(f"expert {expert} is an adapter already")
-        if isinstance(source, Adapter):
+        if source.partial:
             raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
         if found := problems(source, {"expert": tuned}):
             raise InputError("; ".join(found[:9]), hint="nothing was extracted")

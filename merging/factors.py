@@ -29,6 +29,9 @@ class Factors(NamedTuple):
     B: Tensor  # (d_out, r)
     scale: float
 
+    def to(self, device: str) -> Factors:
+        return Factors(self.A.to(device), self.B.to(device), self.scale)
+
     def dense(self) -> Tensor:
         """(d_out, d_in)"""
         return product(self.scale * self.B, self.A)

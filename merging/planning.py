@@ -17,16 +17,17 @@ import torch
 from torch import Tensor
 
 from merging.diagnosis import LayerDiagnosis, diagnose, residual
-from merging.engine.merge import _deltas as differences
+from merging.engine.routes import read_deltas as differences
 from merging.errors import InputError
-from merging.formats.checkpoints import Adapter, Checkpoint, Source, open_checkpoint
+from merging.experts import Expert, Source
+from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
 from merging.layers import Layer, cut, resolve_layers
 from merging.method.registry import Method, create
 from merging.progress import track
 
 PLANNED = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "bounded")
-Experts = Mapping[str, Checkpoint | Adapter]
+Experts = Mapping[str, Expert]
 _ATTENTION = re.compile(r"attn|attention|[qkv]_proj|o_proj|out_proj|in_proj|qkv|query|key|value")
 _MLP = re.compile(r"mlp|ffn|fc\d?|feed_forward|intermediate|dense|gate|up_proj|down_proj|wi|wo")
 
@@ -186,7 +187,7 @@ def _subsets(T: int) -> Iterator[tuple[int, ...]]:
 
 
 def _touched(experts: Experts, name: str) -> bool:
-    return any(name in expert for expert in experts.values())
+    return any(name in expert.names() for expert in experts.values())
 
 
 def _merged(one: Group | None, other: Group) -> Group:

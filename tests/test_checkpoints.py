@@ -13,7 +13,7 @@ from torch import nn
 
 from merging.errors import InputError
 from merging.formats.checkpoints import Adapter, StateDict, open_checkpoint
-from merging.formats.checks import check_adapter, check_finite, problems
+from merging.formats.checks import check_finite, problems
 from merging.formats.slots import MAPPED_BYTES, Strided
 
 DTYPES = [
@@ -479,17 +479,17 @@ def test_factors_of_integers(tmp_path):
 
 def test_adapter_targets_are_checked_against_the_base(tmp_path):
     adapter = open_checkpoint(write_adapter_files(tmp_path / "a"))
-    assert check_adapter(adapter, StateDict({"layer.0.query.weight": torch.ones(3, 5)})) == []
+    assert adapter.problems(StateDict({"layer.0.query.weight": torch.ones(3, 5)})) == []
     base = StateDict({"layer.0.query.weight": torch.ones(5, 3), "w": torch.ones(1)}, "BASE")
-    assert check_adapter(adapter, base) == [
+    assert adapter.problems(base) == [
         "tensor 'layer.0.query.weight' has shape [3, 5], the base's has [5, 3]"
     ]
-    assert check_adapter(adapter, StateDict({"w": torch.ones(1)}, "BASE")) == [
+    assert adapter.problems(StateDict({"w": torch.ones(1)}, "BASE")) == [
         "the target 'layer.0.query.weight' is not in BASE"
     ]
     conv1d = open_checkpoint(write_adapter_files(tmp_path / "b", CONFIG | {"fan_in_fan_out": True}))
-    assert conv1d.transposed and conv1d.shape("layer.0.query.weight") == (3, 5)
-    assert check_adapter(conv1d, base) == []
+    assert conv1d.transposed and conv1d.shape("layer.0.query.weight") == (5, 3)
+    assert conv1d.problems(base) == []
 
 
 def test_adapters_of_different_bases(tmp_path):
@@ -552,7 +552,7 @@ def test_what_peft_saves_is_what_peft_merges(tmp_path):
         adapter = open_checkpoint(folder)
         assert set(adapter.keys()) == {"fc.weight", "attn.in_proj_weight", "attn.out_proj.weight"}
         assert set(adapter.dense) == {"head.weight", "head.bias"}
-        assert check_adapter(adapter, StateDict(base)) == []
+        assert adapter.problems(StateDict(base)) == []
         state = base | adapter.dense | {n: base[n] + adapter.delta(n) for n in adapter.keys()}
         merged = Block()
         merged.load_state_dict(state)
@@ -580,8 +580,8 @@ def test_peft_on_conv1d_is_transposed(tmp_path):
     model = trained_peft(module, r=2, target_modules=["0", "1"], fan_in_fan_out=True)
     model.save_pretrained(tmp_path)
     adapter = open_checkpoint(tmp_path)
-    assert adapter.transposed and adapter.shape("1.weight") == (4, 6)
-    assert check_adapter(adapter, StateDict(base)) == []
+    assert adapter.transposed and adapter.shape("1.weight") == (6, 4)
+    assert adapter.problems(StateDict(base)) == []
     model.merge_and_unload()
     for name in ("0.weight", "1.weight"):
         merged = module.get_submodule(name[0]).weight.data

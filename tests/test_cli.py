@@ -219,7 +219,7 @@ def test_optuna_maximises_the_validation_figure_that_a_run_returns(call):
         "eval.language.text.rated",  # defined there, but a function
         "eval.nowhere.Suite",
         "eval.cache.cached",
-        "merging.engine.merge.Report",
+        "merging.engine.report.Report",
         "subprocess.Popen",
         17,
     ],

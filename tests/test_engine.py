@@ -5,8 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
-from merging.engine.merge import _behind, _depths, _Item, _key, _options, _share
-from merging.formats.checkpoints import StateDict, open_checkpoint
+from merging.engine.job import prepare
+from merging.engine.pipeline import behind
+from merging.engine.plan import Item, depths, share
+from merging.engine.routes import KEPT
+from merging.formats.checkpoints import open_checkpoint
 from merging.formats.writer import write_adapter
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
@@ -94,8 +97,8 @@ def test_windows_and_blocks_of_rows_change_nothing(
     fishers = {t: {k: x.float().square() for k, x in e.items()} for t, e in experts.items()}
     settings = {"layers": LAYERS, "statistics": fishers if name == "fisher" else None}
     whole = merge_state_dicts(base, experts, create(name), **settings)
-    monkeypatch.setattr("merging.engine.merge.WINDOW_BYTES", window)
-    monkeypatch.setattr("merging.engine.merge.BLOCK_BYTES", block)
+    monkeypatch.setattr("merging.engine.plan.WINDOW_BYTES", window)
+    monkeypatch.setattr("merging.engine.routes.BLOCK_BYTES", block)
     pieces = merge_state_dicts(base, experts, create(name), **settings, device=["cpu", "cpu"])
     assert all(torch.equal(pieces[k], whole[k]) for k in base)
     paths = {}
@@ -116,13 +119,13 @@ def test_what_writing_raises_is_raised_by_a_later_call_or_at_the_end():
             raise OSError("no space")
         written.append(number)
 
-    with _behind(write) as put:
+    with behind(write) as put:
         for number in (0, 1, 3, 4):
             put(number)
     assert written == [0, 1, 3, 4]
-    with pytest.raises(OSError, match="no space"), _behind(write) as put:
+    with pytest.raises(OSError, match="no space"), behind(write) as put:
         put(2)
-    with pytest.raises(OSError, match="no space"), _behind(write, waiting=1) as put:
+    with pytest.raises(OSError, match="no space"), behind(write, waiting=1) as put:
         put(2)
         put(5)
         pytest.fail("the second call waits for the first")
@@ -298,32 +301,38 @@ def test_checkpoints_give_what_state_dicts_give(base, experts, tmp_path):
 
 
 def test_depth_runs_along_the_blocks():
-    depths = {"embed.weight": 0, "blocks.0.a": 0, "blocks.2.b": 0.5, "blocks.4.c": 1, "norm.w": 1}
-    assert _depths(depths) == _depths(reversed(depths)) == depths
-    assert _depths(["weight"]) == {"weight": 0.0}
+    places = {"embed.weight": 0, "blocks.0.a": 0, "blocks.2.b": 0.5, "blocks.4.c": 1, "norm.w": 1}
+    assert depths(places) == depths(reversed(places)) == places
+    assert depths(["weight"]) == {"weight": 0.0}
     # T5's file is alphabetical: its embedding comes last
     t5 = {"decoder.block.0.a": 0, "encoder.final_layer_norm.w": 1, "lm_head.w": 1, "shared.w": 0}
-    assert _depths(t5) == t5
+    assert depths(t5) == t5
     clip = {"proj": 1, "class_embedding": 0, "conv1.weight": 0, "ln_pre.bias": 0, "ln_post.bias": 1}
-    assert _depths(["blocks.0.a", *clip]) == {"blocks.0.a": 0} | clip
+    assert depths(["blocks.0.a", *clip]) == {"blocks.0.a": 0} | clip
 
 
 def test_work_is_dealt_out_largest_first():
-    items = [_Item(str(n), "layer", None, n) for n in (1, 5, 3, 4)]
-    assert [[i.numel for i in share] for share in _share(items, 2)] == [[5, 1], [4, 3]]
+    items = [Item(str(n), (n,), "method", None, None, KEPT, 0) for n in (1, 5, 3, 4)]
+    assert [[i.numel for i in share] for share in share(items, 2)] == [[5, 1], [4, 3]]
 
 
 def test_other_statistics_start_an_interrupted_merge_over(base, experts, tmp_path):
-    options = _options(
-        StateDict(base), {t: StateDict(e) for t, e in experts.items()}, create("regmean"), LAYERS,
-        {t: {name: torch.eye(8) for name in LAYERS} for t in experts}, "cpu", True, "refuse",
-    )  # fmt: skip
-    save_file(base, tmp_path / "base.safetensors")
-    source = open_checkpoint(tmp_path / "base.safetensors")
-    key = _key(source, {}, create("regmean"), options)
-    options.statistics["a"]["blocks.1.fc.weight"] *= 2
-    assert _key(source, {}, create("regmean"), options) != key
-    assert _key(source, {}, create("actmat"), options) != key
+    moments = {t: {name: torch.eye(8) for name in LAYERS} for t in experts}
+    paths = {t: tmp_path / f"{t}.safetensors" for t in ("base", *experts)}
+    for path, state in zip(paths.values(), (base, *experts.values()), strict=True):
+        save_file(state, path)
+    source, *opened = map(open_checkpoint, paths.values())
+
+    def key(name):
+        opened_by_task = dict(zip(experts, opened, strict=True))
+        options = {"layers": LAYERS, "statistics": moments}
+        return prepare(source, opened_by_task, create(name), **options).key()
+
+    first = key("regmean")
+    assert key("regmean") == first
+    moments["a"]["blocks.1.fc.weight"] *= 2
+    assert key("regmean") != first
+    assert key("actmat") != first
 
 
 def test_statistics_may_be_files(base, experts, tmp_path):

@@ -23,7 +23,7 @@ from torch import nn
 
 from merging.errors import InputError
 from merging.formats.checkpoints import Adapter, StateDict, open_checkpoint
-from merging.formats.checks import check_adapter, problems
+from merging.formats.checks import problems
 
 CASES = 600  # of each kind
 SECONDS = 10.0  # for one file; most take a millisecond
@@ -89,7 +89,7 @@ def outcome(path):
     try:
         source = open_checkpoint(path)
         if isinstance(source, Adapter):
-            check_adapter(source, BASE)
+            source.problems(BASE)
             problems(BASE, {"a": source})
             return {name: source.delta(name) for name in source.keys()} | source.dense
         return {name: source.read(name).contiguous() for name in source.keys()}

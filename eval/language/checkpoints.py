@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from eval.cache import file_sha256
 from merging.errors import InputError
-from merging.factors import Factors
-from merging.formats.checkpoints import Adapter, Source, open_checkpoint
+from merging.experts import Expert
+from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.writer import Writer
 
@@ -80,18 +80,16 @@ def write(state: Mapping[str, Tensor], folder: Path, *, like: Path) -> None:
         writer.finish(companions(like))
 
 
-def load_into(model: nn.Module, source: Source | Adapter) -> None:
+def load_into(model: nn.Module, expert: Expert) -> None:
     """Give a model that holds the base's weights those of an expert."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
-        for name in source.keys():
-            if name not in parameters:
-                continue
-            weight = parameters[name]
-            if isinstance(source, Adapter):
-                weight += Factors(*source.factors(name)).dense().to(weight)
-            else:
-                weight.copy_(source.read(name)[: len(weight)])
+        for name in expert.names():
+            if name in parameters:
+                weight = parameters[name]
+                values = expert.values(name, slice(0, len(weight)) if weight.ndim else None)
+                own = values.weight(weight)
+                (weight[: len(own)] if weight.ndim else weight).copy_(own)
 
 
 def require_mergeable(
@@ -103,12 +101,12 @@ def require_mergeable(
     damaged, missing or superfluous files and tensors, shapes, adapters of another base.
     """
     source = open_checkpoint(base)
-    if isinstance(source, Adapter):
+    if source.partial:
         raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
     opened = {task: open_checkpoint(path) for task, path in experts.items()}
     found = problems(source, opened, common_rows=vocabulary == "common_rows")
     for task, expert in opened.items():
-        named = isinstance(expert, Adapter) and expert.hub_base and not Path(name).exists()
+        named = expert.hub_base and not Path(name).exists()
         if named and expert.base_name != name:
             found.append(f"expert {task!r} is an adapter of {expert.base_name}, expected {name}")
     if found:

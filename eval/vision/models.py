@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from eval.cache import cached
 from merging.errors import InputError
-from merging.formats.checkpoints import Adapter, Source, open_checkpoint
+from merging.experts import Source
+from merging.formats.checkpoints import Adapter, open_checkpoint
 from merging.formats.writer import write_adapter
 
 # Goes into the key of what is cached here: raise it when conversion or heads change.

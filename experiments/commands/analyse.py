@@ -38,6 +38,7 @@ from experiments.report.theory import RHO, read_published, render
 from experiments.settings import Experiment, Statistics, check_choices, resolve_device
 from experiments.suites import load_expert, load_suite, pick_tasks
 from merging.errors import InputError
+from merging.formats.checkpoints import StateDict
 from merging.layers import Layer, cut
 from merging.progress import track
 
@@ -252,7 +253,7 @@ def _interference(
         name: merge_suite(_experiment(settings), suite, tasks, merging.create(name)).state
         for name in track(settings.methods, "merging")
     }
-    merged = {name: blocks(base, {name: state}, layers) for name, state in merges.items()}
+    merged = {n: blocks(base, {n: StateDict(state)}, layers) for n, state in merges.items()}
     rows = []
     for name, part, deltas in blocks(base, experts, layers):
         C = torch.stack([truth[task][name] for task in tasks])

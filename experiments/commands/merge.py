@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
 import merging
 from eval.cache import file_sha256
 from eval.language.checkpoints import companions, require_mergeable
@@ -44,6 +41,7 @@ class MergeCheckpoints:
     device: Any = "auto"
     seed: int = 0
     overwrite: bool = False
+    strict: bool = False
 
 
 def quote_paths(overrides: list[str]) -> list[str]:
@@ -89,13 +87,14 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         vocabulary=settings.vocabulary,
         form=settings.form,
         overwrite=settings.overwrite,
+        strict=settings.strict,
         extra=extra,
     )
 
 
 def show(settings: MergeCheckpoints, report: merging.Report) -> None:
-    """Print which rule was applied to how many tensors."""
-    Console().print(summary(report, settings.output))
+    """Print what the method reached, what it did not, and where the result lies."""
+    print(f"{report.text()}\nwritten to {settings.output}")
 
 
 def model_card(settings: MergeCheckpoints, method: merging.Method) -> str:
@@ -128,20 +127,6 @@ def weights_sha256(path: Path) -> str:
     if len(hashes) == 1:
         return hashes[0]
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
-
-
-def summary(report: merging.Report, output: str) -> Table:
-    """Tensors by rule, and what the merge cost."""
-    table = Table(
-        title=f"written to {output}",
-        caption=f"{report.seconds:.1f} s, peak {report.peak_bytes / 2**30:.2f} GiB, "
-        f"{report.bytes_read / 2**30:.2f} GiB read",
-    )
-    table.add_column("rule")
-    table.add_column("tensors", justify="right")
-    for rule, count in sorted(report.summary().items(), key=lambda item: -item[1]):
-        table.add_row(rule, str(count))
-    return table
 
 
 COMMAND = Command("merge", MergeCheckpoints, task=merge, show=show, prepare=quote_paths)

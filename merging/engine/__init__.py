@@ -1,5 +1,5 @@
-"""Streams a merge tensor by tensor: read, apply the method, write. Knows files, no formula."""
+"""Streams a merge tensor by tensor: plan, read, apply the method, write. Knows no formula."""
 
-from merging.engine.merge import Report, merge_checkpoints, merge_state_dicts
+from merging.engine.api import MergedState, Report, merge_checkpoints, merge_state_dicts
 
-__all__ = ["Report", "merge_checkpoints", "merge_state_dicts"]
+__all__ = ["MergedState", "Report", "merge_checkpoints", "merge_state_dicts"]

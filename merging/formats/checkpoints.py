@@ -10,12 +10,13 @@ import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.experts import Dense
 from merging.formats.folders import indexed_slots, weight_file
 from merging.formats.json_files import read_json
 from merging.formats.peft import Adapter
@@ -24,34 +25,7 @@ from merging.formats.readers import file_slots
 from merging.formats.slots import Slot
 
 
-class Source(Protocol):
-    """Named tensors, read one by one.
-
-    `tied` maps a name to the earlier name whose memory it shares: merge that one only.
-    """
-
-    path: str
-    bytes_read: int
-    tied: Mapping[str, str]
-
-    def keys(self) -> list[str]:
-        """Names in file order."""
-        ...
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
-
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """The tensor, or those rows of its first dimension: on the CPU, in the stored dtype."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class StateDict:
+class StateDict(Dense):
     """A `Source` over tensors in memory."""
 
     def __init__(self, tensors: Mapping[str, Tensor], path: str = "state dict") -> None:
@@ -85,7 +59,7 @@ class StateDict:
         pass
 
 
-class Checkpoint:
+class Checkpoint(Dense):
     """A `Source` over one or more files, each opened once; safe to read from several threads.
 
     `quantised` names the format of weights that are worked out when they are read, in float32; ""

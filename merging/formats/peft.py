@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from reprlib import repr as short
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from merging.errors import InputError
-
-if TYPE_CHECKING:
-    from merging.formats.checkpoints import Source
+from merging.experts import Source, Values, compare_shapes
+from merging.factors import Factors
 
 # Settings under which the weights are not W + s B A: refused when present and not empty.
 _UNSUPPORTED = (
@@ -43,13 +43,15 @@ _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.default)\.")
 
 
 class Adapter:
-    """LoRA factors by base weight name: the expert's weight is W + scale * B @ A.
+    """LoRA factors by base weight name: the expert's weight is W + scale * B @ A (an `Expert`).
 
     keys() are names of the base's tensors ("layer.0.query.weight"). `dense` holds the tensors
     saved in full (modules_to_save, trained biases), by base name too. `transposed` (PEFT's
     fan_in_fan_out) says that the base stores its weights (d_in, d_out), as GPT-2's Conv1D does:
-    `shape` and `factors` are (d_out, d_in) all the same. `base_name` is the base the file names.
+    `factors` are those of (d_out, d_in) all the same. `base_name` is the base the file names.
     """
+
+    partial = True
 
     def __init__(self, folder: Path, config: Mapping[str, Any], source: Source) -> None:
         self.path, self.config, self._source = str(folder), dict(config), source
@@ -58,8 +60,8 @@ class Adapter:
         name = config.get("base_model_name_or_path")
         self.base_name = name if isinstance(name, str) and name else None
         self._factors, dense = _sort_keys(source, self.path)
-        self._scales = {name: self._scale(name) for name in self._factors}
         self.dense = {name: source.read(key) for name, key in dense.items()}
+        self._scales = {name: self._scale(name) for name in self._factors}
 
     @property
     def bytes_read(self) -> int:
@@ -80,24 +82,54 @@ class Adapter:
     def __contains__(self, name: str) -> bool:
         return name in self._factors
 
-    def shape(self, name: str) -> tuple[int, int]:
-        """(d_out, d_in) of the difference."""
+    def names(self) -> list[str]:
+        return [*self._factors, *self.dense]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the base stores the tensor."""
+        if name in self.dense:
+            return tuple(self.dense[name].shape)
         a, b = self._factors[name]
-        return self._source.shape(b)[0], self._source.shape(a)[1]
+        shape = self._source.shape(b)[0], self._source.shape(a)[1]
+        return shape[::-1] if self.transposed else shape
 
-    def rank(self, name: str) -> int:
-        return self._source.shape(self._factors[name][0])[0]
+    def rank(self, name: str) -> int | None:
+        if name in self.dense:
+            return None
+        return self._source.shape(self._factors[name][0])[0] if name in self._factors else 0
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor, float]:
+    def factors(self, name: str) -> Factors:
         """A (r, d_in) and B (d_out, r) in float32, and the scale."""
         a, b = (self._source.read(key).float() for key in self._factors[name])
-        return a, b, self._scales[name]
+        return Factors(a, b, self._scales[name])
 
     def delta(self, name: str, rows: slice = slice(None)) -> Tensor:
         """scale * B @ A in float32, or those rows of it, laid out as the base stores the weight."""
         a, b, scale = self.factors(name)
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         return scale * (left[rows] @ right)
+
+    def values(self, name: str, rows: slice | None = None) -> Values | None:
+        if name in self._factors:
+            return Values(self.delta(name, rows or slice(None)), moved=True)
+        if name not in self.dense:
+            return None
+        tensor = self.dense[name]
+        return Values(tensor[rows] if rows and tensor.ndim else tensor, moved=False)
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        factors = ((name, x) for name in self.keys() for x in self.factors(name)[:2])
+        return itertools.chain(factors, self.dense.items())
+
+    def problems(self, base: Source, common_rows: bool = False) -> list[str]:
+        """What keeps it from being applied to `base`: absent targets and other shapes."""
+        found, ours = [], set(base.keys())
+        for name in self.names():
+            if name in ours:
+                found += compare_shapes(name, self.shape(name), base, common_rows)
+            else:
+                found.append(f"the target {name!r} is not in {base.path}")
+        return found
 
     def close(self) -> None:
         self._source.close()

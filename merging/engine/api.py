@@ -1,0 +1,133 @@
+"""The public calls: merge what is in memory, merge what is in files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from merging.engine import pipeline
+from merging.engine.job import FileOptions, Job, LazyStatistics, Options, prepare
+from merging.engine.plan import plan
+from merging.engine.report import UNCHANGED, Report, Watch
+from merging.engine.sinks import Files, Memory, file_sink
+from merging.errors import InputError
+from merging.experts import Expert
+from merging.formats.checkpoints import StateDict, open_checkpoint
+from merging.method.registry import Method
+
+log = logging.getLogger(__name__)
+
+
+class MergedState(dict[str, Tensor]):
+    """A merged state dict with the `report` of its merge."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], report: Report) -> None:
+        super().__init__(tensors)
+        self.report = report
+
+
+def merge_state_dicts(
+    base: Mapping[str, Tensor],
+    experts: Mapping[str, Mapping[str, Tensor] | Expert],
+    method: Method,
+    *,
+    report: Report | None = None,
+    strict: bool = False,
+    **options: Unpack[Options],
+) -> MergedState:
+    """Merge experts in memory into one state dict with the base's keys, shapes and dtypes.
+
+    experts: task name -> state dict, or an opened checkpoint or adapter. They are stacked in the
+        order of their names, so that the order they come in changes no bit.
+    options: layers, statistics, device, split_qkv, vocabulary: see `Options`.
+    strict: refuse what the report would warn of: a method that misses a tenth of the matrices'
+        weights, or some layers of a kind.
+    report: added to, and its warnings left to the caller; without it the result's is a new one.
+    Raises InputError naming every key, shape or value at fault.
+    """
+    shown, report = report is None, Report() if report is None else report
+    source = StateDict(base, "the base")
+    opened = {
+        task: StateDict(expert, "a state dict") if isinstance(expert, Mapping) else expert
+        for task, expert in experts.items()
+    }
+    job = prepare(source, opened, method, **options)
+    items, sink, watch = plan(job), Memory(source), Watch(job.experts, report)
+    report.cover(items, strict)
+    with pipeline.running(job, sink, report) as put:
+        contexts = pipeline.contexts(job, items)
+        pipeline.merge(job, items, contexts, put, watch, *job.devices)
+    report.unchanged = not watch.changed
+    if shown:
+        show_warnings(report)
+    return MergedState({name: sink.tensors[source.tied.get(name, name)] for name in base}, report)
+
+
+def merge_checkpoints(
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    method: Method,
+    output: str | Path,
+    *,
+    overwrite: bool = False,
+    extra: Files | Callable[[], Files] | None = None,
+    strict: bool = False,
+    **options: Unpack[FileOptions],
+) -> Report:
+    """Merge checkpoint files into one safetensors checkpoint, streamed, atomic and resumable.
+
+    base, experts: whatever `open_checkpoint` reads; the output takes the base's shards.
+    output: a `.safetensors` file or a folder; it appears when it is whole, and an interrupted
+        merge continues from the last whole tensor.
+    extra: further files of an output folder, by name (config, tokenizer, model card); a function
+        that makes them is called when all is merged.
+    options: layers, statistics (files too), device, split_qkv, vocabulary, form: see `Options`.
+    Other arguments as in `merge_state_dicts`. A merge that changes nothing is an InputError.
+    """
+    report = Report()
+    with ExitStack() as stack:
+        job = _open(stack, base, experts, method, options)
+        items, watch = plan(job), Watch(job.experts, report)
+        report.cover(items, strict)
+        sink = stack.enter_context(file_sink(job, items, output, overwrite))
+        todo = pipeline.unfinished(items, sink)
+        with pipeline.running(job, sink, report) as put:
+            contexts = pipeline.contexts(job, items)
+            pipeline.merge(job, todo, contexts, put, watch, *job.devices)
+        if not watch.changed and not any(i.method and i not in todo for i in items):
+            raise InputError(f"{UNCHANGED}: {output} was not written", "are the experts trained?")
+        show_warnings(report)
+        sink.finish(extra() if callable(extra) else extra)
+    return report
+
+
+def _open(
+    stack: ExitStack,
+    base: str | Path,
+    experts: Mapping[str, str | Path],
+    method: Method,
+    options: FileOptions,
+) -> Job:
+    """The job on files, which the stack closes, also after a failure."""
+
+    def opened(path: str | Path) -> Any:
+        return stack.enter_context(closing(open_checkpoint(path)))
+
+    source, sources = opened(base), {task: opened(path) for task, path in experts.items()}
+    if options.get("statistics") is not None:
+        options["statistics"] = {
+            task: found if isinstance(found, Mapping) else LazyStatistics(opened(found))
+            for task, found in options["statistics"].items()
+        }
+    return prepare(source, sources, method, folder=base, **options)
+
+
+def show_warnings(report: Report) -> None:
+    """Log what a report warns of."""
+    for warning in report.warnings:
+        log.warning("%s", warning)

@@ -1,0 +1,133 @@
+"""Read ahead, merge, write behind: the threads of a merge, one for each of the three at a time."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from merging.engine.job import Job
+from merging.engine.memory import measured
+from merging.engine.plan import Item, Piece, pieces, share
+from merging.engine.report import Report, Watch
+from merging.engine.routes import read_deltas
+from merging.engine.sinks import Sink
+from merging.errors import InputError
+from merging.factors import Factors
+from merging.formats.checks import NotFinite, not_finite
+from merging.method.registry import Method
+from merging.progress import track
+
+Put = Callable[[Piece, Tensor | Factors], None]
+Contexts = Mapping[int, Mapping[str, Any]]  # of each method, by its id
+Question, Answer = TypeVar("Question"), TypeVar("Answer")
+
+
+def merge(
+    job: Job, items: Sequence[Item], contexts: Contexts, put: Put, watch: Watch, *devices: str
+) -> None:
+    """Merge tensors and put them; the pieces of one keep their order.
+
+    devices: what computes; where there are several, they share the tensors.
+    """
+    if len(devices) > 1:
+        shares = share(items, len(devices))
+        with ThreadPoolExecutor(len(shares)) as pool:
+            runs = [
+                pool.submit(merge, job, own, contexts, put, watch, device)
+                for device, own in zip(devices, shares, strict=True)
+            ]
+        for run in runs:
+            run.result()
+        return
+    todo = [piece for item in items for piece in pieces(job, item)]
+    loads = ahead(lambda piece: (piece, piece.item.route.load(job, piece)), todo)
+    for piece, loaded in track(loads, f"merging on {devices[0]}", len(todo)):
+        watch.look(piece, loaded)
+        item = piece.item
+        context = {"depth": item.depth, **contexts.get(id(item.method), {})}
+        merged = item.route.merge(job, piece, loaded, context, devices[0])
+        watch.compare(item, loaded, merged)
+        put(piece, merged)
+
+
+@contextmanager
+def running(job: Job, sink: Sink, report: Report) -> Iterator[Put]:
+    """What surrounds a merge: its costs are measured, a thread writes, bad values are told."""
+
+    def write(piece: Piece, merged: Tensor | Factors) -> None:
+        for name in (piece.item.name, *piece.item.copies):
+            sink.write(name, merged, piece.rows)
+
+    with measured(report, job), all_told(job), behind(write) as put:
+        yield put
+
+
+def unfinished(items: Sequence[Item], sink: Sink) -> list[Item]:
+    """The tensors that an interrupted merge did not finish."""
+    return [i for i in items if not {i.name, *i.copies} <= sink.done]
+
+
+def contexts(job: Job, items: Sequence[Item]) -> Contexts:
+    """What each method gathers in a pass of its own over all that it will merge."""
+    methods = {id(item.method): item.method for item in items if item.rule == "method"}
+
+    def stream(method: Method) -> Iterator[tuple[str, Tensor]]:
+        own = [item for item in items if item.method is method]
+        for item in track(own, "first pass"):
+            yield item.name, read_deltas(job.base.read(item.name), job.experts, item.name)
+
+    return {
+        key: method.prepare(lambda method=method: stream(method)) for key, method in methods.items()
+    }
+
+
+@contextmanager
+def all_told(job: Job) -> Iterator[None]:
+    """Where one value is not finite, look at all tensors before saying so: one report for all."""
+    try:
+        yield
+    except NotFinite as error:
+        sources = {"the base": job.base} | {f"expert {t!r}": e for t, e in job.experts.items()}
+        found = []
+        for label, source in track(sources.items(), "looking for values that are not finite"):
+            found += not_finite(source, label)
+        raise InputError("; ".join(found) or error.message, error.hint) from None
+
+
+def ahead(load: Callable[[Question], Answer], items: Sequence[Question]) -> Iterator[Answer]:
+    """load(item) for each item, the next one loading while the current one is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(load, item) for item in items[:1]]
+        for following in itertools.chain(items[1:], [None] if items else []):
+            result = waiting.pop().result()
+            if following is not None:
+                waiting.append(pool.submit(load, following))
+            yield result
+            del result
+
+
+@contextmanager
+def behind(write: Callable[..., None], waiting: int = 2) -> Iterator[Callable[..., None]]:
+    """`write` as another thread does it, in order; what it raises, a later call or the end does.
+
+    waiting: so many calls may be outstanding before the next one waits.
+    """
+    outstanding, lock = deque(), threading.Lock()
+    with ThreadPoolExecutor(1) as pool:
+
+        def put(*arguments: Any) -> None:
+            with lock:
+                outstanding.append(pool.submit(write, *arguments))
+                while len(outstanding) > waiting:
+                    outstanding.popleft().result()
+
+        yield put
+        while outstanding:
+            outstanding.popleft().result()

@@ -1,0 +1,159 @@
+"""What becomes of each tensor of the base, decided once: by which method, on which route."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+
+from merging.engine.job import Job
+from merging.engine.routes import DENSE, ENTRIES, FACTORS, KEPT, TO_FACTORS, Route
+from merging.engine.rows import row_blocks
+from merging.experts import Expert
+from merging.layers import Layer
+from merging.method.registry import Method, create
+
+# Rules that look at single entries read windows of rows of about this size from all files together,
+# which bounds the memory of merging a 100,000-row embedding.
+WINDOW_BYTES = 1 << 27
+# Pieces of names of what comes before the first block: embeddings, patches, a first norm.
+_STEM = re.compile(
+    r"embed(?!_out)|wte|wpe|shared|position|token|conv1|stem|patch|ln_pre|norm_pre|pre_layrnorm"
+)
+
+Rule = Literal["method", "average", "base"]
+NO_NUMBERS, UNTOUCHED = "no floating-point numbers", "no expert changes it"
+NO_STATISTICS, FEWER_ROWS = "no statistics of it", "some experts lack rows of it"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the base, with the names that share its memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    rule: Rule
+    method: Method | None = field(repr=False)  # None: the base's values are kept
+    layer: Layer | None  # how a linear layer's matrix is laid out
+    route: Route
+    depth: float  # place along the model, 0 to 1
+    reason: str = ""  # why the merge's method does not apply
+    copies: tuple[str, ...] = ()  # a file cannot share memory: they are written under each name
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def matrix(self) -> bool:
+        """Whether its weights count in a merge's coverage."""
+        return len(self.shape) >= 2 and self.reason not in {NO_NUMBERS, UNTOUCHED}
+
+    @property
+    def label(self) -> str:
+        """The rule as reports name it."""
+        if self.rule != "method":
+            return self.rule
+        parts = self.layer.blocks if self.layer else 1
+        return f"{self.method.name} ({parts} parts)" if parts > 1 else self.method.name
+
+
+class Piece(NamedTuple):
+    """What is read, merged and written at a time."""
+
+    item: Item
+    rows: slice | None  # of the base's tensor; None: all
+
+
+def plan(job: Job) -> list[Item]:
+    """One item per tensor of the base, in file order; tied copies are merged with their first."""
+    base, average = job.base, create("average")
+    held = {task: set(expert.names()) for task, expert in job.experts.items()}
+    names = [name for name in base.keys() if name not in base.tied]
+    places, copies = depths(names), _copies(base.tied)
+    items = []
+    for name in names:
+        rule, reason = _rule(job, name, [e for t, e in job.experts.items() if name in held[t]])
+        method = {"method": job.method, "average": average, "base": None}[rule]
+        layer = job.layers.get(name) if rule == "method" else None
+        route = _route(job, name, method, layer)
+        shape = base.shape(name)
+        place, others = places[name], copies.get(name, ())
+        items.append(Item(name, shape, rule, method, layer, route, place, reason, others))
+    return items
+
+
+def _rule(job: Job, name: str, holders: Sequence[Expert]) -> tuple[Rule, str]:
+    """How a tensor is merged, and why not by the method where it is not.
+
+    holders: the experts that hold or change it.
+    """
+    if not job.base.dtype(name).is_floating_point:
+        return "base", NO_NUMBERS
+    if not holders:
+        return "base", UNTOUCHED
+    if name in job.layers:
+        return "method", ""
+    if job.method.rest != "method":
+        return job.method.rest, job.reasons.get(name, "no matrix")
+    if job.method.needs and not job.measured(name):
+        return "average", NO_STATISTICS
+    if any(expert.shape(name) != job.base.shape(name) for expert in holders):
+        return "average", FEWER_ROWS  # only averaging has a meaning for them
+    return "method", ""
+
+
+def _route(job: Job, name: str, method: Method | None, layer: Layer | None) -> Route:
+    if method is None:
+        return KEPT
+    factored = all(expert.rank(name) is not None for expert in job.experts.values())
+    if factored and job.form == "adapter":
+        return TO_FACTORS
+    if method.elementwise:
+        return ENTRIES
+    return FACTORS if factored and layer and method.row_space else DENSE
+
+
+def pieces(job: Job, item: Item) -> Iterator[Piece]:
+    """Windows of rows where the route looks at single entries, else the whole tensor."""
+    if not item.route.windows:
+        yield Piece(item, None)
+        return
+    row = torch.Size(item.shape[1:]).numel() * job.base.dtype(item.name).itemsize
+    for rows in row_blocks(item.shape, row * (len(job.experts) + 2), WINDOW_BYTES):
+        yield Piece(item, rows)
+
+
+def share(items: Sequence[Item], workers: int) -> list[list[Item]]:
+    """Items dealt out largest first, each to the worker with the least work so far."""
+    shares, loads = [[] for _ in range(workers)], [0] * workers
+    for item in sorted(items, key=lambda item: item.numel, reverse=True):
+        least = loads.index(min(loads))
+        shares[least].append(item)
+        loads[least] += item.numel
+    return shares
+
+
+def depths(names: Iterable[str]) -> dict[str, float]:
+    """Each tensor's place along the model in [0, 1], from the block number in its name.
+
+    Without a number it is 0 if the name says that it comes before the blocks (`_STEM`), else 1; in
+    a model without blocks it is 0. From names alone: the order of tensors in a file is often
+    alphabetical, and says nothing.
+    """
+    numbers = {name: re.search(r"\.(\d+)\.", f".{name}") for name in names}
+    blocks = {name: int(match[1]) for name, match in numbers.items() if match}
+    last = max(blocks.values(), default=0) or 1
+    after = {name: float(bool(blocks) and not _STEM.search(name)) for name in numbers}
+    return after | {name: block / last for name, block in blocks.items()}
+
+
+def _copies(tied: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    """{first name: the other names of the same memory}"""
+    copies: dict[str, tuple[str, ...]] = {}
+    for name, first in tied.items():
+        copies[first] = (*copies.get(first, ()), name)
+    return copies

@@ -1,0 +1,107 @@
+"""Where merged tensors go: into memory, into a checkpoint, into an adapter's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from merging.engine.job import Job
+from merging.engine.plan import Item
+from merging.errors import InputError
+from merging.experts import Source
+from merging.factors import Factors
+from merging.formats.peft import joint_settings
+from merging.formats.writer import Writer, write_adapter
+
+Files = Mapping[str, bytes | Path]
+
+
+class Sink(Protocol):
+    """`done` holds the names that need not be written: an interrupted merge finished them."""
+
+    done: set[str]
+
+    def write(self, name: str, merged: Tensor | Factors, rows: slice | None = None) -> None: ...
+
+
+class FileSink(Sink, Protocol):
+    """A sink whose output appears when it is whole."""
+
+    def finish(self, extra: Files | None = None) -> None: ...
+
+
+class Memory:
+    """Keeps the merged tensors."""
+
+    def __init__(self, base: Source) -> None:
+        self.base, self.done, self.tensors = base, set(), {}
+
+    def write(self, name: str, merged: Tensor, rows: slice | None = None) -> None:
+        if rows is None:
+            self.tensors[name] = merged
+            return
+        if name not in self.tensors:
+            self.tensors[name] = torch.empty(self.base.shape(name), dtype=merged.dtype)
+        self.tensors[name][rows] = merged
+
+
+class AdapterFolder:
+    """Factors, and tensors in full where there are none, written as one PEFT adapter."""
+
+    def __init__(self, job: Job, items: Sequence[Item], output: Path, overwrite: bool) -> None:
+        if output.suffix == ".safetensors":
+            raise InputError(f"an adapter is a folder, the output is to be the file {output}")
+        if output.exists() and not overwrite:  # told before the merge, not after
+            raise InputError(f"{output} exists already", hint="remove it or allow overwriting")
+        self.output, self.overwrite = output, overwrite
+        self.settings = joint_settings(job.experts, job.base.path)
+        self.order = [item.name for item in items if item.method]
+        self.done = {name for i in items if not i.method for name in (i.name, *i.copies)}
+        self.factors: dict[str, Factors] = {}
+        self.whole = Memory(job.base)
+
+    def write(self, name: str, merged: Tensor | Factors, rows: slice | None = None) -> None:
+        if name not in self.order:
+            return  # tied to one that is
+        if isinstance(merged, Factors):
+            self.factors[name] = merged
+        else:
+            self.whole.write(name, merged, rows)
+
+    def finish(self, extra: Files | None = None) -> None:
+        pairs = {name: self.factors[name][:2] for name in self.order if name in self.factors}
+        write_adapter(
+            self.output,
+            pairs,
+            self.settings,
+            dense=self.whole.tensors,
+            extra=extra,
+            overwrite=self.overwrite,
+        )
+
+
+def file_sink(
+    job: Job, items: Sequence[Item], output: str | Path, overwrite: bool
+) -> AbstractContextManager[FileSink]:
+    """The sink that writes a job's form."""
+    if job.form == "adapter":
+        return nullcontext(AdapterFolder(job, items, Path(output), overwrite))
+    base = job.base
+    return Writer(
+        output,
+        {name: (base.shape(name), base.dtype(name)) for name in base.keys()},
+        shards=_shards(base),
+        key=job.key(),
+        overwrite=overwrite,
+    )
+
+
+def _shards(base: Source) -> dict[str, str] | None:
+    """{name: file name} where the base has several files, so that the output has the same."""
+    files = {name: base.file(name).with_suffix(".safetensors").name for name in base.keys()}
+    return files if len(set(files.values())) > 1 else None

@@ -1,0 +1,209 @@
+"""What is merged: experts, asked in the names and layouts of their base, whatever holds them.
+
+A dense checkpoint and an adapter answer the same questions, so that nothing which merges, checks
+or evaluates an expert asks which of the two it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from merging.factors import Factors
+
+
+class Source(Protocol):
+    """Named tensors, read one by one.
+
+    `tied` maps a name to the earlier name whose memory it shares: merge that one only.
+    """
+
+    path: str
+    bytes_read: int
+    tied: Mapping[str, str]
+
+    def keys(self) -> list[str]:
+        """Names in file order."""
+        ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        """The tensor, or those rows of its first dimension: on the CPU, in the stored dtype."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Values(NamedTuple):
+    """What an expert says of a tensor, or of some rows of it."""
+
+    tensor: Tensor  # may lack the last rows: the expert does not have them
+    moved: bool  # the tensor is the difference to the base already
+
+    def weight(self, W0: Tensor) -> Tensor:
+        """The expert's own weight; one that is a difference, in W0's dtype and place."""
+        if not self.moved:
+            return self.tensor
+        return (lift(W0) + self.tensor.to(W0.device)).to(W0.dtype)
+
+    def difference(self, W0: Tensor, out: Tensor | None = None) -> Tensor:
+        """D = W - W0 in float32 or better; 0 in rows that the expert lacks.
+
+        W0: float32 or float64. out: where to write it.
+        """
+        delta = torch.empty_like(W0) if out is None else out
+        tensor, ours, rest = self.tensor, W0, delta
+        if tensor.shape != W0.shape:
+            rest[len(tensor) :].zero_()
+            ours, rest = W0[: len(tensor)], rest[: len(tensor)]
+        if self.moved:
+            rest.copy_(tensor)
+        else:
+            torch.sub(tensor.to(W0.dtype), ours, out=rest)
+        return delta
+
+
+class Expert(Protocol):
+    """A fine-tuned model, or what turns its base into it."""
+
+    path: str
+    base_name: str | None  # the base it says it belongs to
+    hub_base: bool  # that name is an "owner/name" id, comparable between experts
+    partial: bool  # it holds what it changes only: all else is as in the base
+
+    @property
+    def bytes_read(self) -> int: ...
+
+    def names(self) -> list[str]:
+        """The base's tensors that it holds or changes."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the base stores the tensor."""
+        ...
+
+    def values(self, name: str, rows: slice | None = None) -> Values | None:
+        """Of a tensor or those of its rows that the expert has; None: it is as in the base."""
+        ...
+
+    def rank(self, name: str) -> int | None:
+        """Of the factors that hold the difference, 0 where there is none; None: no factors do."""
+        ...
+
+    def factors(self, name: str) -> Factors:
+        """The difference (d_out, d_in), whatever way round the base stores it; rank is not 0."""
+        ...
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that it holds, by the base's names."""
+        ...
+
+    def problems(self, base: Source, common_rows: bool = False) -> list[str]:
+        """What headers tell that keeps it from being merged into the base, a sentence each.
+
+        common_rows: embeddings and heads may have more or fewer rows than the base's.
+        """
+        ...
+
+    def stamp(self) -> object:
+        """Changes whenever what it holds may have."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Dense(Source):
+    """An expert stored in full: all that a source of named tensors needs to be one."""
+
+    partial, base_name, hub_base = False, None, False
+
+    def names(self) -> list[str]:
+        return self.keys()
+
+    def values(self, name: str, rows: slice | None = None) -> Values | None:
+        if name not in self:
+            return None
+        shape = self.shape(name)
+        if rows is None or not shape:
+            return Values(self.read(name), moved=False)
+        start, stop, _ = rows.indices(shape[0])
+        return Values(self.read(name, slice(start, max(start, stop))), moved=False)
+
+    def rank(self, name: str) -> int | None:
+        return None
+
+    def factors(self, name: str) -> Factors:
+        raise ValueError(f"{name!r} is stored in full")
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, self.read(name)) for name in self.keys())
+
+    def problems(self, base: Source, common_rows: bool = False) -> list[str]:
+        ours, theirs = dict.fromkeys(base.keys()), dict.fromkeys(self.keys())
+        known = {self.tied.get(name, name) for name in theirs if name in ours}
+        found = [
+            f"tensor {name!r} of {base.path} is missing"
+            for name in ours
+            if name not in theirs and base.tied.get(name) not in theirs
+        ]
+        for name in theirs:
+            if name not in ours:
+                if self.tied.get(name, name) not in known:
+                    found.append(f"tensor {name!r} is not in {base.path}")
+                continue
+            found += compare_shapes(name, self.shape(name), base, common_rows)
+            if self.dtype(name).is_floating_point != base.dtype(name).is_floating_point:
+                found.append(
+                    f"tensor {name!r} is {self.dtype(name)}, the base's {base.dtype(name)}"
+                )
+        return found
+
+
+def compare_shapes(
+    name: str, shape: tuple[int, ...], base: Source, common_rows: bool = False
+) -> list[str]:
+    """What is wrong with an expert's shape of one of the base's tensors."""
+    expected = base.shape(name)
+    if shape == expected:
+        return []
+    rows_only = 0 < len(shape) == len(expected) and shape[1:] == expected[1:]
+    if rows_only and any(word in name for word in ("embed", "head", "wte", "shared")):
+        if common_rows:
+            return []
+        return [f"tensor {name!r} has a vocabulary of {shape[0]}, the base's has {expected[0]}"]
+    return [f"tensor {name!r} has shape {list(shape)}, the base's has {list(expected)}"]
+
+
+def apply(base: Mapping[str, Tensor], expert: Expert) -> dict[str, Tensor]:
+    """The state dict of an expert: a dense one's as it is, an adapter's on top of its base's.
+
+    base: of which an adapter's targets are needed, in the names it was opened with.
+    """
+    state = dict(base) if expert.partial else {}
+    for name in expert.names():
+        values = expert.values(name)
+        state[name] = values.weight(base[name]) if values.moved else values.tensor
+    return state
+
+
+def difference(W0: Tensor, expert: Expert, name: str) -> Tensor:
+    """D = W - W0 of one tensor, float32 or better, as the base stores it; 0 if it is not changed.
+
+    W0: the whole tensor of the base, on the CPU.
+    """
+    values = expert.values(name, slice(0, len(W0)) if W0.ndim else None)
+    base = lift(W0)
+    return torch.zeros_like(base) if values is None else values.difference(base)
+
+
+def lift(tensor: Tensor) -> Tensor:
+    """float64 stays; everything else is computed in float32 whatever it is stored in."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
