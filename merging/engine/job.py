@@ -124,10 +124,8 @@ def prepare(
     if not experts:
         raise InputError("no experts were given, expected at least one")
     experts = dict(sorted(experts.items()))
-    _check_choice("vocabulary", vocabulary, Vocabulary)
-    _check_choice("form", form, Form)
-    shapes = {name: base.shape(name) for name in base.keys()}
-    resolved, reasons = choose_layers(layers, shapes, folder)
+    _check_choices(vocabulary=(vocabulary, Vocabulary), form=(form, Form))
+    resolved, reasons = choose_layers(layers, {n: base.shape(n) for n in base.keys()}, folder)
     if not split_qkv:
         resolved = {name: whole(layer) for name, layer in resolved.items()}
     if found := problems(base, experts, common_rows=vocabulary == "common_rows"):
@@ -149,9 +147,10 @@ def prepare(
     )
 
 
-def _check_choice(name: str, choice: str, known: Any) -> None:
-    if choice not in get_args(known):
-        raise InputError(f"{name} is {choice!r}, expected one of: {', '.join(get_args(known))}")
+def _check_choices(**choices: tuple[str, Any]) -> None:
+    for name, (choice, known) in choices.items():
+        if choice not in get_args(known):
+            raise InputError(f"{name} is {choice!r}, expected one of: {', '.join(get_args(known))}")
 
 
 def _check_statistics(

@@ -85,7 +85,11 @@ def choose_layers(layers: Layers, shapes: names.Shapes, folder: str | Path | Non
                 f"layer {name!r} has shape {shape}, expected a matrix whose output rows "
                 f"divide into {layer.parts}"
             )
-    return Choice(dict(layers), {name: "not named" for name in shapes if name not in layers})
+    others = {name: kind for name, kind in names.kinds(shapes).items() if name not in layers}
+    return Choice(
+        dict(layers),
+        {name: kind if isinstance(kind, str) else "not named" for name, kind in others.items()},
+    )
 
 
 def _of_folder(folder: str | Path | None, shapes: names.Shapes) -> stored.Kinds:
