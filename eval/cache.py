@@ -16,8 +16,9 @@ from filelock import FileLock
 from merging.errors import InputError
 from merging.formats.writer import flush
 
-RECORD = "key.json"  # beside the content: the key in clear, and each file's SHA-256
-_verified: set[Path] = set()  # entries whose checksums this process has already compared
+RECORD = "key.json"  # beside the content: the key in clear, each file's SHA-256, size and time
+VERIFY = "MODEL_MERGING_VERIFY"  # 1: compare checksums though sizes and times agree
+_verified: set[Path] = set()  # entries that this process has already compared
 
 
 def cache_root() -> Path:
@@ -49,7 +50,9 @@ def cached(
     `build` writes into a hidden sibling that is flushed to disk and renamed into place, so a
     killed build never looks finished. A second process that wants the same entry waits for the
     first. `resumable`: what a killed build left behind is handed to the next one instead of
-    being removed. Raises InputError, naming the file, when a finished entry was damaged.
+    being removed. A finished entry is compared with what was recorded of it, once a process: sizes
+    and times, and checksums where these differ or $MODEL_MERGING_VERIFY is 1. Raises InputError,
+    naming the file, when it was damaged.
     """
     name = digest(key)
     entry = cache_root() / kind / name
@@ -89,21 +92,33 @@ def _seal(folder: Path, key: Mapping[str, Any]) -> None:
     for path in files:
         flush(path)
     sums = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+    stamps = {path.relative_to(folder).as_posix(): _stamp(path) for path in files}
+    content = {"key": key, "sha256": sums, "stamps": stamps}
     record = folder / RECORD
-    record.write_text(json.dumps({"key": key, "sha256": sums}, indent=1, sort_keys=True) + "\n")
+    record.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
     flush(record)
     flush(folder)
 
 
+def _stamp(path: Path) -> list[int]:
+    """Size and time of a file: what a rename keeps and a write changes."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
 def _verify(entry: Path) -> None:
-    """Compare every file with its recorded checksum."""
+    """Compare every file with what was recorded of it."""
     try:
-        sums = json.loads((entry / RECORD).read_text())["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+        record = json.loads((entry / RECORD).read_text())
+        sums, stamps = record["sha256"], record.get("stamps", {})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(entry / RECORD) from error
+    always = os.environ.get(VERIFY) == "1"
     for name, expected in sums.items():
         path = entry / name
-        if not path.is_file() or file_sha256(path) != expected:
+        if not path.is_file():
+            raise _damaged(path)
+        if (always or _stamp(path) != stamps.get(name)) and file_sha256(path) != expected:
             raise _damaged(path)
 
 

@@ -41,6 +41,8 @@ class Suite(Protocol):
     slow (data, experts, statistics) is cached by all it depends on; an unknown task is an
     `InputError`. Two members are optional: `multi_task(finetuning=..., seed=...) -> Path`, one
     model trained on all tasks at once, and `second_moments` (see `eval.regmean_pp.Sequential`).
+    Two more, where a protocol asks for them: `rest`, the rule for all tensors that are no layer,
+    whatever the method says of them; `unmeasured`, the layers through which no inputs are seen.
     Suites that train their experts inherit what is cached from `eval.trained.TrainedSuite`.
     """
 

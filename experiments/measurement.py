@@ -124,7 +124,11 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         method = _methods(settings)[0]
         hyperparameters, needs = dict(method.hyperparameters), method.needs
         hyperparameters.pop(chosen.parameter, None)
-    protocol = suite.protocol_key(statistics=bool(needs))
+    optional: dict[str, Any] = {}  # absent from records made before there was a choice
+    if protocol := suite.protocol_key(statistics=bool(needs)):
+        optional["protocol"] = protocol
+    if not settings.split_qkv and name not in UNMERGED:
+        optional["split_qkv"] = False
     return {
         "suite": suite.name,
         "experts": suite.identity(finetuning=settings.finetuning, seed=settings.seed),
@@ -137,7 +141,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         "limit": settings.limit,
         "statistics": asdict(settings.statistics) if needs else None,
         "selection": asdict(chosen) if chosen.parameter else None,
-    } | ({"protocol": protocol} if protocol else {})
+    } | optional
 
 
 def _methods(settings: Experiment) -> list[merging.Method]:
@@ -199,6 +203,8 @@ def merge_suite(
 ) -> Merge:
     """Merge the experts of some tasks, with the statistics that the method needs."""
     own = {"finetuning": settings.finetuning, "seed": settings.seed}
+    if (rest := getattr(suite, "rest", None)) is not None:
+        method = replace(method, rest=rest)
     paths = {task: suite.expert(task, **own) for task in tasks}
     if method.sequential:
         return _merge_sequentially(settings, suite, paths, method)
@@ -209,13 +215,18 @@ def merge_suite(
             path, spent = collect(settings, suite, task, method.needs)
             collected[task] = load_file(path)
             seconds += spent
+    layers = suite.layers()
+    if method.needs == "covariance":  # of what no module reads: averaged, the report says
+        unmeasured = getattr(suite, "unmeasured", frozenset())
+        layers = {name: layer for name, layer in layers.items() if name not in unmeasured}
     state = merging.merge_state_dicts(
         suite.base(),
         experts,
         method,
-        layers=suite.layers(),
+        layers=layers,
         statistics=collected or None,
         device=resolve_device(settings.device),
+        split_qkv=settings.split_qkv,
         vocabulary=getattr(suite, "vocabulary", "refuse"),  # of language models only
     )
     report = state.report

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, get_args
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 
 from eval.suite import Finetuning, Split
 from merging.errors import InputError
@@ -52,6 +54,7 @@ class Experiment:
     finetuning: str = "full"
     seed: int = 0
     protocol: str | None = None
+    split_qkv: bool = True
     tasks: list[str] | None = None
     split: str = "test"
     limit: int | None = None
@@ -68,9 +71,15 @@ def check_choices(settings: object) -> None:
 
 
 def resolve_device(name: str) -> str:
-    """ "auto" is the first GPU, else the CPU; a GPU that is not there is an InputError."""
+    """ "auto" is a GPU, else the CPU; a GPU that is not there is an InputError.
+
+    Jobs that a launcher runs side by side on one machine take its GPUs in turn.
+    """
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if not torch.cuda.is_available():
+            return "cpu"
+        number = _parallel_job()
+        return "cuda" if number is None else f"cuda:{number % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -79,3 +88,11 @@ def resolve_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= count:
         raise InputError(f"device {name!r} was asked for, but this machine has {count} usable GPUs")
     return name
+
+
+def _parallel_job() -> int | None:
+    """The number of this job of a sweep whose jobs run in processes of their own."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode is not RunMode.MULTIRUN:
+        return None
+    hydra = HydraConfig.get()
+    return None if "BasicLauncher" in hydra.launcher._target_ else int(hydra.job.num)

@@ -413,8 +413,16 @@ def test_suites_compose_for_every_model_and_family(name, count, family):
             assert published.hub == f"tanganke/{hub}_stanford-cars"
         elif family == "finetuned":
             assert published is None
+        elif family == "actmat":
+            assert published.local == f"actmat/**/{model}/**/CarsVal/finetuned.pt"
+            lora = suite._published("cars", "lora")
+            assert lora.local == f"actmat/**/{model}/**/CarsVal/lora_finetuned.pt"
         else:
-            assert published.local == f"{family}/{model}/CarsVal/nonlinear_finetuned.pt"
+            assert published.hub == "nik-dim/tall_masks"
+            file = f"{model}/CarsVal/nonlinear_finetuned.pt"
+            assert published.file == f"single_task/{file}"
+            assert published.local == f"tall/**/{file}"
+            assert suite.base_tower is None  # its base is OpenAI's
         for task, fields in config["datasets"].items():
             assert ImageSet(**fields).templates, task
 

@@ -194,7 +194,7 @@ def test_absent_checkpoint_says_what_to_download_where(places):
     with pytest.raises(InputError) as caught:
         published.path()
     assert "nonlinear_finetuned.pt is not there" in caught.value.message
-    assert "download the Drive folder to" in caught.value.hint
+    assert "download the Drive folder" in caught.value.hint
     assert "MODEL_MERGING_CHECKPOINTS" in caught.value.hint
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from eval.cache import cache_root, cached
-from eval.data import images
+from eval.data import hub, images
 from merging.errors import InputError
 from merging.progress import track
 
@@ -35,6 +35,12 @@ VERSION = 1
 datasets.disable_progress_bars()  # what takes long here shows its own
 
 Part = Literal["train", "validation", "test"]
+# How class names for prompts are made of those that a data set stores.
+NAMINGS: dict[str, Callable[[str], str]] = {
+    "spaced": lambda name: name.replace("_", " "),
+    "stored": lambda name: name,
+    "titled": lambda name: " ".join(word.capitalize() for word in name.split("_")),
+}
 Transform = Callable[[Image.Image], Tensor]
 
 
@@ -52,8 +58,9 @@ class ImageSet:
     path: hub id, local folder, or `package:NAME`. config, revision: the hub's.
     image, label: column names. train, test, validation: split names; without a validation
         split one is cut from `train`: `held_out` of it, 5,000 images at most.
-    classes: names for the prompts, in label order; None: the data set's own ClassLabel names
-        with underscores as spaces.
+    classes: names for the prompts, in label order; or how they are made of the data set's own
+        ClassLabel names: None with underscores as spaces, "stored" as they are, "titled" with
+        spaces and capitals.
     templates: prompts with one {} for the class name.
     """
 
@@ -66,7 +73,7 @@ class ImageSet:
     test: str = "test"
     validation: str | None = None
     held_out: float = 0.1
-    classes: Sequence[str] | None = None
+    classes: Sequence[str] | str | None = None
     templates: Sequence[str] = ("a photo of a {}.",)
 
     def __post_init__(self) -> None:
@@ -75,6 +82,22 @@ class ImageSet:
                 f"the templates of data set {self.path} are {list(self.templates)}, "
                 "expected at least one, each with one {} for the class name"
             )
+        if isinstance(self.classes, str) and self.classes not in NAMINGS:
+            raise InputError(
+                f"the classes of data set {self.path} are {self.classes!r}, expected a list of "
+                f"names or one of: {', '.join(NAMINGS)}"
+            )
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether it comes from the hub: neither made of packages nor a folder on this machine."""
+        return self.source == self.path and not Path(self.path).expanduser().is_dir()
+
+    def commit(self) -> str | None:
+        """The hub's commit that was loaded; None where it comes from elsewhere."""
+        if not self.on_hub:
+            return None
+        return _files(self.path, self.config, self.revision, self.test).commit
 
     @cached_property
     def source(self) -> str:
@@ -111,13 +134,13 @@ class ImageSet:
         """Class names in label order."""
         feature = self._split(self.test).features.get(self.label)
         own = feature.names if isinstance(feature, datasets.ClassLabel) else None
-        if self.classes is None:
+        if self.classes is None or isinstance(self.classes, str):
             if own is None:
                 raise InputError(
                     f"data set {self.path} does not name its classes",
                     hint="list them under `classes` in its file below configs/suite/dataset",
                 )
-            return [name.replace("_", " ") for name in own]
+            return [NAMINGS[self.classes or "spaced"](name) for name in own]
         if own is not None and len(own) != len(self.classes):
             raise InputError(
                 f"the head for data set {self.path} has {len(self.classes)} classes, "
@@ -127,24 +150,18 @@ class ImageSet:
 
     def identity(self) -> dict[str, Any]:
         """What determines the images and labels, without looking at pixels."""
+        fields = {k: v for k, v in asdict(self).items() if k not in ("classes", "templates")}
+        if self.on_hub:  # whose commits never change: no label has to be fetched
+            return fields | {"commit": self.commit()}
         parts = {}
         for part in ("train", "validation", "test"):
             labels = self.labels(part)
             parts[part] = [len(labels), hashlib.sha256(labels.numpy().tobytes()).hexdigest()[:16]]
         made = Path(self.source).name if self.path.startswith("package:") else None
-        fields = {k: v for k, v in asdict(self).items() if k not in ("classes", "templates")}
         return fields | parts | {"made": made}
 
     def _split(self, name: str) -> datasets.Dataset:
-        try:
-            rows = _load(self.source, self.config, self.revision, name)
-        except Exception as error:  # datasets and the hub's clients have dozens of kinds
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise InputError(
-                f"split {name!r} of data set {self.path} is not to be had: {reason}",
-                hint="download it where there is a network and set the data set's `path` to the "
-                "folder, or the variable MODEL_MERGING_DATA to the folder's parent",
-            ) from error
+        rows = _load(self.source, self.config, self.revision, name, self.on_hub)
         for column in (self.image, self.label):
             if column not in rows.column_names:
                 raise InputError(
@@ -155,9 +172,32 @@ class ImageSet:
 
 
 @functools.lru_cache(maxsize=128)
-def _load(path: str, config: str | None, revision: str | None, split: str) -> datasets.Dataset:
-    cache = str(cache_root() / "datasets")
-    return datasets.load_dataset(path, config, revision=revision, split=split, cache_dir=cache)
+def _load(
+    path: str, config: str | None, revision: str | None, split: str, on_hub: bool
+) -> datasets.Dataset:
+    try:
+        if on_hub:
+            return hub.load(path, _files(path, config, revision, split), split)
+        cache = str(cache_root() / "datasets")
+        return datasets.load_dataset(path, config, split=split, cache_dir=cache)
+    except InputError as error:
+        raise InputError(error.message, f"{error.hint}; {_ELSEWHERE}".lstrip("; ")) from error
+    except Exception as error:  # datasets has dozens of kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"split {split!r} of data set {path} is not to be had: {reason}", hint=_ELSEWHERE
+        ) from error
+
+
+_ELSEWHERE = (
+    "a data set that is here already: set its `path` to the folder, or the variable "
+    "MODEL_MERGING_DATA to the folder's parent"
+)
+
+
+@functools.lru_cache(maxsize=128)
+def _files(path: str, config: str | None, revision: str | None, split: str) -> hub.Rows:
+    return hub.rows(path, config, revision, split)
 
 
 def decode(row: Mapping[str, Any], column: str, where: str) -> Image.Image:
@@ -171,8 +211,11 @@ def decode(row: Mapping[str, Any], column: str, where: str) -> Image.Image:
         raise InputError(f"{where} cannot be decoded: {error}") from error
 
 
-def pixels(data: ImageSet, part: Part, preprocess: PreprocessCfg) -> Pixels:
-    """All images of one part as the model's preprocessing crops them, decoded once and cached."""
+def pixels(data: ImageSet, part: Part, preprocess: PreprocessCfg, workers: int = 0) -> Pixels:
+    """All images of one part as the model's preprocessing crops them, decoded once and cached.
+
+    workers: processes that decode; none for parts that one has done before they would start.
+    """
     rows, labels = data.rows(part), data.labels(part)
     geometry = {k: v for k, v in asdict(preprocess).items() if k not in ("mean", "std")}
     key = {"version": VERSION, "data": data.identity(), "part": part, "preprocess": geometry}
@@ -180,12 +223,36 @@ def pixels(data: ImageSet, part: Part, preprocess: PreprocessCfg) -> Pixels:
     def build(folder: Path) -> None:
         shape = (len(rows), 3, *_size(preprocess))
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
-        everything = range(len(rows))
-        for i in track(everything, f"decoding {data.path} ({part})"):
-            images[i] = cropped(data, part, preprocess, [i])[0]
+        chunks = _Crops(data, part, preprocess, len(rows))
+        used = workers if len(rows) > 20 * CHUNK else 0
+        loaded = DataLoader(chunks, batch_size=None, num_workers=used)  # in order
+        for n, chunk in enumerate(track(loaded, f"decoding {data.path} ({part})", len(chunks))):
+            images[n * CHUNK : n * CHUNK + len(chunk)] = chunk
         images.flush()
 
     return Pixels(np.load(cached("pixels", key, build) / "images.npy", mmap_mode="r"), labels)
+
+
+CHUNK = 64  # images that a worker decodes at a time
+
+
+@dataclass(frozen=True)
+class _Crops(torch.utils.data.Dataset):
+    """Item number n is the n-th chunk of a part's images, cropped."""
+
+    data: ImageSet
+    part: Part
+    preprocess: PreprocessCfg
+    count: int
+
+    def __len__(self) -> int:
+        return -(-self.count // CHUNK)
+
+    def __getitem__(self, n: int) -> np.ndarray:
+        if n >= len(self):
+            raise IndexError(n)
+        numbers = range(n * CHUNK, min((n + 1) * CHUNK, self.count))
+        return cropped(self.data, self.part, self.preprocess, numbers)
 
 
 def cropped(

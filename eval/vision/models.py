@@ -18,16 +18,18 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download, snapshot_download
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from eval.cache import cached
+from eval.data import hub
 from merging.errors import InputError
 from merging.experts import Source
 from merging.formats.checkpoints import Adapter, open_checkpoint
 from merging.formats.writer import write_adapter
+from merging.progress import track
 
 # Goes into the key of what is cached here: raise it when conversion or heads change.
 VERSION = 1
@@ -79,12 +81,13 @@ def preprocessing(name: str) -> PreprocessCfg:
 class Published:
     """Where a checkpoint is published, and where it is looked for first.
 
-    local: file or folder; relative to $MODEL_MERGING_CHECKPOINTS, or to `checkpoints`.
+    local: file or folder, or several of which the first that is there counts; relative to
+        $MODEL_MERGING_CHECKPOINTS, or to `checkpoints`. `*` and `**` stand for any folders.
     hub: Hugging Face id, with `revision` and the `file` in it (None: the whole folder).
-    origin: for people: the page it is downloaded from where that is not the hub.
+    origin: for people: where it is downloaded from if that is not the hub.
     """
 
-    local: str
+    local: str | Sequence[str]
     hub: str | None = None
     revision: str | None = None
     file: str | None = None
@@ -92,31 +95,54 @@ class Published:
 
     def path(self) -> Path:
         """The local copy, else the hub's. InputError saying what to download where."""
-        root = Path(os.environ.get("MODEL_MERGING_CHECKPOINTS", "checkpoints"))
-        wanted = root / self.local
-        if wanted.exists():
-            return wanted
-        reason = ""
-        if self.hub:
-            try:
-                if self.file:
-                    return Path(hf_hub_download(self.hub, self.file, revision=self.revision))
-                return Path(snapshot_download(self.hub, revision=self.revision))
-            except Exception as error:  # its clients have a dozen kinds for "not reachable"
-                reason = f" and the hub gave nothing ({type(error).__name__})"
-        where = f"{self.hub}/{self.file or ''}".rstrip("/") if self.hub else self.origin
-        raise InputError(
-            f"checkpoint {wanted} is not there{reason}",
-            hint=f"download {where} to {wanted}, or set MODEL_MERGING_CHECKPOINTS to the folder "
-            f"that holds {self.local}",
-        )
+        if (found := self.here()) is not None:
+            return found
+        wanted = " or ".join(str(_checkpoints() / pattern) for pattern in self._patterns)
+        if not self.hub:
+            raise InputError(
+                f"checkpoint {wanted} is not there",
+                hint=f"download {self.origin}, or set MODEL_MERGING_CHECKPOINTS to the folder "
+                f"that holds {self._patterns[0].partition('/')[0]}",
+            )
+        try:
+            if self.file:
+                return hub.file(self.hub, self.file, self.revision)
+            return hub.folder(self.hub, self.revision)
+        except InputError as error:
+            elsewhere = f"a copy that is here already belongs at {wanted}"
+            raise type(error)(error.message, f"{error.hint}; {elsewhere}".lstrip("; ")) from error
+
+    def here(self) -> Path | None:
+        """The local copy, where there is one."""
+        for pattern in self._patterns:
+            if "*" not in pattern:
+                found = [_checkpoints() / pattern]
+            else:
+                found = sorted(_checkpoints().glob(pattern))
+            if found and found[0].exists():
+                return found[0]
+        return None
+
+    @property
+    def _patterns(self) -> list[str]:
+        return [self.local] if isinstance(self.local, str) else list(self.local)
+
+    def name(self) -> str:
+        """Its address in a word, for records."""
+        return f"{self.hub}/{self.file or ''}@{self.revision}" if self.hub else self._patterns[0]
 
     def stamp(self) -> dict[str, Any]:
         """What names the checkpoint in cache keys; a local file also by its size and time."""
-        found = Path(os.environ.get("MODEL_MERGING_CHECKPOINTS", "checkpoints"), self.local)
-        files = sorted(p for p in found.rglob("*") if p.is_file()) if found.is_dir() else [found]
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files if p.exists()]
+        found = self.here()
+        files = [found] if found is not None else []
+        if found is not None and found.is_dir():
+            files = sorted(p for p in found.rglob("*") if p.is_file())
+        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return {k: v for k, v in asdict(self).items() if k != "origin"} | {"files": stats}
+
+
+def _checkpoints() -> Path:
+    return Path(os.environ.get("MODEL_MERGING_CHECKPOINTS", "checkpoints"))
 
 
 def tower_checkpoint(published: Published, name: str, base: Path | None = None) -> Path:
@@ -318,8 +344,17 @@ def _adapter_target(key: str) -> tuple[str, int]:
     return bare, -1
 
 
+CLASSES = 10  # whose prompts go through the text tower together
+
+
 def text_head(
-    clip: Path, name: str, classes: Sequence[str], templates: Sequence[str], device: str = "cpu"
+    clip: Path,
+    name: str,
+    classes: Sequence[str],
+    templates: Sequence[str],
+    *,
+    device: str = "cpu",
+    label: str = "a task",
 ) -> Tensor:
     """(classes, d) unit embeddings of the class names by CLIP's zero-shot protocol, cached.
 
@@ -348,20 +383,56 @@ def text_head(
         model.load_state_dict({k: source.read(k) for k in model.state_dict()})
         model.to(device).eval()
         tokenizer = open_clip.get_tokenizer(name.removesuffix("-quickgelu"))
+        chunks = [list(classes[i : i + CLASSES]) for i in range(0, len(classes), CLASSES)]
+        parts = []
         with torch.inference_mode():
-            head = open_clip.build_zero_shot_classifier(
-                model, tokenizer, list(classes), list(templates), device=device
-            )
-        save_file({"head": head.mT.cpu().contiguous()}, folder / "head.safetensors")
+            for chunk in track(chunks, f"building the head of {label}"):
+                part = open_clip.build_zero_shot_classifier(
+                    model, tokenizer, chunk, list(templates), device=device
+                )
+                parts.append(part.mT.cpu())
+        save_file({"head": torch.cat(parts).contiguous()}, folder / "head.safetensors")
 
     return load_file(cached("heads", key, write) / "head.safetensors")["head"]
 
 
-def lora_targets(tower: nn.Module) -> list[str]:
-    """Modules that LoRA adapts: the attention (its two projections) and MLP layers."""
+def published_head(path: Path, built: Tensor, task: str) -> Tensor:
+    """(classes, d) unit vectors of a head that a family publishes, in the order of `built`.
+
+    path: a ClassificationHead of the task-vector authors, `weight` (classes, d). Its rows are in
+        the order of its authors' data set, which need not be ours; rows go to classes so that they
+        are as near as may be to the embeddings of their names.
+    built: (classes, d) unit embeddings of the class names.
+    """
+    source = open_checkpoint(path)
+    if "weight" not in source.keys() or source.shape("weight") != tuple(built.shape):
+        found = tuple(source.shape("weight")) if "weight" in source.keys() else "no weight"
+        raise InputError(f"{path} is no head of {task}: {found}, expected {tuple(built.shape)}")
+    rows = F.normalize(source.read("weight").float(), dim=-1)
+    nearness = (built @ rows.T).numpy()
+    order = torch.from_numpy(linear_sum_assignment(nearness, maximize=True)[1])
+    if (built * rows[order]).sum(-1).median() < 0.9:
+        raise InputError(
+            f"{path} belongs to other classes than those of {task}: its rows are far from the "
+            "embeddings of their names",
+            hint="give the family's names under suite.class_names, or suite.heads=null",
+        )
+    return rows[order]
+
+
+def freeze_all_but_packed(model: nn.Module) -> None:
+    """Train no LoRA pair but those of in_proj: the others stay the zero that they start as."""
+    for name, parameter in model.named_parameters():
+        if "lora_" in name and "out_proj" in name:
+            parameter.requires_grad_(False)
+
+
+def lora_targets(tower: nn.Module, targets: str = "all") -> list[str]:
+    """Modules that LoRA adapts: the attention (its two projections) and MLP layers, or the
+    attention alone ("in_proj")."""
     return [
         name
         for name, module in tower.named_modules()
         if isinstance(module, nn.MultiheadAttention)
-        or (isinstance(module, nn.Linear) and ".mlp." in f".{name}")
+        or (targets == "all" and isinstance(module, nn.Linear) and ".mlp." in f".{name}")
     ]

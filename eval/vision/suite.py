@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from eval import statistics, training
 from eval.cache import cached, digest
+from eval.data import hub
 from eval.language.checkpoints import require_same
 from eval.suite import Finetuning, Score, Split, Statistic
 from eval.trained import TrainedSuite
@@ -40,12 +41,14 @@ from eval.vision.data import (
 from eval.vision.models import Published
 from eval.vision.pretrain import Pretraining
 from merging.errors import InputError
-from merging.layers import Layer, linear_layers
+from merging.layers import Layer, linear_layers, paper_layers
 
 # Goes into every cache key: raise it when the code below would give other experts or statistics.
 VERSION = 1
 BATCH = 64
 
+Protocol = Literal["ours", "paper"]
+PRECISIONS = {"ours": "float16 on a GPU, else float32", "paper": "float32"}  # of evaluation
 Batch = tuple[str, Tensor, Tensor]  # task, images (batch, 3, size, size), labels (batch,)
 
 
@@ -54,6 +57,7 @@ class Recipe:
     """How one expert is fine-tuned; `r` and `alpha` are LoRA's.
 
     steps, or epochs: a number, or {task: number}. crop_scale: area of the random crops.
+    targets: what LoRA adapts: "all" of attention and MLP, or "in_proj", q, k and v packed.
     precision: "bf16" computes in mixed precision. checkpointing: recompute activations in the
         backward pass instead of keeping them.
     """
@@ -69,10 +73,16 @@ class Recipe:
     checkpointing: bool = False
     r: int = 0
     alpha: int = 0
+    targets: Literal["all", "in_proj"] = "all"
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise InputError("a fine-tuning recipe needs either steps or epochs")
+
+    def key(self) -> dict[str, Any]:
+        """All of it, for cache keys; `targets` only where it is not what it was before it was."""
+        fields = asdict(self)
+        return fields if self.targets != "all" else {k: fields[k] for k in fields if k != "targets"}
 
     def length(self, task: str, images: int) -> int:
         """Number of steps on a task with so many training images."""
@@ -91,9 +101,15 @@ class VisionSuite(TrainedSuite):
     clip: where the whole pre-trained model is published (fields of `Published`); or
     pretraining: the fields of `Pretraining`, where the base is made here.
     base_tower: the family's own base, where it is published apart from `clip`.
-    experts, adapters: where fine-tuned towers and LoRA adapters are published; None: trained
-        here. In them, as in `clip`, {model}, {hub_model}, {timm_model} and {task} are filled in,
-        {task} by `task_names`.
+    experts, adapters: where fine-tuned towers and LoRA experts (adapters, or whole towers with
+        the adapter merged in) are published; None: trained here. In them, as in `clip`, {model},
+        {hub_model}, {timm_model} and {task} are filled in, {task} by `task_names`.
+    heads: where the family publishes its heads; None: embeddings of the class names.
+    class_names: {task: `ImageSet.classes`} under which the family's experts were fine-tuned,
+        where they are not the data set's; tasks that the suite does not have are ignored.
+    protocol: "paper" merges by the method every matrix that the ACTMat paper does, averages all
+        other tensors whatever the method says of them, evaluates in float32 and trains by the
+        recipe "paper_<finetuning>" where there is one.
     shots: where the base is pre-trained here, the number of labelled training images behind
         each class's head; None: all of them.
     """
@@ -102,13 +118,16 @@ class VisionSuite(TrainedSuite):
     family: str
     model: str
     datasets: Mapping[str, Mapping[str, Any]]
-    recipes: Mapping[Finetuning, Mapping[str, Any]]
+    recipes: Mapping[str, Mapping[str, Any]]
     clip: Mapping[str, Any] | None = None
     pretraining: Mapping[str, Any] | None = None
     base_tower: Mapping[str, Any] | None = None
     experts: Mapping[str, Any] | None = None
     adapters: Mapping[str, Any] | None = None
     task_names: Mapping[str, str] | None = None
+    heads: Mapping[str, Any] | None = None
+    class_names: Mapping[str, Sequence[str] | str] | None = None
+    protocol: Protocol = "ours"
     shots: int | None = None
     logit_scale: float = 100.0
     workers: int = 0
@@ -120,6 +139,9 @@ class VisionSuite(TrainedSuite):
     def __post_init__(self) -> None:
         if (self.clip is None) == (self.pretraining is None):
             raise InputError(f"suite {self.name!r} needs either clip or pretraining")
+        if self.protocol not in get_args(Protocol):
+            known = ", ".join(get_args(Protocol))
+            raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -134,7 +156,19 @@ class VisionSuite(TrainedSuite):
         return dict(self._base)
 
     def layers(self) -> dict[str, Layer]:
+        if self.protocol == "paper":
+            return paper_layers({name: tuple(t.shape) for name, t in self._base.items()})
         return linear_layers(self._tower)
+
+    @property
+    def rest(self) -> Literal["average"] | None:
+        """The rule for what is no layer, where the protocol has one for every method."""
+        return "average" if self.protocol == "paper" else None
+
+    @property
+    def unmeasured(self) -> frozenset[str]:
+        """Layers that are no module's weight, so that no inputs are seen."""
+        return frozenset(self.layers()) - frozenset(linear_layers(self._tower))
 
     def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """What determines the experts, with a digest per task that stands for its data."""
@@ -148,9 +182,31 @@ class VisionSuite(TrainedSuite):
             "experts": experts,
         }
 
+    def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
+        """What a score depends on beside the towers: data, class names, templates, precision.
+        Empty where the base is made here, whose heads and data `identity` holds."""
+        if self.clip is None:
+            return {}
+        data = {task: asdict(images) for task, images in self._sets.items()}
+        return {
+            "name": self.protocol,
+            "data": {task: digest(fields) for task, fields in data.items()},
+            "paths": {task: [f["path"], f["config"], f["revision"]] for task, f in data.items()},
+            "heads": "class names" if self.heads is None else self._place(self.heads, "*").name(),
+            "clip": self._place(self.clip).name(),
+            "precision": PRECISIONS[self.protocol],
+        }
+
+    def sources(self) -> dict[str, str]:
+        """{repository: commit} of all that was taken from the hub so far."""
+        loaded = [images for task, images in self._sets.items() if task in self._used]
+        commits = {f"datasets/{images.path}": images.commit() for images in loaded}
+        return dict(sorted((self._commits | {k: v for k, v in commits.items() if v}).items()))
+
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """`model.safetensors` with the tower's state dict, or a PEFT adapter folder."""
         if published := self._published(task, finetuning):
+            self._fetch(published)
             return models.tower_checkpoint(published, self.architecture, self._base_path)
         return super().expert(task, finetuning=finetuning, seed=seed)
 
@@ -168,7 +224,7 @@ class VisionSuite(TrainedSuite):
         return {task: self._score(chosen[task], heads[task], split, limit) for task in chosen}
 
     def _score(self, images: ImageSet, head: Tensor, split: Split, limit: int | None) -> Score:
-        data, labels = pixels(images, split, self._preprocessing)
+        data, labels = pixels(images, split, self._preprocessing, self.workers)
         chosen = sample(len(labels), limit)
         embedded = self._embed(data[part.numpy()] for part in chosen.split(BATCH))
         predicted = (embedded @ head.T).argmax(1)
@@ -179,14 +235,37 @@ class VisionSuite(TrainedSuite):
 
     @cached_property
     def _sets(self) -> dict[str, ImageSet]:
-        return {task: ImageSet(**fields) for task, fields in self.datasets.items()}
+        names = self.class_names or {}
+        own = {task: {"classes": names[task]} for task in self.datasets if task in names}
+        return {t: ImageSet(**fields | own.get(t, {})) for t, fields in self.datasets.items()}
 
-    def _images(self, task: str) -> ImageSet:
+    def _require(self, task: str) -> None:
         if task not in self._sets:
             raise InputError(
                 f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
             )
+
+    def _images(self, task: str) -> ImageSet:
+        """The data set of a task, which from now on is one that was used."""
+        self._require(task)
+        self._used.add(task)
         return self._sets[task]
+
+    @cached_property
+    def _used(self) -> set[str]:
+        return set()
+
+    @cached_property
+    def _commits(self) -> dict[str, str]:
+        """{repository: commit} of the checkpoints that came from the hub."""
+        return {}
+
+    def _fetch(self, published: Published) -> Path:
+        """A published checkpoint on this machine, its commit noted."""
+        path = published.path()
+        if published.hub and (commit := hub.commit(path)):
+            self._commits[published.hub] = commit
+        return path
 
     @cached_property
     def _preprocessing(self) -> PreprocessCfg:
@@ -196,8 +275,25 @@ class VisionSuite(TrainedSuite):
         """The unit vectors of a task's classes, (classes, d)."""
         if self.clip is None:
             return self._prototypes[task]
-        data, clip = self._images(task), self._place(self.clip).path()
-        return models.text_head(clip, self.architecture, data.names, data.templates)
+        if task not in self._text_heads:
+            data, clip = self._images(task), self._fetch(self._place(self.clip))
+            head = models.text_head(
+                clip,
+                self.architecture,
+                data.names,
+                data.templates,
+                device=self.device,
+                label=task,
+            )
+            if self.heads is not None:
+                published = self._fetch(self._place(self.heads, task))
+                head = models.published_head(published, head, task)
+            self._text_heads[task] = head
+        return self._text_heads[task]
+
+    @cached_property
+    def _text_heads(self) -> dict[str, Tensor]:
+        return {}
 
     @cached_property
     def _prototypes(self) -> dict[str, Tensor]:
@@ -211,7 +307,7 @@ class VisionSuite(TrainedSuite):
         self._load(self._base)
         heads = {}
         for task, data in self._sets.items():
-            images, labels = pixels(data, "train", self._preprocessing)
+            images, labels = pixels(data, "train", self._preprocessing, self.workers)
             members = [(labels == c).nonzero()[: self.shots, 0] for c in range(len(data.names))]
             means = [self._embed([images[m.numpy()]]).mean(0) for m in members]
             heads[task] = F.normalize(torch.stack(means), dim=-1)
@@ -223,11 +319,17 @@ class VisionSuite(TrainedSuite):
         """A published checkpoint with the placeholders of its fields filled in."""
         names = models.published_names(self.model)
         names["task"] = (self.task_names or {}).get(task, task)
-        return Published(**{k: v.format(**names) if v else v for k, v in fields.items()})
+
+        def fill(value: str | Sequence[str] | None) -> str | list[str] | None:
+            if isinstance(value, str) or value is None:
+                return value.format(**names) if value else value
+            return [item.format(**names) for item in value]
+
+        return Published(**{key: fill(value) for key, value in fields.items()})
 
     def _published(self, task: str, finetuning: Finetuning) -> Published | None:
         """Where the expert of a task is published; None where it is trained here."""
-        self._images(task)
+        self._require(task)
         fields = self.experts if finetuning == "full" else self.adapters
         if fields is None and self.experts is not None:
             raise InputError(
@@ -251,7 +353,9 @@ class VisionSuite(TrainedSuite):
     def _base_path(self) -> Path:
         if self.clip is None:
             return self._pretraining.tower(self.model, self._sets, self.device)
-        return models.tower_checkpoint(self._place(self.base_tower or self.clip), self.architecture)
+        published = self._place(self.base_tower or self.clip)
+        self._fetch(published)
+        return models.tower_checkpoint(published, self.architecture)
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
@@ -269,18 +373,25 @@ class VisionSuite(TrainedSuite):
 
     @torch.inference_mode()
     def _embed(self, batches: Iterable[np.ndarray]) -> Tensor:
-        """(n, d) unit embeddings of preprocessed images; half precision on a GPU."""
+        """(n, d) unit embeddings of preprocessed images."""
         kind = torch.device(self.device).type
         found = []
-        with torch.autocast(kind, torch.float16, enabled=kind == "cuda"):
+        with torch.autocast(kind, torch.float16, enabled=self._half):
             for images in batches:
                 x = normalise(images, self._preprocessing, self.device)
                 found.append(F.normalize(self._tower(x).float(), dim=-1).cpu())
         return torch.cat(found)
 
+    @property
+    def _half(self) -> bool:
+        """Whether towers are evaluated in half precision: `PRECISIONS` says when."""
+        return torch.device(self.device).type == "cuda" and self.protocol != "paper"
+
     # --- experts and statistics -----------------------------------------------------------------
 
     def _recipe(self, finetuning: Finetuning) -> Recipe:
+        if self.protocol == "paper" and f"paper_{finetuning}" in self.recipes:
+            return Recipe(**self.recipes[f"paper_{finetuning}"])
         if finetuning not in self.recipes:
             raise InputError(
                 f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
@@ -298,7 +409,7 @@ class VisionSuite(TrainedSuite):
             "head": [data.names, list(data.templates), self.shots],
             "logit_scale": self.logit_scale,
             "finetuning": finetuning,
-            "recipe": asdict(self._recipe(finetuning)),
+            "recipe": self._recipe(finetuning).key(),
             "seed": seed,
         }
 
@@ -322,8 +433,10 @@ class VisionSuite(TrainedSuite):
         model.set_grad_checkpointing(recipe.checkpointing)
         names = None
         if finetuning == "lora":
-            targets = models.lora_targets(model)
+            targets = models.lora_targets(model, recipe.targets)
             model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
+            if recipe.targets == "in_proj":
+                models.freeze_all_but_packed(model)
         else:
             names = [name for name, _ in model.named_parameters()]
 
@@ -390,7 +503,7 @@ class VisionSuite(TrainedSuite):
     ) -> dict[str, Tensor]:
         """Over all tokens of images without augmentation."""
         images, _ = self._training_sample(task, batches * batch_size)
-        chosen = self.layers() if names is None else names
+        chosen = linear_layers(self._tower) if names is None else names
         return statistics.second_moments(self._tower, images.split(batch_size), chosen)
 
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ def to_frame(found: Sequence[Record]) -> pd.DataFrame:
 def _line(record: Record, whole: int) -> dict[str, Any]:
     key, selection = record["key"], record["selection"]
     settings = key["hyperparameters"] | (key["statistics"] or {}) | {"tasks": len(key["tasks"])}
+    settings |= {"split_qkv": False} if key.get("split_qkv") is False else {}
     known = key["method"] in merging.methods()
     defaults = dict(merging.create(key["method"]).hyperparameters) if known else {}
     defaults |= asdict(Statistics()) | {"tasks": whole, "seed": key["seed"]}
