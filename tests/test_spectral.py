@@ -11,6 +11,7 @@ from torch.testing import assert_close
 import merging
 from merging import InputError
 from merging.method import spectral
+from merging.method.reference import TEXTBOOK
 from merging.method.spectral import orthonormalise, singular_triplets
 
 SPECTRAL = ["tsv_m", "iso_c", "iso_cts", "knots", "star", "subspace_boosting", "svc"]
@@ -79,6 +80,98 @@ def test_a_single_expert():
         merging.create("svc"),
     ):
         assert_close(method(delta), delta[0], rtol=1e-4, atol=1e-5)
+
+
+def test_iso_cts_collects_as_many_directions_as_the_layer_has():
+    """At r = 13 and T = 3 a floor of each task's share would leave some out."""
+    for common in (0.8, 0.5, 0.0):
+        merged = merging.create("iso_cts", common=common)(stack(T=3, shape=(13, 20)))
+        s = svd(merged)[1]
+        assert_close(s, s.mean().expand(13), rtol=1e-4, atol=0)  # 13 equal ones, none 0
+
+
+@pytest.mark.parametrize("name", ["iso_c", "iso_cts"])
+def test_the_zeros_of_low_rank_deltas_count_in_the_authors_mean(name):
+    deltas = low_rank(T=3, shape=(12, 14), rank=2)
+    s = svd(deltas.double().sum(0))[1]
+    few, all_of_them = (
+        svd(merging.create(name, rank=rank)(deltas))[1] for rank in ("nonzero", "full")
+    )
+    assert (few > 1e-3 * few[0]).sum() == 6 and (all_of_them > 1e-3 * all_of_them[0]).sum() == 12
+    if name == "iso_c":
+        assert_close(few[:6], (s.sum() / 6).expand(6), rtol=1e-4, atol=0)
+        assert_close(all_of_them, (s.sum() / 12).expand(12), rtol=1e-4, atol=0)
+    assert not merging.create(name, rank="full").row_space
+    full_rank = stack(T=3)
+    assert_close(
+        merging.create(name, rank="full")(full_rank),
+        merging.create(name)(full_rank),
+        atol=1e-5,
+        rtol=0,
+    )
+
+
+def test_null_vectors_turn_tsv_m_and_are_raised_by_subspace_boosting():
+    deltas = low_rank(T=3, shape=(12, 14), rank=2)
+    few = merging.create("tsv_m")(deltas)
+    full = merging.create("tsv_m", rank="full")(deltas)
+    assert (few - full).norm() > 0.05 * few.norm()
+    boost = {"of": "sum", "beta": 0.5}
+    raised = svd(merging.create("subspace_boosting", rank="full", **boost)(deltas))[1]
+    assert (raised > 1e-3 * raised[0]).sum() == 12
+    kept = svd(merging.create("subspace_boosting", **boost)(deltas))[1]
+    assert (kept > 1e-3 * kept[0]).sum() == 6
+
+
+def test_an_unknown_rank_is_refused():
+    with pytest.raises(InputError, match="unknown rank 'some'"):
+        merging.create("iso_c", rank="some")
+
+
+def test_knots_without_the_singular_values_is_another_method():
+    """What the ACTMat paper's rows KnOTS-TSV and KnOTS-Iso-C are: by hand on two diagonal tasks."""
+    deltas = torch.zeros(2, 2, 2)
+    deltas[0, 0, 0], deltas[1, 1, 1] = 4.0, 2.0
+    # U = I, s = (4, 2), V_1^T = diag(1, 0), V_2^T = diag(0, 1): their Iso-C is I, theirs times s is
+    # diag(4, 2); with the values inside Iso-C makes both 3
+    after = merging.create("knots", merge="iso_c", values="after", alpha=1.0)(deltas)
+    assert_close(after, torch.diag(torch.tensor([4.0, 2.0])))
+    inside = merging.create("knots", merge="iso_c", alpha=1.0)(deltas)
+    assert_close(inside, torch.diag(torch.tensor([3.0, 3.0])))
+    for merge in ("tsv_m", "iso_c"):
+        given = stack(T=3, shape=(9, 15))
+        plain = merging.create(merge)(given)
+        merged = merging.create("knots", merge=merge, values="after", alpha=1.0)(given)
+        assert (merged - plain).norm() > 0.1 * plain.norm()
+
+
+def test_knots_trims_over_all_layers_where_asked():
+    small, large = stack(T=3, shape=(6, 8)), 10 * stack(T=3, shape=(5, 7), seed=1)
+    method = merging.create("knots", scope="model", k=0.3, alpha=1.0)
+    context = method.prepare(lambda: iter([("a", small), ("b", large)]))
+    blocks, bases = [], []
+    for deltas in (small, large):
+        U, s, Vh = torch.linalg.svd(torch.cat(list(deltas.double()), dim=1), full_matrices=False)
+        bases.append(U)
+        blocks.append(s[:, None] * torch.stack(Vh.chunk(3, dim=1)))
+    joint = TEXTBOOK["ties"](torch.cat([b.flatten(1) for b in blocks], dim=1), k=0.3)
+    for deltas, U, block, merged in zip(
+        (small, large), bases, blocks, joint.split([b[0].numel() for b in blocks]), strict=True
+    ):
+        expected = U @ merged.view(block.shape[1:])
+        assert_close(method(deltas, **context), expected.float(), atol=1e-5, rtol=1e-4)
+    assert merging.create("knots").prepare(lambda: iter([])) == {}
+
+
+def test_knots_by_dare_ties_drops_entries_of_the_blocks():
+    deltas = low_rank(T=3, rank=2)
+    whole = merging.create("knots", merge="dare_ties", p=0.0)(deltas)
+    assert_close(whole, merging.create("knots", k=1.0)(deltas), rtol=1e-4, atol=1e-5)
+    some = merging.create("knots", merge="dare_ties", p=0.5)(deltas)
+    assert not torch.allclose(some, whole)
+    assert not torch.allclose(
+        some, merging.create("knots", merge="dare_ties", p=0.5, seed=1)(deltas)
+    )
 
 
 def test_knots_in_a_shared_basis_leaves_tsv_m_and_iso_c_as_they_are():

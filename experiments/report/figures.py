@@ -44,8 +44,9 @@ def family(method: str, data: str) -> str:
     if data.startswith("training"):
         return "with training data"
     module = merging.create(method).function.__module__.rpartition(".")[2]
-    families = dict.fromkeys(("baselines", "sparse"), "averaging, sparsity")
-    return (families | {"spectral": "spectral"}).get(module, "interference, data-free")
+    families = dict.fromkeys(("averages", "sparse"), "averaging, sparsity")
+    families |= dict.fromkeys(("spectral", "knots", "posthoc"), "spectral")
+    return families.get(module, "interference, data-free")
 
 
 def save(figure: Figure, stem: Path) -> None:

@@ -7,6 +7,8 @@ from merging.method import (  # noqa: F401
     core_space,
     descent,
     interference,
+    knots,
+    posthoc,
     sparse,
     spectral,
 )

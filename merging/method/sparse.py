@@ -37,7 +37,7 @@ def _magnitude_thresholds(stream: Callable, hyperparameters: Mapping[str, Any]) 
     def magnitudes() -> Iterable[Tensor]:
         return (deltas.abs() for _, deltas in stream())
 
-    return {"thresholds": kth_largest(magnitudes, _share("k", hyperparameters["k"]))}
+    return {"thresholds": kth_largest(magnitudes, share("k", hyperparameters["k"]))}
 
 
 @register(
@@ -67,7 +67,7 @@ def ties(
 def trim(deltas: Tensor, k: float, thresholds: Tensor | None = None) -> Tensor:
     """(T, *shape) with the entries below each task's threshold set to 0 (default: top share k)."""
     if thresholds is None:
-        thresholds = _kth_largest_entry(deltas.abs(), _share("k", k))
+        thresholds = _kth_largest_entry(deltas.abs(), share("k", k))
     return torch.where(deltas.abs() >= _per_task(thresholds, deltas), deltas, 0)
 
 
@@ -101,7 +101,7 @@ def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
 
     p: probability that an entry is dropped; seed: of the masks, see `uniform`.
     """
-    return drop(deltas, _share("1 - p", 1 - p), seed).sum(0)
+    return drop(deltas, share("1 - p", 1 - p), seed).sum(0)
 
 
 @register(
@@ -112,7 +112,7 @@ def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "me
 
     TIES' trim is left out: it keeps the top 20 %, and so everything DARE leaves for p >= 0.8.
     """
-    return elect(drop(deltas, _share("1 - p", 1 - p), seed), merge)
+    return elect(drop(deltas, share("1 - p", 1 - p), seed), merge)
 
 
 @register(
@@ -136,8 +136,8 @@ def della(
     density - eps + 2 eps (i - 1) / (n - 1), and divided by it. A vector is one row; equal
     magnitudes rank by position. Defaults: the authors' drop rate 0.3, window 0.14, lambda 1.1.
     """
-    _share("density - eps", density - eps)
-    _share("density + eps", density + eps)
+    share("density - eps", density - eps)
+    share("density + eps", density + eps)
     rows = deltas.reshape(len(deltas), -1, deltas.shape[-1] if deltas.ndim > 1 else 1)
     rank = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(deltas)
     n = rows.shape[-1]
@@ -178,7 +178,7 @@ def breadcrumbs(deltas: Tensor, *, beta: float = 0.9, gamma: float = 0.01) -> Te
     """
     flat = deltas.abs().reshape(len(deltas), -1)
     n = flat.shape[1]
-    small, large = int(_share("beta", beta) * n), int(_share("gamma", gamma) * n)
+    small, large = int(share("beta", beta) * n), int(share("gamma", gamma) * n)
     kept = drop_smallest(deltas, small)
     if large:
         cut = _per_task(flat.kthvalue(n - large + 1).values, deltas)
@@ -257,7 +257,7 @@ def _competition_thresholds(stream: Callable, hyperparameters: Mapping[str, Any]
         return (competition(deltas, low, high) for _, deltas in stream())
 
     top = torch.stack([_range(score)[1] for score in scores()]).amax(0)
-    cut = kth_largest(scores, _share("ratio", hyperparameters["ratio"]))
+    cut = kth_largest(scores, share("ratio", hyperparameters["ratio"]))
     return {"thresholds": torch.stack([low, high, cut.to(low), top])}
 
 
@@ -284,7 +284,7 @@ def pcb(
     if thresholds is None:
         low, high = _range(deltas.abs())
         score = competition(deltas, low, high)
-        cut, top = _kth_largest_entry(score, _share("ratio", ratio)), _range(score)[1]
+        cut, top = _kth_largest_entry(score, share("ratio", ratio)), _range(score)[1]
     else:
         low, high, cut, top = thresholds.to(deltas)
         score = competition(deltas, low, high)
@@ -382,7 +382,7 @@ def _per_task(values: Tensor, deltas: Tensor) -> Tensor:
     return values.to(deltas).view(-1, *[1] * (deltas.ndim - 1))
 
 
-def _share(name: str, value: float) -> float:
+def share(name: str, value: float) -> float:
     if not 0 <= value <= 1:
         raise InputError(f"{name} = {value} is not a share between 0 and 1")
     return value

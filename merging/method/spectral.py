@@ -13,16 +13,15 @@ rare case that a direction is kept which even that leaves inexact, an SVD replac
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.errors import InputError
 from merging.linalg import eigh, gram, product
-from merging.method.averages import task_gram
-from merging.method.registry import create, register
-from merging.method.sparse import ties
+from merging.method.registry import register
 
 # Rounding a delta to float32 perturbs it by less than eps = 2^-23 of its spectral norm, forming it
 # from low-rank factors by a few eps; the singular values of square Gaussian matrices, which are
@@ -94,143 +93,109 @@ def _inexact(values: Tensor) -> bool:
 # --- Methods ----------------------------------------------------------------------------------
 
 
-@register("tsv_m", source="arXiv 2412.00081", row_space=True, column_space=True)
+def full_triplets(matrix: Tensor, k: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """The k largest triplets of torch's SVD, those of value 0 or rounding too: U, s, V, float64."""
+    U, s, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return U[:, :k], s[:k], Vh[:k].mT
+
+
+def by_rank(arguments: Mapping[str, Any]) -> bool:
+    """Whether a method does without the directions that no delta has, and so may run in a basis."""
+    if arguments["rank"] not in ("nonzero", "full"):
+        raise InputError(f"unknown rank {arguments['rank']!r}", "known: nonzero, full")
+    return arguments["rank"] == "nonzero"
+
+
+@register(
+    "tsv_m", source="arXiv 2412.00081", row_space=by_rank, column_space=by_rank,
+    formula="P diag(s) Q^T: all tasks' top triplets side by side, U and V orthonormalised",
+)  # fmt: skip
 def tsv_m(
-    deltas: Tensor, *, k: int | None = None, d_in: int | None = None, d_out: int | None = None
+    deltas: Tensor,
+    *,
+    k: int | None = None,
+    rank: str = "nonzero",
+    d_in: int | None = None,
+    d_out: int | None = None,
 ) -> Tensor:
     """TSV-Merge: orthonormalised singular vectors of all tasks (arXiv 2412.00081, algorithm 1).
 
     (T, d_out, d_in) -> (d_out, d_in). With the top k triplets of every task side by side in
     U (d_out, T k), s (T k,), V (d_in, T k): D = orthonormalise(U) diag(s) orthonormalise(V)^T.
     k: triplets per task; None is floor(min(d_out, d_in) / T), so a single expert is returned.
+    rank: "nonzero" takes triplets of non-zero value; "full", the authors' code on low-rank deltas,
+        takes arbitrary vectors of value 0 along, against which the others are orthonormalised.
     """
-    k = _rank(deltas, d_in, d_out) // len(deltas) if k is None else k
-    triplets = [singular_triplets(delta, k) for delta in deltas]
-    U, s, V = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
-    return _product(orthonormalise(U) * s, orthonormalise(V), deltas)
-
-
-@register("iso_c", source="arXiv 2502.04959", breaks=("expert",), row_space=True, column_space=True)
-def iso_c(deltas: Tensor) -> Tensor:
-    """Iso-C: sum_t D_t with every singular value replaced by their mean (2502.04959, eqs. 7 and 8).
-
-    (T, d_out, d_in) -> (d_out, d_in). A single expert is flattened too, not returned.
-    """
-    return with_spectrum(_sum(deltas), lambda s: s.mean().expand_as(s)).to(deltas)
+    k = layer_rank(deltas, d_in, d_out) // len(deltas) if k is None else k
+    triplets = singular_triplets if rank == "nonzero" else full_triplets
+    U, s, V = side_by_side([triplets(delta, k) for delta in deltas])
+    return scaled_product(orthonormalise(U) * s, orthonormalise(V), deltas)
 
 
 @register(
-    "iso_cts", source="arXiv 2502.04959", breaks=("expert",), row_space=True, column_space=True
-)
+    "iso_c", source="arXiv 2502.04959", breaks=("expert",), row_space=by_rank, column_space=by_rank,
+    formula="mean(s) U V^T with U diag(s) V^T = sum_t D_t",
+)  # fmt: skip
+def iso_c(deltas: Tensor, *, rank: str = "nonzero") -> Tensor:
+    """Iso-C: sum_t D_t with every singular value replaced by their mean (2502.04959, eqs. 7 and 8).
+
+    (T, d_out, d_in) -> (d_out, d_in). A single expert is flattened too, not returned.
+    rank: of low-rank deltas (LoRA), "nonzero" averages the non-zero singular values and moves their
+        directions alone; "full", the authors' code and the ACTMat paper's rows, averages all
+        min(d_out, d_in) of them and fills the other directions with whatever the SVD returns.
+    """
+    if rank == "full":
+        U, s, V = full_triplets(total(deltas))
+        return scaled_product(s.mean() * U, V, deltas)
+    return with_spectrum(total(deltas), lambda s: s.mean().expand_as(s)).to(deltas)
+
+
+@register(
+    "iso_cts", source="arXiv 2502.04959", breaks=("expert",),
+    row_space=by_rank, column_space=by_rank,
+    formula="mean(s) P Q^T: sum_t D_t's top triplets and those each task has beside them, "
+    "orthonormalised",
+)  # fmt: skip
 def iso_cts(
-    deltas: Tensor, *, common: float = 0.8, d_in: int | None = None, d_out: int | None = None
+    deltas: Tensor,
+    *,
+    common: float = 0.8,
+    rank: str = "nonzero",
+    d_in: int | None = None,
+    d_out: int | None = None,
 ) -> Tensor:
     """Iso-CTS: common and task-specific directions, all equally strong (2502.04959, alg. 2).
 
-    (T, d_out, d_in) -> (d_out, d_in). U_c: the top k = round(common r) left singular vectors of
-    sum_t D_t, r = min(d_out, d_in); of each residual D_t - U_c U_c^T D_t the top (r - k) // T
-    triplets; D = mean(s) orthonormalise(U) orthonormalise(V)^T over all collected triplets.
-    (The authors' code gives the remainder of that division to the common directions.)
+    (T, d_out, d_in) -> (d_out, d_in). U_c: the top left singular vectors of sum_t D_t; of each
+    residual D_t - U_c U_c^T D_t the top n triplets; D = mean(s) orthonormalise(U)
+    orthonormalise(V)^T over all collected triplets. They are r = min(d_out, d_in) in all, as in the
+    authors' code: n = round((r - int(common r)) / T) for each task, r - T n common ones.
+    rank: as in `iso_c`.
     """
-    r = _rank(deltas, d_in, d_out)
-    k = round(common * r)
-    triplets = [singular_triplets(_sum(deltas), k)]
-    U_c, s_c, _ = triplets[0]
+    r, T = layer_rank(deltas, d_in, d_out), len(deltas)
+    n = min(round((r - int(common * r)) / T), r // T)
+    triplets = singular_triplets if rank == "nonzero" else full_triplets
+    parts = [triplets(total(deltas), r - T * n)]
+    U_c, s_c, _ = parts[0]
     norm = s_c.amax().item() if len(s_c) else 0.0
     for delta in deltas.double():
         residual = delta - U_c @ (U_c.mT @ delta)
         # relative to the common part: a residual of nothing but rounding has no directions
-        triplets.append(singular_triplets(residual, (r - k) // len(deltas), norm))
-    U, s, V = (torch.cat(parts, dim=-1) for parts in zip(*triplets, strict=True))
+        parts.append(
+            singular_triplets(residual, n, norm) if rank == "nonzero" else triplets(residual, n)
+        )
+    U, s, V = side_by_side(parts)
     mean = s.sum() / max(1, len(s))
-    return _product(mean * orthonormalise(U), orthonormalise(V), deltas)
+    return scaled_product(mean * orthonormalise(U), orthonormalise(V), deltas)
 
 
-@register(
-    "knots",
-    source="arXiv 2410.19735",
-    breaks=("inputs",),
-    alpha=0.6,
-    row_space=lambda a: a["merge"] != "ties",
-)
-def knots(
-    deltas: Tensor, *, merge: str = "ties", k: float = 0.2, d_in: int | None = None
-) -> Tensor:
-    """KnOTS: merge in the shared left basis of all deltas (arXiv 2410.19735).
-
-    (T, d_out, d_in) -> (d_out, d_in). [D_1 .. D_T] = U diag(s) [V_1^T .. V_T^T] side by side, and
-    D = U merge_t(diag(s) V_t^T), the singular values with V as in the authors' configurations.
-    merge: "ties" with the top share k of each task's block (a layer is the whole vector here),
-        "tsv_m", or "iso_c". The latter two commute with U, so that they give what they give
-        without KnOTS.
-    """
-    if merge not in ("ties", "tsv_m", "iso_c"):
-        raise InputError(f"unknown merge {merge!r} of knots", "known: ties, tsv_m, iso_c")
-    U, _, _ = singular_triplets(torch.cat(list(deltas), dim=1))
-    if not U.shape[1]:
-        return torch.zeros_like(deltas[0])
-    blocks = U.mT @ deltas.double()  # (T, r, d_in), diag(s) V_t^T
-    if merge == "ties":
-        merged = ties(blocks, k=k)
-    elif merge == "tsv_m":
-        merged = tsv_m(blocks, k=_rank(deltas, d_in) // len(deltas))
-    else:
-        merged = iso_c(blocks)
-    return (U @ merged).to(deltas)
+def side_by_side(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Triplets of several matrices as one: U (m, sum r), s (sum r,), V (n, sum r)."""
+    U, s, V = (torch.cat(part, dim=-1) for part in zip(*parts, strict=True))
+    return U, s, V
 
 
-@register("star", source="arXiv 2502.10339", row_space=lambda a: _row_space(a["of"]))
-def star(
-    deltas: Tensor, *, eta: float = 0.4, of: str = "average", d_in: int | None = None
-) -> Tensor:
-    """STAR: truncate each delta's spectrum, keep its nuclear norm, merge (2502.10339).
-
-    (T, d_out, d_in) -> (d_out, d_in). Each delta keeps its first singular values, as many as
-    reach the share eta of their sum, scaled up to that sum. of: the merge of the results. Here
-    truncation comes first; `subspace_boosting` and `svc` work on what a merge has made.
-    """
-    truncated = []
-    for delta in deltas:
-        U, s, V = singular_triplets(delta)
-        r = _reaching(s, eta)
-        s = s[:r] * s.sum() / s[:r].sum().clamp_min(torch.finfo(s.dtype).tiny)
-        truncated.append(_product(U[:, :r] * s, V[:, :r], deltas))
-    return _merge(of, torch.stack(truncated), d_in)
-
-
-@register("subspace_boosting", source="arXiv 2506.16506", row_space=lambda a: _row_space(a["of"]))
-def subspace_boosting(
-    deltas: Tensor, *, beta: float = 0.01, of: str = "task_arithmetic", d_in: int | None = None
-) -> Tensor:
-    """Raise a merge's small singular values to a floor (arXiv 2506.16506).
-
-    (T, d_out, d_in) -> (d_out, d_in). The floor is the singular value at which their cumulative
-    sum reaches the share beta: 0 makes all equal to the largest, 1 changes nothing.
-    of: the method whose merge is boosted, with its default hyperparameters.
-    """
-    merged = _merge(of, deltas, d_in)
-    return with_spectrum(merged, lambda s: s.maximum(s[_reaching(s, beta) - 1 :][:1])).to(deltas)
-
-
-@register("svc", source="arXiv 2602.05536", row_space=lambda a: _row_space(a["of"]))
-def svc(deltas: Tensor, *, floor: float = 1.0, of: str = "sum", d_in: int | None = None) -> Tensor:
-    """Singular value calibration of a merge D (arXiv 2602.05536).
-
-    (T, d_out, d_in) -> (d_out, d_in). With u_r, s_r D's singular vectors and values,
-    s_r <- s_r / mean_t max(<u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, floor): what several tasks share
-    was counted once for each of them. A task that is 0 along u_r counts as `floor`.
-    of: the method whose merge is calibrated, or "sum", task arithmetic with alpha 1.
-    """
-    U, s, V = singular_triplets(_merge(of, deltas, d_in))
-    task = U.mT @ deltas.double()  # (T, r, d_in)
-    energy = task.square().sum(-1)  # (T, r)
-    overlap = s * (task * V.mT).sum(-1)  # <u_r^T D, u_r^T D_t>, as u_r^T D = s_r v_r^T
-    present = energy > RANK_RTOL**2 * task_gram(deltas).diagonal().max()
-    ratio = torch.where(present, overlap / energy, floor)
-    return _product(U * (s / ratio.clamp_min(floor).mean(0)), V, deltas)
-
-
-def _sum(deltas: Tensor) -> Tensor:
+def total(deltas: Tensor) -> Tensor:
     """sum_t D_t in float64, where it is exact: small directions turn on the last bits."""
     total = torch.zeros_like(deltas[0], dtype=torch.float64)
     for delta in deltas:
@@ -238,25 +203,11 @@ def _sum(deltas: Tensor) -> Tensor:
     return total
 
 
-def _product(left: Tensor, right: Tensor, deltas: Tensor) -> Tensor:
+def scaled_product(left: Tensor, right: Tensor, deltas: Tensor) -> Tensor:
     """left right^T in the deltas' precision, (m, r) and (n, r) -> (m, n)."""
     return product(left.to(deltas), right.mT.to(deltas))
 
 
-def _rank(deltas: Tensor, d_in: int | None, d_out: int | None = None) -> int:
+def layer_rank(deltas: Tensor, d_in: int | None, d_out: int | None = None) -> int:
     """min(d_out, d_in) of the layer, whatever bases (T, j, k) its deltas are given in."""
     return min(d_out or deltas.shape[1], d_in or deltas.shape[2])
-
-
-def _reaching(s: Tensor, share: float) -> int:
-    """How many of s (r,), largest first, it takes to reach a share of their sum; at least 1."""
-    below = s.cumsum(0) < share * s.sum() * (1 - 1e-12)  # 1 must not ask for more than all
-    return int(below.sum()) + 1
-
-
-def _merge(name: str, deltas: Tensor, d_in: int | None) -> Tensor:
-    return deltas.sum(0) if name == "sum" else create(name)(deltas, d_in=d_in)
-
-
-def _row_space(name: str) -> bool:
-    return name == "sum" or create(name).row_space

@@ -31,8 +31,8 @@ def iso_c(D: Tensor) -> Tensor:
 @printed
 def iso_cts(D: Tensor, common: float = 0.8) -> Tensor:
     r = min(D.shape[1:])
-    k = round(common * r)
-    n = (r - k) // len(D)
+    n = min(round((r - int(common * r)) / len(D)), r // len(D))
+    k = r - n * len(D)
     U, s, Vh = svd(D.sum(0))
     U_c = U[:, :k]
     parts = [(U_c, s[:k], Vh[:k])]
@@ -44,10 +44,15 @@ def iso_cts(D: Tensor, common: float = 0.8) -> Tensor:
 
 
 @printed
-def knots(D: Tensor, k: float = 0.2) -> Tensor:
+def knots(
+    D: Tensor, k: float = 0.2, merge: str = "ties", values: str = "inside", scope: str = "layer"
+) -> Tensor:
     U, s, Vh = svd(torch.cat(list(D), dim=1))
-    blocks = s[:, None] * torch.stack(Vh.chunk(len(D), dim=1))
-    return 0.6 * U @ ties(blocks, k)
+    U, s, Vh = U[:, s > 1e-9 * s[0]], s[s > 1e-9 * s[0]], Vh[s > 1e-9 * s[0]]
+    inside, after = (s, torch.ones_like(s)) if values == "inside" else (torch.ones_like(s), s)
+    blocks = inside[:, None] * torch.stack(Vh.chunk(len(D), dim=1))
+    merged = ties(blocks, k) if merge == "ties" else {"tsv_m": tsv_m, "iso_c": iso_c}[merge](blocks)
+    return 0.6 * U @ after.diag() @ merged
 
 
 @printed
@@ -67,7 +72,8 @@ def subspace_boosting(D: Tensor, beta: float = 0.01) -> Tensor:
 
 
 @printed
-def svc(D: Tensor, floor: float = 1.0) -> Tensor:
+def svc(D: Tensor, floor: float | None = 1.0) -> Tensor:
+    floor = 1 / len(D) if floor is None else floor
     merged = D.sum(0)
     U, s, Vh = svd(merged)
     whole, parts = U.mT @ merged, U.mT @ D  # (r, d_in), (T, r, d_in)

@@ -1,0 +1,118 @@
+"""Methods that work on what another one has merged, or prepare what it merges, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.method.averages import task_gram
+from merging.method.registry import create, register
+from merging.method.spectral import (
+    RANK_RTOL,
+    by_rank,
+    full_triplets,
+    scaled_product,
+    singular_triplets,
+    with_spectrum,
+)
+
+
+def _row_space(name: str) -> bool:
+    return name == "sum" or create(name).row_space
+
+
+def _boosts(arguments: Mapping[str, Any]) -> bool:
+    return by_rank(arguments) and _row_space(arguments["of"])
+
+
+@register(
+    "star", source="arXiv 2502.10339", row_space=lambda arguments: _row_space(arguments["of"]),
+    formula="merge of the deltas' leading triplets, each scaled up to its delta's nuclear norm",
+)  # fmt: skip
+def star(
+    deltas: Tensor, *, eta: float = 0.4, of: str = "average", d_in: int | None = None
+) -> Tensor:
+    """STAR: truncate each delta's spectrum, keep its nuclear norm, merge (2502.10339).
+
+    (T, d_out, d_in) -> (d_out, d_in). Each delta keeps its first singular values, as many as
+    reach the share eta of their sum, scaled up to that sum. of: the merge of the results. Here
+    truncation comes first; `subspace_boosting` and `svc` work on what a merge has made.
+    """
+    truncated = []
+    for delta in deltas:
+        U, s, V = singular_triplets(delta)
+        r = _reaching(s, eta)
+        s = s[:r] * s.sum() / s[:r].sum().clamp_min(torch.finfo(s.dtype).tiny)
+        truncated.append(scaled_product(U[:, :r] * s, V[:, :r], deltas))
+    return _merge(of, torch.stack(truncated), d_in)
+
+
+@register(
+    "subspace_boosting", source="arXiv 2506.16506", row_space=_boosts,
+    formula="U diag(max(s, floor)) V^T of a merge U diag(s) V^T",
+)  # fmt: skip
+def subspace_boosting(
+    deltas: Tensor,
+    *,
+    beta: float = 0.01,
+    of: str = "task_arithmetic",
+    rank: str = "nonzero",
+    d_in: int | None = None,
+) -> Tensor:
+    """Raise a merge's small singular values to a floor (arXiv 2506.16506).
+
+    (T, d_out, d_in) -> (d_out, d_in). The floor is the singular value at which their cumulative
+    sum reaches the share beta: 0 makes all equal to the largest, 1 changes nothing.
+    of: the method whose merge is boosted, with its default hyperparameters. Tensors that are no
+        layer's matrix are averaged; the authors merge them by that method too.
+    rank: "nonzero" raises the non-zero singular values; "full", the authors' code, raises those of
+        the directions that no low-rank delta (LoRA) has as well, whatever the SVD returns there.
+    """
+    merged = _merge(of, deltas, d_in)
+
+    def raised(s: Tensor) -> Tensor:
+        return s.maximum(s[_reaching(s, beta) - 1 :][:1])
+
+    if rank == "full":
+        U, s, V = full_triplets(merged)
+        return scaled_product(U * raised(s), V, deltas)
+    return with_spectrum(merged, raised).to(deltas)
+
+
+@register(
+    "svc", source="arXiv 2602.05536", row_space=lambda arguments: _row_space(arguments["of"]),
+    formula="U diag(s / mean_t max(<u^T D, u^T D_t> / |u^T D_t|^2, floor)) V^T of a merge D",
+)  # fmt: skip
+def svc(
+    deltas: Tensor, *, floor: float | None = 1.0, of: str = "sum", d_in: int | None = None
+) -> Tensor:
+    """Singular value calibration of a merge D (arXiv 2602.05536).
+
+    (T, d_out, d_in) -> (d_out, d_in). With u_r, s_r D's singular vectors and values,
+    s_r <- s_r / mean_t max(<u_r^T D, u_r^T D_t> / |u_r^T D_t|^2, floor): what several tasks share
+    was counted once for each of them. A task that is 0 along u_r counts as `floor`.
+    of: the method whose merge is calibrated, or "sum", task arithmetic with alpha 1.
+    floor: smallest divisor; None is 1 / T. The authors run of=task_arithmetic with floor=None and
+        of=tsv_m with floor=1; with the default here no direction grows.
+    """
+    floor = 1 / len(deltas) if floor is None else floor
+    U, s, V = singular_triplets(_merge(of, deltas, d_in))
+    task = U.mT @ deltas.double()  # (T, r, d_in)
+    energy = task.square().sum(-1)  # (T, r)
+    overlap = s * (task * V.mT).sum(-1)  # <u_r^T D, u_r^T D_t>, as u_r^T D = s_r v_r^T
+    present = energy > RANK_RTOL**2 * task_gram(deltas).diagonal().max()
+    ratio = torch.where(present, overlap / energy, floor)
+    return scaled_product(U * (s / ratio.clamp_min(floor).mean(0)), V, deltas)
+
+
+def _reaching(s: Tensor, share: float) -> int:
+    """How many of s (r,), largest first, it takes to reach a share of their sum; at least 1."""
+    below = s.cumsum(0) < share * s.sum() * (1 - 1e-12)  # 1 must not ask for more than all
+    return int(below.sum()) + 1
+
+
+def _merge(name: str, deltas: Tensor, d_in: int | None) -> Tensor:
+    return deltas.sum(0) if name == "sum" else create(name)(deltas, d_in=d_in)
