@@ -87,13 +87,23 @@ def check(settings: Experiment) -> Suite:
     check_choices(settings)
     _check_selection(settings)
     suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
-    pick_tasks(suite, settings.tasks)
+    _check_heldout(settings, suite)
     name = settings.method["name"]
     if name not in UNMERGED:
         _methods(settings)
     elif extra := sorted(set(settings.method) - {"name"}):
         raise InputError(f"{name} has no hyperparameter {extra[0]!r}")
     return suite
+
+
+def _check_heldout(settings: Experiment, suite: Suite) -> None:
+    merged = pick_tasks(suite, settings.tasks)
+    for task in pick_tasks(suite, settings.heldout or []):
+        if task in merged:
+            raise InputError(
+                f"task {task!r} is held out and merged too",
+                hint=f"merge the others with tasks=[{','.join(t for t in merged if t != task)}]",
+            )
 
 
 def _check_selection(settings: Experiment) -> None:
@@ -129,6 +139,8 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         optional["protocol"] = protocol
     if not settings.split_qkv and name not in UNMERGED:
         optional["split_qkv"] = False
+    if heldout := pick_tasks(suite, settings.heldout or []):
+        optional["heldout"] = heldout
     return {
         "suite": suite.name,
         "experts": suite.identity(finetuning=settings.finetuning, seed=settings.seed),
@@ -144,6 +156,11 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
     } | optional
 
 
+def _given(**parts: Any) -> dict[str, Any]:
+    """Those that say something; the records of before they existed lack the others."""
+    return {name: part for name, part in parts.items() if part}
+
+
 def _methods(settings: Experiment) -> list[merging.Method]:
     """The method with each value of the selection, or as it stands."""
     chosen = settings.selection
@@ -157,9 +174,11 @@ def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merg
     judged = [(merge.state, key["tasks"])]
     if name in UNMERGED:
         judged = _unmerged(settings, suite, key["tasks"])
-    start, scores = time.perf_counter(), {}
+    start, scores, beside = time.perf_counter(), {}, []
     for state, tasks in judged:
         scores |= _score(settings, suite, state, settings.split, tasks)
+        if heldout := key.get("heldout"):
+            beside.append(_score(settings, suite, state, settings.split, heldout))
     evaluation = time.perf_counter() - start
     experts = scores if name == "experts" else _reference(settings, "experts")["scores"]
     return {
@@ -179,7 +198,7 @@ def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merg
         "peak_bytes": merge.peak_bytes,
         "versions": records.versions(),
         "machine": records.machine(resolve_device(settings.device)),
-    } | ({"sources": sources} if (sources := suite.sources()) else {})
+    } | _given(sources=suite.sources(), heldout=_mean_scores(beside))
 
 
 def _select(
@@ -276,6 +295,14 @@ def _score(
     """{task, or benchmark of a task: {accuracy, count, constant}}"""
     scores = suite.evaluate(state, split, tasks, settings.limit)
     return {column: score._asdict() for column, score in scores.items()}
+
+
+def _mean_scores(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of one state as they are; of several (every expert), the mean accuracy of each column."""
+    return {
+        column: score | {"accuracy": fmean(scores[column]["accuracy"] for scores in found)}
+        for column, score in (found[0] if found else {}).items()
+    }
 
 
 def _mean_accuracy(scores: Mapping[str, Any]) -> float:

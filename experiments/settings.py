@@ -56,6 +56,7 @@ class Experiment:
     protocol: str | None = None
     split_qkv: bool = True
     tasks: list[str] | None = None
+    heldout: list[str] | None = None
     split: str = "test"
     limit: int | None = None
     device: str = "auto"

@@ -39,14 +39,19 @@ def track_run(
 def accuracy_rows(record: Record, references: Mapping[str, Record]) -> list[dict[str, Any]]:
     """One row per score and one for the mean: {task, zero_shot, experts, <method>}, in percent.
 
-    A score is a task's, or a benchmark's where a task is judged by several.
+    A score is a task's, or a benchmark's where a task is judged by several. Tasks that no merged
+    expert has learnt follow the mean as "held out: task".
     """
     columns = dict(references) | {record["key"]["method"]: record}
     rows = [
         {"task": task} | {n: 100 * r["scores"][task]["accuracy"] for n, r in columns.items()}
         for task in record["scores"]
     ]
-    return [*rows, {"task": "mean"} | {n: 100 * r["mean"] for n, r in columns.items()}]
+    rows.append({"task": "mean"} | {n: 100 * r["mean"] for n, r in columns.items()})
+    for task in record.get("heldout", {}):
+        accuracy = {n: 100 * r["heldout"][task]["accuracy"] for n, r in columns.items()}
+        rows.append({"task": f"held out: {task}"} | accuracy)
+    return rows
 
 
 def to_csv(record: Record, references: Mapping[str, Record], settings: Mapping[str, Any]) -> None:
@@ -56,6 +61,8 @@ def to_csv(record: Record, references: Mapping[str, Record], settings: Mapping[s
     line |= {k: key[k] for k in ("suite", "method", "finetuning", "seed", "split")}
     line |= key["hyperparameters"]
     line |= {task: score["accuracy"] for task, score in record["scores"].items()}
+    for task, score in record.get("heldout", {}).items():
+        line[f"held out: {task}"] = score["accuracy"]
     line |= {k: record[k] for k in ("mean", "normalised", "peak_bytes")}
     line |= {f"{k}_seconds": v for k, v in record["seconds"].items()}
 

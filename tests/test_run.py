@@ -215,3 +215,23 @@ def test_a_suite_without_protocols_keeps_its_key_and_refuses_one(suite, settings
     assert "protocol" not in measure(settings)["key"]
     with pytest.raises(InputError, match="suite 'linear' has no choice of protocols"):
         measure(replace(settings, protocol="paper"))
+
+
+def test_a_task_that_no_merged_expert_has_learnt_is_scored_beside(suite, settings, capsys):
+    kept = replace(settings, tasks=["first"], heldout=["second"])
+    record = measure(kept)
+    # the one expert is the average: its first entry is 1, its second still 0
+    assert record["scores"]["first"]["accuracy"] == 1.0
+    assert record["heldout"]["second"]["accuracy"] == 0.5
+    assert record["mean"] == 1.0  # of what was merged
+    assert record["key"] != measure(replace(kept, heldout=None))["key"]
+    assert "heldout" not in measure(replace(kept, heldout=None))
+    run.show(kept, record)
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "held out: second" in x]
+    assert line.count("50.0") == 3  # of the base, of the expert, and of the merge
+
+
+def test_what_is_held_out_may_not_be_merged(suite, settings):
+    with pytest.raises(InputError, match="held out and merged too") as told:
+        measure(replace(settings, heldout=["second"]))
+    assert "tasks=[first]" in told.value.hint

@@ -56,16 +56,16 @@ def accuracy_table(record: Record, reference: Mapping[str, Record]) -> Table:
         table.add_column(column.replace("_", " "), justify="right")
     table.add_column("normalised", justify="right")
     for row in rows:
-        mean = row["task"] == "mean"
-        ratio = record["normalised"] if mean else _ratio(row[name], row["experts"])
-        marked = not mean and record["scores"][row["task"]]["constant"]
+        mean, score = row["task"] == "mean", record["scores"].get(row["task"])
+        ratio = record["normalised"] if mean else score and _ratio(row[name], row["experts"])
+        marked = bool(score and score["constant"])
         figures = [f"{value:.1f}" for value in list(row.values())[1:]]
         table.add_row(
             row["task"] + " †" * marked + " ‡" * (row["task"] in broken),
             *figures,
             "–" if ratio is None else f"{100 * ratio:.1f}",
             style="bold" if mean else None,
-            end_section=row is rows[-2],
+            end_section=row is rows[len(record["scores"]) - 1] or mean,
         )
     return table
 

@@ -19,6 +19,8 @@ A record is a dictionary with these fields:
     peak_bytes  highest resident memory while merging (on a GPU: of its allocator)
     versions    python, torch, transformers, merging
     machine     cpu, cores, ram_gb, gpu, device
+    heldout     scores of tasks that no merged expert has learnt; of "experts", the mean over
+                them; absent where none was asked for
     sources     {repository: commit} that was downloaded; absent where nothing was
 """
 
@@ -46,7 +48,7 @@ FIELDS = frozenset(
         "rules", "seconds", "peak_bytes", "versions", "machine",
     }
 )  # fmt: skip
-OPTIONAL = frozenset({"sources"})
+OPTIONAL = frozenset({"heldout", "sources"})
 REMOVE = "remove it and run again"
 Record = dict[str, Any]
 
