@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eval.language.text import batch_order
 from eval.suite import Finetuning
+from eval.training import Stopping
 from merging.errors import InputError
+
+FIRST = 9  # fields that a recipe had when the first records were made
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Settings of one fine-tuning by AdamW; a step is an update of the weights, of
-    `accumulate` batches of `batch_size` examples. `r` and `alpha` are LoRA's."""
+    `accumulate` batches of `batch_size` examples. `r` and `alpha` are LoRA's.
+
+    validate_every, patience, keep: of `eval.training.Stopping`; 0: no stopping early.
+    """
 
     lr: float
     steps: int
     batch_size: int
     accumulate: int = 1
-    schedule: Literal["cosine", "onecycle"] = "onecycle"
+    schedule: Literal["cosine", "onecycle", "constant"] = "onecycle"
     warmup: float = 0.1
     weight_decay: float = 0.0
     r: int = 0
     alpha: int = 0
+    clip: float | None = 1.0
+    validate_every: int = 0
+    patience: int = 5
+    keep: Literal["best", "last"] = "best"
+
+    def key(self) -> dict[str, Any]:
+        """For cache keys and records: without what came later, where it is as it was before."""
+        later = {f.name: f.default for f in fields(self)[FIRST:]}
+        return {k: v for k, v in asdict(self).items() if k not in later or v != later[k]}
 
     def arguments(self, tasks: int = 1) -> dict[str, Any]:
         """Those that `finetune.train` takes, to learn a number of tasks at once."""
@@ -37,7 +52,14 @@ class Recipe:
             "schedule": self.schedule,
             "warmup": self.warmup,
             "weight_decay": self.weight_decay,
+            "clip": self.clip,
         }
+
+    def stopping(self, score: Callable[[nn.Module], float]) -> Stopping | None:
+        """When to stop early, by a score on validation examples."""
+        if not self.validate_every:
+            return None
+        return Stopping(score, self.validate_every, self.patience, self.keep)
 
 
 def resolve(

@@ -102,6 +102,19 @@ class Suite(Protocol):
         """
         return {}
 
+    def check(self, tasks: Sequence[str]) -> None:
+        """InputError for what can be told of these tasks before anything is downloaded."""
+
+    @property
+    def rest(self) -> Literal["average"] | None:
+        """The rule for what is no layer, where a protocol has one for every method."""
+        return None
+
+    @property
+    def unmeasured(self) -> frozenset[str]:
+        """Layers that no input reaches: methods that need statistics merge them as the rest."""
+        return frozenset()
+
     def sources(self) -> dict[str, str]:
         """What was downloaded for the latest work: {repository: resolved commit}."""
         return {}

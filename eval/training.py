@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -13,7 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler, OneCycleLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 from transformers import get_cosine_schedule_with_warmup
 
 from eval.cache import digest
@@ -22,8 +25,23 @@ from merging.errors import InputError
 from merging.formats.writer import flush
 from merging.progress import track
 
+log = logging.getLogger(__name__)
 RESUME, PARTIAL = "resume.pt", ".partial"
 Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """When to stop early: every `every` steps `score(model)` is asked for, and `patience` answers
+    in a row that are no better than the best so far end the training.
+
+    keep: the weights that scored best, or the last ones.
+    """
+
+    score: Callable[[nn.Module], float]
+    every: int = 100
+    patience: int = 5
+    keep: Literal["best", "last"] = "best"
 
 
 class Training(NamedTuple):
@@ -49,10 +67,11 @@ def train(
     lr: float,
     output: Path,
     parameters: Iterable[str] | None = None,
-    schedule: Literal["cosine", "onecycle"] = "cosine",
+    schedule: Literal["cosine", "onecycle", "constant"] = "cosine",
     warmup: float = 0.1,
     weight_decay: float = 0.01,
-    clip: float = 1.0,
+    clip: float | None = 1.0,
+    stopping: Stopping | None = None,
     accumulate: int = 1,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -66,8 +85,9 @@ def train(
         ones for the same number; `accumulate` of them make a step.
     loss: scalar mean loss of the model on one micro-batch, already on `device`.
     parameters: names of those that move (default: those that require a gradient).
-    warmup: fraction of the steps over which the learning rate rises to `lr`.
-    clip: largest norm of a step's gradient.
+    warmup: fraction of the steps over which the learning rate rises to `lr`; "constant" has none.
+    clip: largest norm of a step's gradient; None: any.
+    stopping: when to end before `steps`, and which weights to keep then.
     output: folder for `resume.pt`, written every `save_every` steps and removed at the end; a
         call with the same settings that finds one goes on from there, to the same weights.
     precision: "bf16" computes the forward pass in autocast; weights stay float32.
@@ -85,8 +105,10 @@ def train(
     scheduler = _scheduler(optimiser, schedule, lr, steps, warmup)
     resume = output / RESUME
     settings = [steps, lr, schedule, warmup, weight_decay, clip, accumulate, seed, precision]
+    settings += [stopping.every, stopping.patience, stopping.keep] if stopping else []
     run = digest({"settings": settings, "names": sorted(moving)})
-    first = _restore(resume, run, moving, optimiser, scheduler)
+    best = _Best()
+    first = _restore(resume, run, moving, optimiser, scheduler, best)
     stream = iter(batches(first * accumulate))
     with torch.random.fork_rng():
         for step in track(range(first, steps), label):
@@ -97,15 +119,51 @@ def train(
                 value.backward()
             if not torch.isfinite(value):
                 raise InputError(f"{label}: the loss is {value.item()} at step {step}", "lower lr")
-            nn.utils.clip_grad_norm_(moving.values(), clip)
+            if clip is not None:
+                nn.utils.clip_grad_norm_(moving.values(), clip)
             optimiser.step()
             scheduler.step()
             optimiser.zero_grad()
+            if stopping and (step + 1) % stopping.every == 0:
+                best.compare(_validated(model, stopping), moving, stopping)
+                if best.misses >= stopping.patience:
+                    log.info("%s: stopped after %d of %d steps", label, step + 1, steps)
+                    break
             if (step + 1) % save_every == 0 and step + 1 < steps:
-                _save(resume, run, step + 1, moving, optimiser, scheduler)
+                _save(resume, run, step + 1, moving, optimiser, scheduler, best)
+    best.restore(moving)
     for leftover in (resume, resume.with_suffix(PARTIAL)):
         leftover.unlink(missing_ok=True)
     model.eval()
+
+
+@dataclass
+class _Best:
+    """The best score so far, how many in a row were no better, and the weights that had it."""
+
+    score: float = -math.inf
+    misses: int = 0
+    weights: dict[str, Tensor] | None = None
+
+    def compare(self, score: float, moving: Mapping[str, nn.Parameter], stopping: Stopping) -> None:
+        if score <= self.score:
+            self.misses += 1
+            return
+        self.score, self.misses = score, 0
+        if stopping.keep == "best":
+            self.weights = {name: p.detach().cpu().clone() for name, p in moving.items()}
+
+    def restore(self, moving: Mapping[str, nn.Parameter]) -> None:
+        with torch.no_grad():
+            for name, weight in (self.weights or {}).items():
+                moving[name].copy_(weight)
+
+
+def _validated(model: nn.Module, stopping: Stopping) -> float:
+    model.eval()
+    score = stopping.score(model)
+    model.train()
+    return score
 
 
 def autocast(
@@ -124,6 +182,8 @@ def _trainable(model: nn.Module) -> set[str]:
 def _scheduler(
     optimiser: torch.optim.Optimizer, schedule: str, lr: float, steps: int, warmup: float
 ) -> LRScheduler:
+    if schedule == "constant":
+        return LambdaLR(optimiser, lambda step: 1.0)
     if schedule == "onecycle":
         total = steps + 1
         # the rise takes at least one step, or OneCycleLR divides by zero
@@ -140,6 +200,7 @@ def _save(
     moving: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     scheduler: LRScheduler,
+    best: _Best,
 ) -> None:
     state = {
         "run": run,
@@ -147,6 +208,7 @@ def _save(
         "weights": {name: p.detach() for name, p in moving.items()},
         "optimiser": optimiser.state_dict(),
         "scheduler": scheduler.state_dict(),
+        "best": [best.score, best.misses, best.weights],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(PARTIAL)
@@ -161,6 +223,7 @@ def _restore(
     moving: dict[str, nn.Parameter],
     optimiser: torch.optim.Optimizer,
     scheduler: LRScheduler,
+    best: _Best,
 ) -> int:
     """Load what `_save` wrote of the same run, if anything; the number of steps done."""
     state = torch.load(path, map_location="cpu", weights_only=True) if path.exists() else {}
@@ -171,6 +234,7 @@ def _restore(
             parameter.copy_(state["weights"][name])
     optimiser.load_state_dict(state["optimiser"])
     scheduler.load_state_dict(state["scheduler"])
+    best.score, best.misses, best.weights = state["best"]
     return state["step"]
 
 

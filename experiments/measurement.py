@@ -129,6 +129,8 @@ def _check_selection(settings: Experiment) -> None:
 def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
     """All that a run's scores depend on; see experiments/report/records.py."""
     name, chosen = settings.method["name"], settings.selection
+    tasks = pick_tasks(suite, settings.tasks)
+    suite.check(tasks)
     hyperparameters, needs = {}, None
     if name not in UNMERGED:
         method = _methods(settings)[0]
@@ -149,7 +151,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         "finetuning": settings.finetuning,
         "seed": settings.seed,
         "split": settings.split,
-        "tasks": pick_tasks(suite, settings.tasks),
+        "tasks": tasks,
         "limit": settings.limit,
         "statistics": asdict(settings.statistics) if needs else None,
         "selection": asdict(chosen) if chosen.parameter else None,
@@ -221,9 +223,8 @@ def merge_suite(
     settings: Experiment, suite: Suite, tasks: list[str], method: merging.Method
 ) -> Merge:
     """Merge the experts of some tasks, with the statistics that the method needs."""
+    method = replace(method, rest=suite.rest or method.rest)
     own = {"finetuning": settings.finetuning, "seed": settings.seed}
-    if (rest := getattr(suite, "rest", None)) is not None:
-        method = replace(method, rest=rest)
     paths = {task: suite.expert(task, **own) for task in tasks}
     if method.sequential:
         return _merge_sequentially(settings, suite, paths, method)
@@ -236,8 +237,7 @@ def merge_suite(
             seconds += spent
     layers = suite.layers()
     if method.needs == "covariance":  # of what no module reads: averaged, the report says
-        unmeasured = getattr(suite, "unmeasured", frozenset())
-        layers = {name: layer for name, layer in layers.items() if name not in unmeasured}
+        layers = {k: layer for k, layer in layers.items() if k not in suite.unmeasured}
     state = merging.merge_state_dicts(
         suite.base(),
         experts,

@@ -45,13 +45,19 @@ def accuracy_rows(record: Record, references: Mapping[str, Record]) -> list[dict
     columns = dict(references) | {record["key"]["method"]: record}
     rows = [
         {"task": task} | {n: 100 * r["scores"][task]["accuracy"] for n, r in columns.items()}
-        for task in record["scores"]
+        for task in scored(record)
     ]
     rows.append({"task": "mean"} | {n: 100 * r["mean"] for n, r in columns.items()})
     for task in record.get("heldout", {}):
         accuracy = {n: 100 * r["heldout"][task]["accuracy"] for n, r in columns.items()}
         rows.append({"task": f"held out: {task}"} | accuracy)
     return rows
+
+
+def scored(record: Record) -> list[str]:
+    """Names of a record's scores: those of tasks in the suite's order, then benchmarks by name."""
+    tasks = [task for task in record["key"]["tasks"] if task in record["scores"]]
+    return tasks + sorted(set(record["scores"]) - set(tasks))
 
 
 def to_csv(record: Record, references: Mapping[str, Record], settings: Mapping[str, Any]) -> None:

@@ -270,3 +270,70 @@ def test_a_saved_adapter_has_the_same_bytes_every_time(tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     targets = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
     assert targets == sorted(targets)
+
+
+# --- stopping early -------------------------------------------------------------------------------
+
+
+def stopped(tmp_path, scores, **changes):
+    """A training whose validation gives these scores: (weights, how often it was asked)."""
+    model, asked = nn.Linear(2, 1), []
+    with torch.no_grad():
+        model.weight.fill_(0.0)
+    seen = []
+
+    def score(trained):
+        assert not trained.training
+        seen.append(trained.weight.detach().clone())
+        asked.append(scores[len(asked)])
+        return asked[-1]
+
+    stopping = training.Stopping(score, **{"every": 2, "patience": 2} | changes)
+    training.train(
+        model,
+        lambda first: iter(lambda: torch.ones(4, 2), None),
+        lambda m, x: m(x).mean(),
+        steps=20, lr=0.1, output=tmp_path, schedule="constant", clip=None, weight_decay=0.0,
+        stopping=stopping,
+    )  # fmt: skip
+    return model.weight.detach(), seen
+
+
+def test_training_stops_after_so_many_validations_without_a_gain_and_keeps_the_best(tmp_path):
+    weight, seen = stopped(tmp_path, [0.1, 0.5, 0.5, 0.4, 0.9])
+    assert len(seen) == 4  # a tie is no gain
+    assert torch.equal(weight, seen[1])
+    weight, seen = stopped(tmp_path, [0.1, 0.5, 0.5, 0.4, 0.9], keep="last")
+    assert torch.equal(weight, seen[3])
+    weight, seen = stopped(tmp_path, list(range(10)))
+    assert len(seen) == 10
+    assert torch.equal(weight, seen[9])
+    # at a constant rate AdamW moves by the rate at every step
+    torch.testing.assert_close(weight, torch.full((1, 2), -2.0), rtol=1e-4, atol=1e-4)
+
+
+def test_an_interrupted_search_for_the_best_ends_with_the_same_weights(tmp_path):
+    def run(folder, stop_at=None):
+        torch.manual_seed(0)
+        model, scores = nn.Linear(2, 1), []
+
+        def batches(first):
+            for i in range(first, 100):
+                if i == stop_at:
+                    raise KeyboardInterrupt
+                yield torch.randn(4, 2, generator=torch.Generator().manual_seed(i))
+
+        def score(m):
+            scores.append(-abs(m.weight.sum().item() + 0.5))
+            return scores[-1]
+
+        training.train(
+            model, batches, lambda m, x: (m(x) - 1).square().mean(), steps=30, lr=0.1,
+            output=folder, save_every=3, stopping=training.Stopping(score, 2, 3),
+        )  # fmt: skip
+        return model.weight.detach()
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop_at=7)
+    assert torch.equal(run(tmp_path / "parts"), whole)

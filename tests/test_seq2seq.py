@@ -116,7 +116,7 @@ def test_second_moments_leave_padding_out(suite):
     model = load(tiny_lm.model(suite.model.removeprefix("tiny_")))
     expert = suite.expert(task, finetuning="full", seed=0)
     model.load_state_dict(training.expert_state(suite.base(), expert), strict=False)
-    examples = suite._examples[task]["train"]
+    examples = suite._splits(task)["train"]
     numbers = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:10]
     rows = []
     for i in numbers:
@@ -193,8 +193,9 @@ def test_experts_learn_and_evaluation_flags_constant_answers(suite):
 
 def test_splits_are_disjoint_and_fixed(suite):
     again = Seq2SeqSuite(**vars_of(suite))
-    for task, splits in suite._examples.items():
-        assert splits == again._examples[task]
+    for task in suite.tasks:
+        splits = suite._splits(task)
+        assert splits == again._splits(task)
         assert len(splits["validation"]) == 50
         assert len(splits["train"]) + len(splits["validation"]) == 200
 
@@ -215,7 +216,7 @@ def test_local_data_is_read_from_a_folder_per_task(tmp_path):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = OmegaConf.load("configs/suite/tiny_t5_relu_tied.yaml")
     config.update(tasks=["paws"], data=str(tmp_path), validation=2)
-    splits = instantiate(config)._examples["paws"]
+    splits = instantiate(config)._splits("paws")
     assert {split: len(own) for split, own in splits.items()} == {
         "train": 4, "validation": 2, "test": 4,
     }  # fmt: skip
@@ -226,11 +227,12 @@ def test_local_data_is_read_from_a_folder_per_task(tmp_path):
 def test_what_cannot_be_had_is_one_sentence(tmp_path):
     config = OmegaConf.load("configs/suite/tiny_t5_relu_tied.yaml")
     config.update(tasks=["paws"], data=str(tmp_path))
+    (tmp_path / "paws").mkdir()
     with pytest.raises(InputError, match="data of task 'paws' cannot be loaded"):
-        _ = instantiate(config)._examples
+        instantiate(config)._splits("paws")
     config.update(tasks=["pawz"])
     with pytest.raises(InputError, match="unknown task 'pawz'"):
-        _ = instantiate(config)._examples
+        instantiate(config)._splits("pawz")
     config.update(model=str(tmp_path / "none"))
     with pytest.raises(InputError, match="does not exist"):
         instantiate(config).base()

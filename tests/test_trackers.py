@@ -69,7 +69,7 @@ def test_an_offline_wandb_run_holds_table_figure_config_and_summary(finished, tm
 
 
 by_benchmark = pytest.mark.parametrize("finished", [BenchmarkSuite], indirect=True)
-BENCHMARKS = ["sums", "sums@10", "proofs", "code"]
+BENCHMARKS = ["code", "proofs", "sums", "sums@10"]
 
 
 @by_benchmark

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.cache import file_sha256
+from eval.cache import cached, digest, file_sha256
+from eval.data import hub
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import open_checkpoint
@@ -19,29 +22,49 @@ from merging.formats.writer import Writer
 # What a merge and lm-eval read of a repository; never its code.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 # What a model folder needs beside weights; trainer states and optimisers stay behind.
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
+WRAPPER = "transformer."  # before each name in the ACTMat authors' pickled language models
 COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def local(name: str) -> Path:
     """Where a checkpoint is on this machine: a path as it is, a hub name downloaded once.
 
+    name: a path, or OWNER/NAME[@REVISION] of the hub.
     Raises InputError when it is neither here nor on the hub.
     """
     path = Path(name).expanduser()
     if path.exists():
         return path
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    repository, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise InputError(f"checkpoint {name} does not exist")
-    from huggingface_hub import snapshot_download
+    return hub.folder(repository, revision or None, FILES)
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # huggingface_hub has a dozen kinds for "not reachable"
+
+def unwrapped(path: Path, base: Mapping[str, Tensor], suite: str) -> Path:
+    """A checkpoint under the base's names: the file itself, or a copy in the cache.
+
+    The ACTMat authors pickle a wrapper whose tensors are called `transformer.<name>`; a copy
+    without the prefix, safetensors in their own dtypes, is made once.
+    """
+    source = open_checkpoint(path)
+    if isinstance(source, Adapter) or not all(
+        name.startswith(WRAPPER) for name in source.keys() if name.removeprefix(WRAPPER) in base
+    ):
+        return path
+    if missing := sorted(name for name in base if WRAPPER + name not in source.keys()):
         raise InputError(
-            f"checkpoint {name} is no path here and could not be had from the hub: "
-            f"{type(error).__name__}",
-            hint="download it and give its folder",
-        ) from error
+            f"checkpoint {path} is no expert of suite {suite!r}: it has no tensor "
+            f"{missing[0]!r}, with or without {WRAPPER!r}, and {len(missing) - 1} others"
+        )
+
+    def build(folder: Path) -> None:
+        tensors = {name: source.read(WRAPPER + name).contiguous() for name in base}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    key = {"of": file_digests(path), "without": WRAPPER, "names": digest({"names": sorted(base)})}
+    return cached("experts", key, build) / "model.safetensors"
 
 
 def file_digests(path: Path) -> dict[str, str]:
@@ -50,8 +73,18 @@ def file_digests(path: Path) -> dict[str, str]:
     return {file.name: _digest(file, file.stat().st_mtime_ns) for file in files}
 
 
+def tokenizer_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of a model folder's tokenizer files, by name."""
+    files = [folder / name for name in TOKENIZER if (folder / name).is_file()]
+    return {file.name: _digest(file, file.stat().st_mtime_ns) for file in files}
+
+
 @functools.cache  # a sweep asks for the same 15 GB again and again
 def _digest(file: Path, _modified: int) -> str:
+    """The hub's cache names a large file's content by its SHA-256: that is not read again."""
+    content = file.resolve()
+    if content.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", content.name):
+        return content.name
     return file_sha256(file)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -212,7 +212,7 @@ class EmbeddedLM(TrainedSuite):
             "family": self.family,
             "finetuning": finetuning,
             "seed": seed,
-            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
+            "recipe": recipes.resolve(self.recipes, finetuning, self.name).key(),
             "experts": experts,
         }
 
@@ -338,7 +338,7 @@ class EmbeddedLM(TrainedSuite):
             "task": task,
             "data": digest({"examples": self._examples(task)}),
             "finetuning": finetuning,
-            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
+            "recipe": recipes.resolve(self.recipes, finetuning, self.name).key(),
             "precision": self.precision,
             "seed": seed,
         }

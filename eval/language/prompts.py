@@ -1,14 +1,14 @@
 """The seven T5 tasks: where their data is, what a question is, and how it is asked.
 
-The prompts are in the style of P3 (arXiv 2202.01279) and were written for this repository.
-Several tasks have no public labels for their test split; those are tested on the published
-validation split, and every task's own validation examples come from its training data.
+The prompts here are in the style of P3 (arXiv 2202.01279) and were written for this repository.
+The ACTMat paper asked by promptsource's first template of each task, which is read from its files
+where they are (`eval.language.promptsource`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 Row = Mapping[str, Any]
 
@@ -30,7 +30,12 @@ class Template(NamedTuple):
 
 
 class Task(NamedTuple):
-    """Data set on the hub (path, configuration), its splits, and how its rows become prompts."""
+    """Data set on the hub (path, configuration), its splits, and how its rows become prompts.
+
+    held_out: the labelled split that the paper cuts into 32 validation examples and the test;
+        None where validation and test are published apart.
+    first: promptsource's template that the paper asks by: (place of its file, name).
+    """
 
     path: str
     configuration: str | None
@@ -38,6 +43,8 @@ class Task(NamedTuple):
     test: str
     read: Callable[[Row], Question]
     templates: tuple[Template, ...]
+    held_out: Literal["validation", "test"] | None
+    first: tuple[str, str]
 
 
 def ask(question: Question, template: Template) -> tuple[str, list[str], int]:
@@ -93,6 +100,7 @@ TASKS: dict[str, Task] = {
             Template("{facts}\nWith this in mind, {question}\n{options}"),
             Template("Pick the answer that fits.\nQuestion: {question}\nChoices:\n{options}"),
         ),
+        "validation", ("qasc", "qa_with_separated_facts_1"),
     ),
     "wiki_qa": Task(
         "microsoft/wiki_qa", None, "train", "test", _wiki_qa,
@@ -100,6 +108,7 @@ TASKS: dict[str, Task] = {
             Template("Question: {question}?\nPassage: {text}\nDoes the passage answer it?"),
             Template("Somebody asked: {question}?\nThe reply was: {text}\nIs this a good reply?"),
         ),
+        None, ("wiki_qa", "Is This True?"),
     ),
     "quartz": Task(
         "allenai/quartz", None, "train", "test", _quartz,
@@ -107,6 +116,7 @@ TASKS: dict[str, Task] = {
             Template("{text}\nGiven that, {question}\n{options}"),
             Template("Background: {text}\nQuestion: {question}\nChoose one:\n{options}"),
         ),
+        None, ("quartz", "use_info_from_question_paragraph"),
     ),
     "paws": Task(
         "google-research-datasets/paws", "labeled_final", "train", "test", _paws,
@@ -114,6 +124,7 @@ TASKS: dict[str, Task] = {
             Template("First: {a}\nSecond: {b}\nDo the two sentences mean the same?"),
             Template("{a}\nIs that a paraphrase of the following?\n{b}"),
         ),
+        None, ("paws/labeled_final", "task_description-no-label"),
     ),
     "story_cloze": Task(
         "LSDSem/story_cloze", "2016", "validation", "test", _story_cloze,
@@ -121,6 +132,7 @@ TASKS: dict[str, Task] = {
             Template("{story}\nWhich ending follows?\n{options}"),
             Template("Finish the story with the more sensible sentence.\n{story}\n{options}"),
         ),
+        "test", ("story_cloze/2016", "Answer Given options"),
     ),
     "winogrande": Task(
         "allenai/winogrande", "winogrande_xl", "train", "validation", _winogrande,
@@ -128,6 +140,7 @@ TASKS: dict[str, Task] = {
             Template("{sentence}\nWhat belongs in the place of the _?\n{options}"),
             Template("Fill in the blank: {sentence}\n{options}"),
         ),
+        "validation", ("winogrande/winogrande_xl", "does underscore refer to"),
     ),
     "wsc": Task(
         "aps/super_glue", "wsc.fixed", "train", "validation", _wsc,
@@ -135,5 +148,6 @@ TASKS: dict[str, Task] = {
             Template('{text}\nIn this text, does "{pronoun}" stand for {name}?'),
             Template('{text}\nThe word "{pronoun}" refers to {name}. Is that right?'),
         ),
+        "validation", ("super_glue/wsc.fixed", "does the pronoun refer to"),
     ),
 }  # fmt: skip

@@ -1,45 +1,42 @@
 """T5 suites: seven tasks asked in words, answered by ranking the choices.
 
-An answer's score is the mean log-probability of its tokens, end of sequence included, given the
-prompt; the choice with the highest score counts (length-normalised rank classification).
+An answer's score is the log-probability of its tokens, end of sequence included, given the prompt:
+their mean (length-normalised rank classification) or, as in the ACTMat paper, their sum. The choice
+with the highest score counts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutput
 
 from eval import recipes, statistics, tiny, tiny_lm, training
 from eval.cache import digest
-from eval.language import checkpoints, prompts
+from eval.data import hub
+from eval.language import checkpoints, prompts, promptsource, questions
 from eval.language.causal import IGNORED
+from eval.language.questions import Asked, Example, Protocol, Questions, Splits
 from eval.suite import Finetuning, Score, Split, Statistic
 from eval.trained import TrainedSuite
 from merging.errors import InputError
-from merging.layers import Layer, linear_layers
+from merging.layers import Layer, linear_layers, paper_layers
 from merging.progress import track
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-VERSION = 1  # raise it when the code below would give other experts or statistics
-
-
-class Example(NamedTuple):
-    """Tokens of a prompt, tokens of each answer to choose from, and the right one's number."""
-
-    prompt: list[int]
-    choices: list[list[int]]
-    answer: int
+VERSION = 2  # raise it when the code below would give other experts or statistics
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -82,8 +79,11 @@ def token_mask(batch: dict[str, Tensor], name: str) -> Tensor:
 
 
 @torch.inference_mode()
-def rank(model: PreTrainedModel, examples: Sequence[Example], device: str = "cpu") -> Tensor:
-    """Numbers (b,) of the choices with the highest mean token log-probability.
+def rank(
+    model: PreTrainedModel, examples: Sequence[Example], device: str = "cpu", *, mean: bool = True
+) -> Tensor:
+    """Numbers (b,) of the choices whose tokens have the highest log-probability, in the mean or,
+    without `mean`, in the sum.
 
     Each prompt is encoded once, however many choices it has.
     """
@@ -101,7 +101,9 @@ def rank(model: PreTrainedModel, examples: Sequence[Example], device: str = "cpu
         use_cache=False,
     ).logits
     losses = cross_entropy(logits.float().mT, labels, ignore_index=IGNORED, reduction="none")
-    scores = -losses.sum(1) / (labels != IGNORED).sum(1)
+    scores = -losses.sum(1)
+    if mean:
+        scores /= (labels != IGNORED).sum(1)
     return torch.stack([own.argmax() for own in scores.split([len(e.choices) for e in examples])])
 
 
@@ -114,12 +116,18 @@ class Seq2SeqSuite(TrainedSuite):
 
     model: folder or hub name of the base, or "tiny_..." (eval.tiny_lm).
     tasks: names in `eval.language.prompts.TASKS`, or of `eval.tiny.TOPICS`.
-    data: folder with a data set folder per task (as `datasets.load_dataset` reads them); null:
-        the hub.
-    experts: checkpoint (folder, file or hub name) per task; tasks without one are fine-tuned.
+    protocol: "paper" is the ACTMat paper's: one prompt a task, from promptsource where its
+        templates are at hand, answers scored by sums, its test subsets, every matrix that it
+        merges by the method; "ours" two prompts of our own, means, all that is published.
+    templates: promptsource's folder `templates`; null: an installed promptsource's, if any.
+    data: a folder with a data set folder per task (as `datasets.load_dataset` reads them), or per
+        task a folder or OWNER/NAME[@REVISION] of the hub; what is not there comes from the hub.
+    experts: checkpoint (folder, file or hub name) per task, the authors' pickles included; tasks
+        without one are fine-tuned.
     recipes: per fine-tuning the fields of `Recipe`.
-    validation: examples of each task kept from its training data; train, test: at most so many.
-    template: which of a task's prompts asks for evaluation; training uses all in turn.
+    validation, template: of protocol "ours": examples of each task kept from its training data,
+        and which of a task's prompts asks for evaluation; training uses all in turn.
+    train, test: at most so many examples.
     """
 
     name: str
@@ -127,8 +135,10 @@ class Seq2SeqSuite(TrainedSuite):
     model: str
     tasks: Sequence[str]
     recipes: Mapping[Finetuning, Mapping[str, Any]]
-    experts: Mapping[str, str] | None = None
-    data: str | None = None
+    protocol: Protocol = "ours"
+    templates: str | None = None
+    experts: Mapping[str, str | None] | None = None
+    data: str | Mapping[str, str | None] | None = None
     validation: int = 300
     train: int | None = None
     test: int | None = None
@@ -140,30 +150,78 @@ class Seq2SeqSuite(TrainedSuite):
     device: str = "cpu"
     metric: str = "accuracy"
 
+    def __post_init__(self) -> None:
+        if self.protocol not in get_args(Protocol):
+            known = ", ".join(get_args(Protocol))
+            raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
+
     def base(self) -> dict[str, Tensor]:
         """Every parameter once: a shared embedding is one tensor, under its first name."""
         return {name: tensor.clone() for name, tensor in self._base.items()}
 
     def layers(self) -> dict[str, Layer]:
+        if self.protocol == "paper":
+            return paper_layers({name: tuple(t.shape) for name, t in self._base.items()})
         return linear_layers(self._model)
+
+    @property
+    def rest(self) -> Literal["average"] | None:
+        return "average" if self.protocol == "paper" else None
+
+    @property
+    def unmeasured(self) -> frozenset[str]:
+        return frozenset(self.layers()) - frozenset(linear_layers(self._model))
 
     def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """What determines the experts, with a digest per task that stands for its data."""
-        given = self.experts or {}
-        keys = {t: given.get(t) or self._expert_key(t, finetuning, seed) for t in self.tasks}
         return {
             "suite": self.name,
             "family": self.family,
             "finetuning": finetuning,
             "seed": seed,
-            "experts": {task: digest({"of": key}) for task, key in keys.items()},
+            "experts": {task: digest(self._origin(task, finetuning, seed)) for task in self.tasks},
         }
+
+    def check(self, tasks: Sequence[str]) -> None:
+        for task in tasks:
+            self._questions(task)
+
+    def _origin(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+        if (given := (self.experts or {}).get(task)) is None:
+            try:
+                return self._expert_key(task, finetuning, seed)
+            except questions.Absent:
+                return {"absent": task}
+        here = Path(given).expanduser()
+        return {"given": checkpoints.file_digests(here) if here.exists() else given}
+
+    def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
+        """Prompts and their words, data, subsets, score, lengths, precision."""
+        asked = {}
+        for task in self.tasks:
+            with suppress(questions.Absent):  # then no figure of this key is of that task
+                asked[task] = self._questions(task)
+        return {
+            "name": self.protocol,
+            "prompts": {task: own.wording for task, own in asked.items()},
+            "data": {task: own.source.key() for task, own in asked.items() if own.source},
+            "score": "mean" if self._mean else "sum",
+            "sizes": [self.validation, self.train, self.test, self.split_seed],
+            "max_tokens": self.max_tokens,
+            "precision": self.precision,
+            "metric": self.metric,
+        }
+
+    def sources(self) -> dict[str, str]:
+        """{repository: commit} of all that was taken from the hub so far."""
+        return dict(sorted(self._commits.items()))
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """The checkpoint that was given, else one made here: `model.safetensors` or an adapter."""
         self._require(task)
         if given := (self.experts or {}).get(task):
-            return checkpoints.local(given)
+            path = self._fetched(given)
+            return checkpoints.unwrapped(path, self._base, self.name)
         return super().expert(task, finetuning=finetuning, seed=seed)
 
     def evaluate(
@@ -173,24 +231,35 @@ class Seq2SeqSuite(TrainedSuite):
         tasks: Sequence[str] | None = None,
         limit: int | None = None,
     ) -> dict[str, Score]:
-        """Accuracy of length-normalised rank classification."""
+        """Accuracy of rank classification."""
         chosen = [self._require(task) for task in tasks or self.tasks]
         self._load(state)
         with training.autocast(self.device, self.precision):
-            return {task: self._score(task, self._examples[task][split][:limit]) for task in chosen}
+            return {
+                task: self._score(
+                    self._model, f"evaluating {task}", self._splits(task)[split][:limit]
+                )
+                for task in chosen
+            }
 
-    def _score(self, task: str, examples: Sequence[Example]) -> Score:
+    def _score(self, model: PreTrainedModel, label: str, examples: Sequence[Example]) -> Score:
         size = self.evaluation_batch_size
         order = sorted(range(len(examples)), key=lambda i: len(examples[i].prompt))
         given = torch.empty(len(examples), dtype=torch.long)
         chunks = [order[i : i + size] for i in range(0, len(order), size)]
-        for chunk in track(chunks, f"evaluating {task}"):
-            given[chunk] = rank(self._model, [examples[i] for i in chunk], self.device).cpu()
+        for chunk in track(chunks, label):
+            own = [examples[i] for i in chunk]
+            given[chunk] = rank(model, own, self.device, mean=self._mean).cpu()
         right = torch.tensor([example.answer for example in examples])
         accuracy = (given == right).double().mean().item()
         return Score(accuracy, len(examples), len(examples) > 1 and len(given.unique()) == 1)
 
     # --- data -------------------------------------------------------------------------------
+
+    @property
+    def _mean(self) -> bool:
+        """Whether an answer's score is the mean over its tokens."""
+        return self.protocol != "paper"
 
     def _require(self, task: str) -> str:
         if task not in self.tasks:
@@ -199,49 +268,35 @@ class Seq2SeqSuite(TrainedSuite):
             )
         return task
 
-    @cached_property
-    def _examples(self) -> dict[str, dict[str, list[Example]]]:
-        """Per task and split, the tokenised questions."""
-        return {task: self._splits(task) for task in self.tasks}
-
-    def _splits(self, task: str) -> dict[str, list[Example]]:
-        if task in tiny.TOPICS:
-            learn, test = _tiny(task)
-        elif task in prompts.TASKS:
-            learn, test = self._published(task)
-        else:
+    def _questions(self, task: str) -> Questions:
+        if task not in prompts.TASKS and task not in tiny.TOPICS:
             raise InputError(
                 f"unknown task {task!r} in suite {self.name!r}",
                 hint=f"known: {', '.join(prompts.TASKS)}",
             )
-        Random(f"{self.split_seed}/{task}").shuffle(learn)
-        kept, rest = learn[: self.validation], learn[self.validation :][: self.train]
-        return {
-            "train": [self._encode(question[i % len(question)]) for i, question in enumerate(rest)],
-            "validation": [self._encode(question[self.template]) for question in kept],
-            "test": [self._encode(question[self.template]) for question in test[: self.test]],
-        }
+        source = None if task in tiny.TOPICS else questions.source(task, self.data)
+        sizes = (self.validation, self.train, self.test, self.split_seed)
+        return Questions(task, source, self.protocol, self._templates, self.template, *sizes)
 
-    def _published(self, task: str) -> tuple[list[Asked], list[Asked]]:
-        from datasets import load_dataset
+    @cached_property
+    def _templates(self) -> Path | None:
+        return promptsource.folder(self.templates)
 
-        own = prompts.TASKS[task]
-        where = (str(Path(self.data) / task),) if self.data else (own.path, own.configuration)
-        try:
-            data = load_dataset(*where)
-            rows = data[own.train], data[own.test]
-        except Exception as error:  # datasets has a dozen kinds for "not there"
-            raise InputError(
-                f"the data of task {task!r} cannot be loaded from {where[0]}: {error}",
-                hint="give suite.data=FOLDER with a data set folder per task",
-            ) from error
-        learn, test = (
-            [[prompts.ask(own.read(row), t) for t in own.templates] for row in part]
-            for part in rows
-        )
-        return learn, test
+    @cached_property
+    def _read(self) -> dict[str, Splits]:
+        return {}
 
-    def _encode(self, asked: tuple[str, list[str], int]) -> Example:
+    def _splits(self, task: str) -> Splits:
+        """The tokenised questions of a task, read when they are first asked for."""
+        if task not in self._read:
+            own = self._questions(self._require(task))
+            told = {"files": checkpoints.tokenizer_digests(self._folder), "length": self.max_tokens}
+            self._read[task], commit = questions.tokenised(own, told, self._encode)
+            if commit and own.source:
+                self._commits[f"datasets/{own.source.place}"] = commit
+        return self._read[task]
+
+    def _encode(self, asked: Asked) -> Example:
         prompt, choices, answer = asked
         return Example(self._tokens(prompt), [self._tokens(choice) for choice in choices], answer)
 
@@ -256,7 +311,18 @@ class Seq2SeqSuite(TrainedSuite):
     def _folder(self) -> Path:
         if self.model.startswith("tiny_"):
             return tiny_lm.model(self.model.removeprefix("tiny_"))
-        return checkpoints.local(self.model)
+        return self._fetched(self.model)
+
+    @cached_property
+    def _commits(self) -> dict[str, str]:
+        return {}
+
+    def _fetched(self, name: str) -> Path:
+        """A checkpoint on this machine, its commit noted where the hub had it."""
+        path = checkpoints.local(name)
+        if commit := hub.commit(path):
+            self._commits[name] = commit
+        return path
 
     def _fresh(self) -> PreTrainedModel:
         from transformers import AutoModelForSeq2SeqLM
@@ -293,9 +359,9 @@ class Seq2SeqSuite(TrainedSuite):
             "version": VERSION,
             "base": checkpoints.file_digests(self._folder),
             "task": task,
-            "data": digest({"examples": self._examples[task]["train"]}),
+            "questions": digest(self._questions(task).key() | {"length": self.max_tokens}),
             "finetuning": finetuning,
-            "recipe": asdict(recipes.resolve(self.recipes, finetuning, self.name)),
+            "recipe": recipes.resolve(self.recipes, finetuning, self.name).key(),
             "precision": self.precision,
             "seed": seed,
         }
@@ -304,16 +370,16 @@ class Seq2SeqSuite(TrainedSuite):
         return {"version": VERSION}
 
     def _available(self, task: str) -> int:
-        return len(self._examples[self._require(task)]["train"])
+        return len(self._splits(self._require(task))["train"])
 
     def _finetune(
         self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
     ) -> None:
         recipe = recipes.resolve(self.recipes, finetuning, self.name)
-        examples = [example for task in tasks for example in self._examples[task]["train"]]
+        examples = [example for task in tasks for example in self._splits(task)["train"]]
         model: nn.Module = self._fresh()
         if finetuning == "lora":
-            targets = [name.removesuffix(".weight") for name in self.layers()]
+            targets = [name.removesuffix(".weight") for name in linear_layers(model)]
             model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
         training.train(
             model,
@@ -324,9 +390,19 @@ class Seq2SeqSuite(TrainedSuite):
             device=self.device,
             precision=self.precision,
             label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
+            stopping=recipe.stopping(lambda model: self._validated(model, tasks)),
             **recipe.arguments(len(tasks)),
         )
         training.save_expert(model, self._base, folder)
+
+    def _validated(self, model: nn.Module, tasks: Sequence[str]) -> float:
+        """Mean accuracy of a model in training on the tasks' validation examples."""
+        own = model.get_base_model() if isinstance(model, PeftModel) else model
+        with training.autocast(self.device, self.precision):
+            scores = [
+                self._score(own, f"validating {t}", self._splits(t)["validation"]) for t in tasks
+            ]
+        return fmean(score.accuracy for score in scores)
 
     def _batches(
         self, examples: Sequence[Example], recipe: recipes.Recipe, seed: int, first: int
@@ -338,7 +414,7 @@ class Seq2SeqSuite(TrainedSuite):
 
     def _sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         """Batches of `count` training examples, the same for every expert."""
-        examples = self._examples[task]["train"]
+        examples = self._splits(task)["train"]
         generator = torch.Generator().manual_seed(self.split_seed)
         for numbers in torch.randperm(len(examples), generator=generator)[:count].split(batch_size):
             yield training_batch([examples[i] for i in numbers], self.device)
@@ -352,7 +428,7 @@ class Seq2SeqSuite(TrainedSuite):
             return statistics.second_moments(
                 self._model,
                 track(sample, f"second moments of {task}", batches),
-                self.layers() if names is None else names,
+                linear_layers(self._model) if names is None else names,
                 mask=token_mask,
             )
 
@@ -368,14 +444,3 @@ class Seq2SeqSuite(TrainedSuite):
         sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
         with training.autocast(self.device, self.precision):
             return statistics.diagonal_fisher(self._model, sample, log_prob, self._base)
-
-
-Asked = list[tuple[str, list[str], int]]  # one question, in the words of each template
-
-
-def _tiny(topic: str) -> tuple[list[Asked], list[Asked]]:
-    """Made-up sentences, asked in one way: (to learn from, to be tested on)."""
-    labels = sorted(tiny.TOPICS[topic])
-    pairs = tiny.sentences(topic)
-    asked = [[(f"{text} Label:", labels, labels.index(label))] for text, label in pairs]
-    return asked[100:], asked[:100]

@@ -29,8 +29,7 @@ class Paper:
     name: of the output files. title: what the table is, with paper and table number.
     published: file under results/published. where: the rows of it, {column: value}.
     family: of the published checkpoints; records of another family are refused.
-    suite, finetuning: of the records to put beside it; protocol: its name there, null for suites
-        that have but one.
+    suite, finetuning: of the records to put beside it; protocol: its name there; null: any.
     methods: our row -> published name, where they differ; published methods that are not named
         keep their own.
     columns: our task -> {column: value} that picks its published figures, where names differ.
@@ -132,7 +131,7 @@ def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
         r
         for r in found
         if r["key"]["finetuning"] == paper.finetuning
-        and r["key"].get("protocol", {}).get("name") == paper.protocol
+        and paper.protocol in (None, r["key"].get("protocol", {}).get("name"))
     ]
     for record in found:
         if record["family"] != paper.family:
