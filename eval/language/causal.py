@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from eval import statistics, streamed_statistics
 from eval.cache import cache_root, cached
 from eval.language import checkpoints, judge
-from eval.suite import Finetuning, Score, Split, Statistic, Unsupported
+from eval.suite import Finetuning, Score, Split, Statistic, Suite, Unsupported
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
 from merging.layers import Layer, choose_layers, linear_layers
@@ -92,7 +92,7 @@ def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class CausalSuite:
+class CausalSuite(Suite):
     """Implements `eval.suite.Suite` with one score per benchmark instead of one per task.
 
     model, experts: folders, files or hub names. Adapters are given as they are.
