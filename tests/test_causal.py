@@ -422,15 +422,14 @@ def test_a_chat_template_that_is_not_there(copy):
     refused(copy, "has no chat template", chat_template=True)
 
 
-def test_names_that_lead_nowhere(models, monkeypatch):
+def test_names_that_lead_nowhere(models, hub):
     refused(models, "does not exist", model=str(models / "none"))
-    import huggingface_hub
-
-    def unreachable(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    refused(models, "allenai/Olmo-3-1025-7B is no path here", model="allenai/Olmo-3-1025-7B")
+    name = "allenai/Olmo-3-1025-7B"
+    refused(models, f"the hub has no repository {name}, or it is private", model=name)
+    hub.model(name, models / "base", gated=True)
+    refused(models, f"{name} is gated", model=name)
+    with hub.offline():
+        refused(models, f"{name} is not on this machine, and the hub .* no network", model=name)
 
 
 def test_only_the_test_split_exists(models):

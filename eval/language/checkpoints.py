@@ -15,7 +15,7 @@ from eval.cache import cached, digest, file_sha256
 from eval.data import hub
 from merging.errors import InputError
 from merging.experts import Expert
-from merging.formats.checkpoints import open_checkpoint
+from merging.formats.checkpoints import Checkpoint, open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.writer import Writer
 
@@ -49,7 +49,7 @@ def unwrapped(path: Path, base: Mapping[str, Tensor], suite: str) -> Path:
     without the prefix, safetensors in their own dtypes, is made once.
     """
     source = open_checkpoint(path)
-    if isinstance(source, Adapter) or not all(
+    if not isinstance(source, Checkpoint) or not all(
         name.startswith(WRAPPER) for name in source.keys() if name.removeprefix(WRAPPER) in base
     ):
         return path
