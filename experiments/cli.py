@@ -33,6 +33,7 @@ COMMANDS = {
     "statistics": "experiments.commands.statistics",
     "analyse": "experiments.commands.analyse",
     "factorial": "experiments.commands.factorial",
+    "residuals": "experiments.commands.residuals",
     "bench": "experiments.bench.command",
     "bench.gpu": "experiments.bench.gpu",
     "bench.scale": "experiments.bench.scale",

@@ -1,0 +1,58 @@
+"""The residual beside measured accuracy: a suite by hand, correlations, what is refused."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from experiments import measurement
+from experiments.commands import residuals
+from experiments.measurement import measure, references
+from experiments.report import records
+from experiments.settings import Experiment
+from merging.errors import InputError
+from tests.linear_suite import LinearSuite
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    """Records of two methods on a suite whose scores are known by hand."""
+    suite = LinearSuite(tmp_path)
+    for module in (measurement, residuals):
+        monkeypatch.setattr(module, "load_suite", lambda config, device: suite)
+    run = Experiment(
+        suite={"name": "linear"}, method={"name": "average"}, tracker={"name": "none"},
+        device="cpu", records=str(tmp_path / "runs"),
+    )  # fmt: skip
+    found = [measure(replace(run, method={"name": name})) for name in ("average", "actmat")]
+    found += references(run).values()
+    (tmp_path / "results" / "linear").mkdir(parents=True)
+    records.save_lines(tmp_path / "results" / "linear" / "records.jsonl", found)
+    return residuals.Residuals(
+        suite={"name": "linear"}, methods=["average", "actmat"], device="cpu",
+        records=str(tmp_path / "results"), output=str(tmp_path / "results"),
+    )  # fmt: skip
+
+
+def test_residuals_and_what_is_kept_by_hand(settings, tmp_path):
+    residuals.measure(settings)
+    table = pd.read_csv(tmp_path / "results" / "linear" / "residuals_full.csv")
+    average, actmat = (table[table.method == name] for name in ("average", "actmat"))
+    # D_t has one entry 1, the average half of it: |(1 - 1/2) 1|^2 / |1|^2, on either side
+    assert average[["inputs", "outputs", "mean"]].to_numpy().ravel() == pytest.approx(0.25)
+    assert average.kept.tolist() == [0.5, 0.5]
+    # the experts share no direction, so ACTMat leaves nothing undone and keeps all
+    assert actmat[["inputs", "outputs"]].to_numpy().ravel() == pytest.approx(0, abs=1e-6)
+    assert actmat.kept.tolist() == pytest.approx([1, 1])
+    found = residuals.correlations(table)
+    assert found.loc["mean"].tolist() == pytest.approx([-1, -1, -1])
+    page = (tmp_path / "results" / "linear" / "residuals_full.md").read_text()
+    assert "| first | -1.00 | -1.00 | -1.00 |" in page
+    assert (tmp_path / "results" / "linear" / "residuals_full.png").exists()
+
+
+def test_what_has_no_record_is_refused_by_name(settings):
+    with pytest.raises(InputError, match="no full record of tsv_m with seed 0"):
+        residuals.measure(replace(settings, methods=["tsv_m"]))
+    with pytest.raises(InputError, match="no records at"):
+        residuals.measure(replace(settings, records="nowhere"))
