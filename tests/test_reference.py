@@ -20,6 +20,7 @@ OTHER_SETTINGS = [
     ("ace", {"eps": 0.04, "gamma": 0.01, "k": 0.6}),
     ("anchored", {"lam": 0.02}),
     ("breadcrumbs", {"beta": 0.5, "gamma": 0.1}),
+    ("breadcrumbs", {"beta": 0.5, "gamma": 0.1, "scope": "row"}),
     ("consensus_ta", {"lam": 0.6, "agree": 1}),
     ("consensus_ties", {"k": 0.5, "lam": 0.6}),
     ("iso_cts", {"common": 0.5}),
@@ -29,6 +30,7 @@ OTHER_SETTINGS = [
     ("knots", {"values": "after"}),
     ("lines", {"depth": 0.5, "start": 0.2, "beta": 0.3}),
     ("pcb", {"ratio": 0.25}),
+    ("pcb", {"clip": 0.1}),
     ("regmean", {"gram_scale": 0.9}),
     ("ridge", {"lam": 0.3, "relative": True}),
     ("star", {"eta": 0.9}),
@@ -40,6 +42,7 @@ OTHER_SETTINGS = [
     ("ties", {"k": 0.1}),
     ("ties", {"k": 0.7, "merge": "sum"}),
     ("ties", {"k": 1.0}),
+    ("ties", {"k": 0.3, "cancelled": "majority"}),
 ]
 
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import merging
 from merging import InputError
-from merging.method import sparse
+from merging.method import order, sparse
 from merging.method.reference import TEXTBOOK
 
 
@@ -36,8 +36,8 @@ def test_an_entry_that_cancels_exactly_elects_no_sign():
 def test_ties_election_is_exact_in_any_order_of_tasks():
     # in float32 the first order sums to 0, the second to 1e-8
     deltas = torch.tensor([[1e-8], [1.0], [-1.0]])
-    for order in ([0, 1, 2], [1, 2, 0]):
-        merged = merging.create("ties", k=1.0, merge="sum")(deltas[order])
+    for places in ([0, 1, 2], [1, 2, 0]):
+        merged = merging.create("ties", k=1.0, merge="sum")(deltas[places])
         assert_close(merged, torch.tensor([1.0]))
 
 
@@ -68,6 +68,32 @@ def test_ties_refuses_what_it_does_not_know(hyperparameters, message):
 def test_an_unknown_scope_is_refused():
     with pytest.raises(InputError, match="scope 'block'"):
         merging.create("ties", scope="block").prepare(lambda: iter([]))
+
+
+def grid(shape, seed=0, steps=40):
+    """Values as bfloat16 has them: few, far apart, many of them equal."""
+    return (stack(T=3, shape=shape, seed=seed) * steps / 4).round() / steps
+
+
+def test_an_entry_that_cancels_may_take_the_sign_of_most_entries():
+    # signs of the sums: +, 0, +, so that the second entry is the mean of its positive values
+    deltas = torch.tensor([[1.0, 2, 3], [1.0, -2, -1]])
+    merged = merging.create("ties", k=1.0, cancelled="majority")(deltas)
+    assert_close(merged, torch.tensor([1.0, 2.0, 3.0]))
+    assert_close(merging.create("ties", k=1.0)(deltas), torch.tensor([1.0, 0.0, 3.0]))
+    with pytest.raises(InputError, match="'mode'"):
+        merging.create("ties", cancelled="mode")(deltas)
+
+
+@pytest.mark.parametrize("name", ["ties", "consensus_ties"])
+def test_most_entries_are_those_of_the_whole_model(name):
+    # alone, the first tensor would elect + for its cancelled entry
+    model = {"a": torch.tensor([[1.0, 2.0], [1.0, -2.0]]), "b": torch.tensor([[-1.0] * 3] * 2)}
+    method = merging.create(name, k=1.0, cancelled="majority", merge="sum", alpha=1.0)
+    context = method.prepare(lambda: iter(model.items()))
+    assert context["majority"] == -1
+    assert_close(method(model["a"], **context), torch.tensor([2.0, -2.0]))
+    assert_close(method(model["a"]), torch.tensor([2.0, 2.0]))
 
 
 # --- Random masks -----------------------------------------------------------------------------
@@ -136,6 +162,32 @@ def test_breadcrumbs_drops_both_ends():
     assert_close(merged, torch.tensor([0.0, 0, 0, 0, 0, -6, 7, -8, 0, 0]))
 
 
+def test_equal_magnitudes_are_dropped_by_count_the_last_first():
+    deltas = torch.tensor([[1.0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
+    merged = merging.create("breadcrumbs", beta=0.5, gamma=0.2, alpha=1.0)(deltas)
+    # five are kept, the first; of those two are the largest, the first
+    assert_close(merged, torch.tensor([0.0, 0, 1, 1, 1, 0, 0, 0, 0, 0]))
+    assert order.largest(torch.tensor([[2.0, 1, 2, 2, 3]]), 3).tolist() == [
+        [True, False, True, False, True]
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 1, 137, 999, 1000, 1001])
+def test_as_many_are_kept_as_were_asked_for_on_a_grid(count):
+    kept = order.largest(grid((1000,)).abs(), count)
+    assert kept.sum(1).tolist() == [min(count, 1000)] * 3
+    masked = sparse.keep_largest(grid((40, 25)), 300)
+    assert (masked != 0).flatten(1).sum(1).tolist() == [300] * 3
+
+
+def test_breadcrumbs_by_row():
+    deltas = torch.tensor([[[1.0, 2, 3, 4], [10.0, 20, 30, 40]]])
+    merged = merging.create("breadcrumbs", beta=0.5, gamma=0.25, scope="row", alpha=1.0)(deltas)
+    assert_close(merged, torch.tensor([[0.0, 0, 3, 0], [0.0, 0, 30, 0]]))
+    with pytest.raises(InputError, match="scope 'column'"):
+        merging.create("breadcrumbs", scope="column")(deltas)
+
+
 def test_consensus_by_hand():
     deltas = torch.tensor([[4.0, 4.0, 1.0], [3.1, -4.2, 0.0], [3.5, 0.05, 0.0]])
     # sums 10.6, -0.15, 1. Entry 0: |D| > .4 |S - D| for all three. Entry 1: 4 > .4 * 4.15 and
@@ -175,13 +227,13 @@ def test_kth_largest_is_exact_for_any_floats_in_any_pieces(values, share, pieces
     values = torch.tensor(values, dtype=torch.float64 if wide else torch.float32).mT  # (2, n)
     if wide:
         values = values / 3  # uses all 52 bits
-    found = sparse.kth_largest(lambda: values.tensor_split(pieces, dim=1), share)
+    found = order.kth_largest(lambda: values.tensor_split(pieces, dim=1), share)
     k = max(1, int(share * values.shape[1]))
     assert torch.equal(found, values.sort(dim=1, descending=True).values[:, k - 1])
 
 
 def test_kth_largest_looks_at_chunks(monkeypatch):
     values = stack(T=2, shape=(101,))
-    monkeypatch.setattr(sparse, "_CHUNK", 10)
-    found = sparse.kth_largest(lambda: [values], 0.2)
+    monkeypatch.setattr(order, "_CHUNK", 10)
+    found = order.kth_largest(lambda: [values], 0.2)
     assert torch.equal(found, values.sort(dim=1, descending=True).values[:, 19])

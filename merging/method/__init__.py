@@ -8,6 +8,7 @@ from merging.method import (  # noqa: F401
     descent,
     interference,
     knots,
+    pcb,
     posthoc,
     sparse,
     spectral,

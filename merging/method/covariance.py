@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.linalg import gram
-from merging.method.sparse import drop_smallest
+from merging.method.sparse import keep_largest
 
 
 class Estimate(NamedTuple):
@@ -43,7 +43,7 @@ def centred(deltas: Tensor, d_in: int, k: float) -> Estimate:
 def trimmed(deltas: Tensor, d_in: int, k: float) -> Estimate:
     """trim_k(D_t)^T trim_k(D_t): only the share k of largest-magnitude entries (TACT)."""
     n = deltas[0].numel()
-    return _plain(drop_smallest(deltas, n - round(k * n)))
+    return _plain(keep_largest(deltas, round(k * n)))
 
 
 def identity(deltas: Tensor, d_in: int, k: float) -> Estimate:

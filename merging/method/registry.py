@@ -33,6 +33,7 @@ CONTEXT = {
     "d_out": "its height, where deltas come in a basis of their columns",
     "depth": "place of the tensor's block along the model, 0 to 1",
     "thresholds": "what the method's own pass over the whole model has found",
+    "majority": "the sign that most entries of the whole model elect, from the same pass",
 }
 
 Arguments = Mapping[str, Any]

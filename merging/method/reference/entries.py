@@ -41,15 +41,20 @@ def top(D: Tensor, share: float) -> Tensor:
     return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(D)
 
 
-def elect(D: Tensor, merge: str = "mean") -> Tensor:
-    agree = D * D.sum(0).sign() > 0
+def elect(D: Tensor, merge: str = "mean", cancelled: str = "zero") -> Tensor:
+    sign = D.sum(0).sign()
+    if cancelled == "majority":
+        sign[sign == 0] = sign.sum().sign()
+    agree = D * sign > 0
     total = (D * agree).sum(0)
     return total if merge == "sum" else total / agree.sum(0).clamp_min(1)
 
 
 @printed
-def ties(D: Tensor, k: float = 0.2, merge: str = "mean") -> Tensor:
-    return elect(top(D, k), merge)
+def ties(
+    D: Tensor, k: float = 0.2, merge: str = "mean", cancelled: str = "zero", scope: str = "model"
+) -> Tensor:
+    return elect(top(D, k), merge, cancelled)
 
 
 @printed
@@ -70,10 +75,11 @@ def della(D: Tensor) -> Tensor:
 
 
 @printed
-def breadcrumbs(D: Tensor, beta: float = 0.9, gamma: float = 0.01) -> Tensor:
-    n = D[0].numel()
-    order = D.abs().flatten(1).argsort(1)
-    kept = torch.zeros_like(D).flatten(1)
+def breadcrumbs(D: Tensor, beta: float = 0.9, gamma: float = 0.01, scope: str = "layer") -> Tensor:
+    rows = D.abs().flatten(0, 1) if scope == "row" else D.abs().flatten(1)
+    n = rows.shape[1]
+    order = rows.argsort(1)
+    kept = torch.zeros_like(rows)
     kept.scatter_(1, order[:, int(beta * n) : n - int(gamma * n)], 1.0)
     return 0.3 * (D * kept.view_as(D)).sum(0)
 
@@ -94,13 +100,16 @@ def consensus_ties(D: Tensor, k: float = 0.2, lam: float = 0.4, agree: int = 2) 
 
 
 @printed
-def pcb(D: Tensor, ratio: float = 0.1) -> Tensor:
+def pcb(D: Tensor, ratio: float = 0.1, clip: float = 0.0) -> Tensor:
     shape, D = D.shape[1:], D.flatten(1)
-    low, high = D.abs().amin(1, True), D.abs().amax(1, True)
-    own = ((D.abs() - low) / (high - low)).square()
+    ranked, i = D.abs().sort(1).values, max(1, int(clip * D.shape[1])) - 1
+    low, high = ranked[:, i, None], ranked[:, -1 - i, None]
+    size = D.abs().clamp(low, high)
+    own = ((size - low) / (high - low)).square()
     score = torch.exp(len(D) * own) * torch.tanh(D * D.sum(0))
     cut = score.sort(1, descending=True).values[:, int(ratio * D.shape[1]) - 1, None]
     weight = (score - cut).clamp_min(0) / (score.amax(1, True) - cut)
+    D = D.sign() * size
     return (1.2 * (weight * D).sum(0) / weight.sum(0).clamp_min(1e-12)).view(shape)
 
 

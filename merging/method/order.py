@@ -1,0 +1,113 @@
+"""Order statistics of magnitudes: of one tensor, or of a whole model that streams by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from merging.errors import InputError
+
+_CHUNK = 2**22  # entries per task that are looked at together
+_DIGIT = 16  # bits resolved by one pass over the model
+_LAYOUT = {torch.float32: (torch.int32, 1 << 31), torch.float64: (torch.int64, -(1 << 63))}
+
+
+def kth_largest(stream: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
+    """Exact (share n)-th largest of n values per task, without holding them, as (T,) on the CPU.
+
+    stream: called once a pass, yields (T, *shape) pieces, the same ones every time.
+    share: in (0, 1]; share n is rounded down, and at least 1.
+    Radix selection on the values' bit patterns, 16 bits a pass: 2 passes over float32, 4 over
+    float64 (decided by the first piece).
+    """
+    dtype, bits, done = None, _DIGIT, 0
+    while done < bits:
+        counts = 0
+        for piece in stream():
+            if dtype is None:
+                dtype = piece.dtype if piece.dtype == torch.float64 else torch.float32
+                bits = torch.finfo(dtype).bits
+                found = torch.zeros(len(piece), dtype=torch.int64)  # leading bits of the answer
+            counts = counts + _histogram(piece.to(dtype), done, found)
+        if done == 0:
+            rank = (counts.sum(1).double() * share).long().clamp_min(1)  # among those sharing them
+        at_least = counts.flip(1).cumsum(1).flip(1)  # (T, 2^16) values with this digit or a larger
+        digit = (at_least >= rank[:, None]).sum(1) - 1
+        rank = rank - (at_least - counts).gather(1, digit[:, None])[:, 0]
+        found = (found << _DIGIT) | digit
+        done += _DIGIT
+    return _from_keys(found, dtype)
+
+
+def _histogram(piece: Tensor, done: int, found: Tensor) -> Tensor:
+    """Counts (T, 2^16) of the digit after the `done` leading bits, where those are `found`."""
+    shift = torch.finfo(piece.dtype).bits - done - _DIGIT
+    counts = torch.zeros(len(piece), 2**_DIGIT, dtype=torch.int64)
+    for t, row in enumerate(piece.reshape(len(piece), -1)):
+        for chunk in row.split(_CHUNK):
+            keys = _keys(chunk)
+            if done:
+                higher = (keys >> (shift + _DIGIT)) & ((1 << done) - 1)
+                keys = keys[higher == found[t].to(keys.device)]
+            digits = (keys >> shift) & (2**_DIGIT - 1)
+            counts[t] += torch.bincount(digits, minlength=2**_DIGIT).cpu()
+    return counts
+
+
+def _keys(values: Tensor) -> Tensor:
+    """Bit patterns (int64) that are in the order of the floats when read as unsigned integers.
+
+    The bits below the sign of a negative float run backwards: flip them, then the sign bit.
+    """
+    integer, sign = _LAYOUT[values.dtype]
+    keys = values.view(integer).long()
+    return torch.where(keys < 0, ~keys, keys ^ sign)
+
+
+def _from_keys(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    integer, sign = _LAYOUT[dtype]
+    keys = torch.where((keys & sign) == 0, ~keys, keys ^ sign)
+    return keys.to(integer).view(dtype)
+
+
+def kth_largest_entry(values: Tensor, share: float) -> Tensor:
+    """The same for one tensor (T, *shape) -> (T,)."""
+    flat = values.reshape(len(values), -1)
+    k = max(1, int(share * flat.shape[1]))
+    return flat.kthvalue(flat.shape[1] - k + 1).values
+
+
+def largest(magnitudes: Tensor, count: int) -> Tensor:
+    """Which entries of each row (R, n) are its `count` largest; of equal ones the first, (R, n).
+
+    Values of half precision lie on a grid, where thousands of entries are equal to the threshold:
+    all in or all out would miss the share that was asked for by far.
+    """
+    n = magnitudes.shape[1]
+    if not 0 < count < n:
+        return torch.full_like(magnitudes, count > 0, dtype=torch.bool)
+    cut = magnitudes.kthvalue(n - count + 1, dim=1, keepdim=True).values
+    kept = magnitudes >= cut
+    for row, magnitude, threshold in zip(kept, magnitudes, cut, strict=True):
+        if (surplus := int(row.sum()) - count) > 0:
+            row[(magnitude == threshold).nonzero()[-surplus:, 0]] = False
+    return kept
+
+
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Smallest and largest entry of each task, (T, *shape) -> (T,), (T,)."""
+    flat = values.reshape(len(values), -1)
+    return flat.amin(1), flat.amax(1)
+
+
+def per_task(values: Tensor, deltas: Tensor) -> Tensor:
+    """(T,) shaped to broadcast against (T, *shape)."""
+    return values.to(deltas).view(-1, *[1] * (deltas.ndim - 1))
+
+
+def share(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} = {value} is not a share between 0 and 1")
+    return value

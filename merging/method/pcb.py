@@ -1,0 +1,87 @@
+"""PCB: entries compete within their task and across tasks (arXiv 2410.02396)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.method.order import extremes, kth_largest, kth_largest_entry, per_task, share
+from merging.method.registry import Stream, register
+from merging.method.sparse import whole_model
+
+
+def _competition_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    if not whole_model(hyperparameters):
+        return {}
+    clip = share("clip", hyperparameters["clip"])
+
+    def magnitudes(sign: int) -> Iterable[Tensor]:
+        return (sign * deltas.abs() for _, deltas in stream())
+
+    low = -kth_largest(lambda: magnitudes(-1), clip)
+    high = kth_largest(lambda: magnitudes(1), clip)
+
+    def scores() -> Iterable[Tensor]:
+        return (competition(deltas, low, high) for _, deltas in stream())
+
+    top = torch.stack([extremes(score)[1] for score in scores()]).amax(0)
+    cut = kth_largest(scores, share("ratio", hyperparameters["ratio"]))
+    return {"thresholds": torch.stack([low, high, cut.to(low), top])}
+
+
+@register(
+    "pcb",
+    source="arXiv 2410.02396",
+    breaks=("scale", "outputs", "inputs", "expert"),
+    rest="method",
+    alpha=1.2,
+    elementwise=whole_model,
+    prepare=_competition_thresholds,
+)
+def pcb(
+    deltas: Tensor,
+    *,
+    ratio: float = 0.1,
+    clip: float = 0.0,
+    scope: str = "model",
+    thresholds: Tensor | None = None,
+) -> Tensor:
+    """Mean weighted by the entries' competition scores, (T, *shape) -> (*shape) (2410.02396).
+
+    A task's weight is 0 up to its `ratio`-th largest score and grows linearly to 1 at the largest
+    (as in the authors' code); entries that no task weighs are 0.
+    clip: share of magnitudes at each end that is set to the next one within, 1e-4 in the authors'
+        code. scope: as in `ties`.
+    thresholds: (4, T), over the whole model, of the magnitudes their smallest and largest (within
+        the clip), of the scores the cut and the largest.
+    """
+    if thresholds is None:
+        magnitudes, share_clipped = deltas.abs(), share("clip", clip)
+        low = -kth_largest_entry(-magnitudes, share_clipped)
+        high = kth_largest_entry(magnitudes, share_clipped)
+        score = competition(deltas, low, high)
+        cut, top = kth_largest_entry(score, share("ratio", ratio)), extremes(score)[1]
+    else:
+        low, high, cut, top = thresholds.to(deltas)
+        score = competition(deltas, low, high)
+    weight = (score - per_task(cut, deltas)).clamp_min(0)
+    weight = weight / per_task(torch.where(top > cut, top - cut, 1), deltas)
+    if clip:
+        clipped = deltas.abs().clamp(per_task(low, deltas), per_task(high, deltas))
+        deltas = deltas.sign() * clipped
+    return (weight * deltas).sum(0) / weight.sum(0).clamp_min(1e-12)
+
+
+def competition(deltas: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """exp(T self) tanh(D_t sum_t D_t), self = ((|D_t| - low) / (high - low))^2.
+
+    deltas: (T, *shape); low, high: (T,), range of each task's magnitudes, to which they are
+    clamped. Returns (T, *shape).
+    """
+    width = per_task(torch.where(high > low, high - low, 1), deltas)
+    magnitudes = deltas.abs().clamp(per_task(low, deltas), per_task(high, deltas))
+    own = ((magnitudes - per_task(low, deltas)) / width).square()
+    return torch.exp(len(deltas) * own) * torch.tanh(deltas * deltas.sum(0))
