@@ -7,7 +7,7 @@ or evaluates an expert asks which of the two it is.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +47,7 @@ class Values(NamedTuple):
 
     tensor: Tensor  # may lack the last rows: the expert does not have them
     moved: bool  # the tensor is the difference to the base already
+    scale: float = 1.0  # a factor on the difference
 
     def weight(self, W0: Tensor) -> Tensor:
         """The expert's own weight; one that is a difference, in W0's dtype and place."""
@@ -68,7 +69,7 @@ class Values(NamedTuple):
             rest.copy_(tensor)
         else:
             torch.sub(tensor.to(W0.dtype), ours, out=rest)
-        return delta
+        return delta if self.scale == 1 else delta.mul_(self.scale)
 
 
 class Expert(Protocol):
@@ -165,6 +166,27 @@ class Dense(Source):
                     f"tensor {name!r} is {self.dtype(name)}, the base's {base.dtype(name)}"
                 )
         return found
+
+
+class Scaled:
+    """An expert whose differences count `weight` times: W_0 + weight D."""
+
+    def __init__(self, expert: Expert, weight: float) -> None:
+        self.expert, self.scale = expert, weight
+
+    def __getattr__(self, name: str) -> Any:  # all else is the expert's own
+        return getattr(self.expert, name)
+
+    def values(self, name: str, rows: slice | None = None) -> Values | None:
+        values = self.expert.values(name, rows)
+        return values and values._replace(scale=self.scale)
+
+    def factors(self, name: str) -> Factors:
+        factors = self.expert.factors(name)
+        return factors._replace(scale=self.scale * factors.scale)
+
+    def stamp(self) -> object:
+        return self.scale, self.expert.stamp()
 
 
 def compare_shapes(

@@ -67,6 +67,20 @@ def merge_factors(
     return Factors(Q.mT, join(merged, layer), 1.0)  # every block has the same Q, of all rows of A
 
 
+def truncate(factors: Factors, rank: int) -> tuple[Factors, float, float]:
+    """The nearest difference of at most a rank, with its squared norm and that of what is lost.
+
+    From the singular values of B A (Eckart and Young 1936), of which only the small core is formed.
+    """
+    left, upper = torch.linalg.qr(factors.B.double())  # (d_out, r), (r, r)
+    right, lower = torch.linalg.qr(factors.A.double().mT)  # (d_in, r), (r, r)
+    U, s, Vh = torch.linalg.svd(factors.scale * upper @ lower.mT)
+    B, A = left @ (U[:, :rank] * s[:rank]), Vh[:rank] @ right.mT
+    energy = s.square()
+    shorter = Factors(A.to(factors.A), B.to(factors.B), 1.0)
+    return shorter, energy[:rank].sum().item(), energy[rank:].sum().item()
+
+
 def factorise(delta: Tensor, rank: int) -> Factors | None:
     """A delta (d_out, d_in) of at most some rank as its factors; None where its rank is higher.
 

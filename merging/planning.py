@@ -8,7 +8,6 @@ vectors, and the residuals of several merges of all experts and of subsets: `mer
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -22,14 +21,12 @@ from merging.errors import InputError
 from merging.experts import Expert, Source
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
-from merging.layers import Layer, cut, resolve_layers
+from merging.layers import Layer, cut, parts, resolve_layers
 from merging.method.registry import Method, create
 from merging.progress import track
 
 PLANNED = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "bounded")
 Experts = Mapping[str, Expert]
-_ATTENTION = re.compile(r"attn|attention|[qkv]_proj|o_proj|out_proj|in_proj|qkv|query|key|value")
-_MLP = re.compile(r"mlp|ffn|fc\d?|feed_forward|intermediate|dense|gate|up_proj|down_proj|wi|wo")
 
 
 @dataclass
@@ -202,10 +199,8 @@ def _merged(one: Group | None, other: Group) -> Group:
 
 def _place(name: str) -> tuple[str, int | None]:
     """(attention, mlp or other; number of the block), from a tensor's name."""
-    block = re.search(r"\.(\d+)\.", f".{name}")
-    tail = name[block.end() - 1 :] if block else name
-    kind = "attention" if _ATTENTION.search(tail) else "mlp" if _MLP.search(tail) else "other"
-    return kind, int(block[1]) if block else None
+    kind = parts.kind(name)
+    return kind if kind in {"attention", "mlp"} else "other", parts.block(name)
 
 
 def _normalised(square: Tensor) -> Tensor:

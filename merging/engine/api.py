@@ -94,7 +94,7 @@ def merge_checkpoints(
         job = _open(stack, base, experts, method, options)
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
-        sink = stack.enter_context(file_sink(job, items, output, overwrite))
+        sink = stack.enter_context(file_sink(job, items, report, output, overwrite))
         todo = pipeline.unfinished(items, sink)
         with pipeline.running(job, sink, report) as put:
             contexts = pipeline.contexts(job, items)

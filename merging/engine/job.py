@@ -6,11 +6,22 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
+from merging.engine.choices import (
+    Part,
+    WeightsOn,
+    check_choices,
+    check_gradients,
+    check_task_weights,
+    read_bytes,
+    read_dtype,
+    read_parts,
+    weigh,
+)
 from merging.errors import InputError
 from merging.experts import Expert, Source
 from merging.formats.checks import check_finite, problems
@@ -21,6 +32,7 @@ from merging.triangles import unpack
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Vocabulary = Literal["refuse", "common_rows"]
 Form = Literal["dense", "adapter"]
+Origin = Literal["base", "zero"]
 
 
 class Options(TypedDict, total=False):
@@ -35,6 +47,21 @@ class Options(TypedDict, total=False):
     # "common_rows" admits experts with more or fewer rows in an embedding or head: the rows that
     # both have are merged, the base's other rows kept. "refuse" is the default
     vocabulary: Vocabulary
+    # task -> number, 1 for those not named; an expert of weight 0 is left out. On "delta" it is a
+    # factor on the expert's differences D_t before any method sees them, negative ones too; on
+    # "task" it is what the expert counts for (> 0): a factor on w_t in the interference family, the
+    # weights of the mean in an average. "task" is the default of method "average", else "delta"
+    weights: Mapping[str, float] | None
+    weights_on: WeightsOn | None
+    # [{match, method, hyperparameters}]: methods of parts of the model; the first that matches a
+    # tensor wins, what none matches is merged by the merge's own method. match: a kind (attention,
+    # mlp, embedding, norm, head), "blocks 0-5", or a glob of names. Matrices of a part "embedding"
+    # or "head" are merged as layers are. A list as a hyperparameter's value is interpolated from
+    # the first block to the last, here and in the merge's own method
+    parts: Sequence[Mapping[str, Any]]
+    # what methods merge: "base", the differences from it; "zero", the weights themselves
+    origin: Origin
+    dtype: str | torch.dtype | None  # of the output's floating-point tensors; None: the base's
 
 
 class FileOptions(Options, total=False):
@@ -44,9 +71,11 @@ class FileOptions(Options, total=False):
     # their ranks in each layer. Interference and spectral methods make such merges, as do averages;
     # what changes single entries (TIES, DARE, ...) does not and is refused. "dense" is the default
     form: Form
+    rank: int | None  # of an adapter, at most: the nearest of that rank is written
+    shard_size: str | int | None  # such as "5GB", of the output's files; None: as the base's are
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One merge."""
 
@@ -58,7 +87,23 @@ class Job:
     statistics: Statistics | None = None
     devices: tuple[str, ...] = ("cpu",)
     vocabulary: Vocabulary = "refuse"
+    task_weights: tuple[float, ...] | None = None  # (T,)
+    parts: tuple[Part, ...] = ()
+    origin: Origin = "base"
+    dtype: torch.dtype | None = None
     form: Form = "dense"
+    rank: int | None = None
+    shard_bytes: int | None = None
+
+    def start(self, name: str, rows: slice | None = None) -> Tensor:
+        """What the experts' differences are from."""
+        W0 = self.base.read(name, rows)
+        return W0 if self.origin == "base" else torch.zeros_like(W0)
+
+    def output_dtype(self, name: str) -> torch.dtype:
+        """Of a merged tensor."""
+        stored = self.base.dtype(name)
+        return self.dtype if self.dtype and stored.is_floating_point else stored
 
     def measured(self, name: str) -> bool:
         """Whether every task has a statistic of a tensor."""
@@ -77,13 +122,19 @@ class Job:
 
     def key(self) -> str:
         """What the output depends on: a partial output is continued only under the same key."""
-        inputs = {task: expert.stamp() for task, expert in self.experts.items()}
-        layers = sorted((name, *astuple(layer)) for name, layer in self.layers.items())
-        hyperparameters = sorted(self.method.hyperparameters.items())
-        used = self.statistics if self.method.needs else {}
-        statistics = {task: _stamp(tensors) for task, tensors in sorted(used.items())}
-        choices = self.method.name, hyperparameters, layers, self.vocabulary
-        return repr((self.base.stamp(), inputs, *choices, statistics))
+        methods = [self.method, *(part.method for part in self.parts)]
+        used = self.statistics if any(method.needs for method in methods) else {}
+        return repr(
+            (
+                self.base.stamp(),
+                {task: expert.stamp() for task, expert in self.experts.items()},
+                [(m.name, sorted(m.hyperparameters.items())) for m in methods],
+                [part.match for part in self.parts],
+                sorted((name, *astuple(layer)) for name, layer in self.layers.items()),
+                {task: _stamp(tensors) for task, tensors in sorted(used.items())},
+                (self.vocabulary, self.task_weights, self.origin, self.dtype),
+            )
+        )
 
 
 class LazyStatistics(Mapping):
@@ -111,46 +162,88 @@ def prepare(
     method: Method,
     *,
     layers: Layers = None,
-    statistics: Statistics | None = None,
-    device: str | Sequence[str] = "cpu",
     split_qkv: bool = True,
-    vocabulary: Vocabulary = "refuse",
-    form: Form = "dense",
     folder: str | Path | None = None,
+    **options: Unpack[FileOptions],
 ) -> Job:
     """The job, with everything checked that headers can tell; folder: where the base lies."""
     if base.partial:
         raise InputError(f"base {base.path} is an adapter, expected a whole checkpoint")
     if not experts:
         raise InputError("no experts were given, expected at least one")
-    experts = dict(sorted(experts.items()))
-    _check_choices(vocabulary=(vocabulary, Vocabulary), form=(form, Form))
+    settings = _read(options)
     resolved, reasons = choose_layers(layers, {n: base.shape(n) for n in base.keys()}, folder)
     if not split_qkv:
         resolved = {name: whole(layer) for name, layer in resolved.items()}
-    if found := problems(base, experts, common_rows=vocabulary == "common_rows"):
+    common_rows = settings.get("vocabulary") == "common_rows"
+    if found := problems(base, dict(sorted(experts.items())), common_rows=common_rows):
         raise InputError("; ".join(found), hint="nothing was merged")
-    if method.needs:
-        _check_statistics(statistics, experts, resolved, method)
-    if form == "adapter":
-        _check_adapter_output(experts, method)
-    return Job(
-        base=base,
-        experts=experts,
-        method=method,
-        layers=resolved,
-        reasons=reasons,
-        statistics=statistics,
-        devices=(device,) if isinstance(device, str) else tuple(device),
-        vocabulary=vocabulary,
-        form=form,
+    check_gradients(method)
+    taking, task_weights = weigh(
+        dict(sorted(experts.items())), options.get("weights"), options.get("weights_on"), method
     )
+    job = Job(
+        base=base, experts=taking, method=method, layers=resolved, reasons=reasons,
+        task_weights=task_weights, **settings,
+    )  # fmt: skip
+    _check_forms(job)
+    return job
 
 
-def _check_choices(**choices: tuple[str, Any]) -> None:
-    for name, (choice, known) in choices.items():
-        if choice not in get_args(known):
-            raise InputError(f"{name} is {choice!r}, expected one of: {', '.join(get_args(known))}")
+def _read(options: FileOptions) -> dict[str, Any]:
+    """The options of a `Job`, checked and in its own terms."""
+    known = {"vocabulary", "origin", "form", "statistics"}
+    check_choices(
+        vocabulary=(options.get("vocabulary"), Vocabulary),
+        form=(options.get("form"), Form),
+        origin=(options.get("origin"), Origin),
+        weights_on=(options.get("weights_on"), WeightsOn),
+    )
+    device, size, rank = (options.get(k) for k in ("device", "shard_size", "rank"))
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise InputError(f"rank is {rank!r}, expected a whole number of 1 or more")
+    return {k: v for k, v in options.items() if k in known and v is not None} | {
+        "devices": (device or "cpu",) if isinstance(device, str | None) else tuple(device),
+        "parts": read_parts(options.get("parts") or ()),
+        "dtype": read_dtype(options.get("dtype")),
+        "rank": rank,
+        "shard_bytes": None if size is None else read_bytes(size),
+    }
+
+
+def _check_forms(job: Job) -> None:
+    """InputError for choices that exclude each other."""
+    if job.rank and job.form != "adapter":
+        raise InputError("rank is that of an adapter", hint="add form=adapter")
+    if job.form == "adapter" and (job.dtype or job.shard_bytes):
+        raise InputError("dtype and shard_size are those of a dense output", hint="use form=dense")
+    for task, expert in job.experts.items():
+        if job.form == "adapter" and not expert.partial:
+            raise InputError(
+                f"expert {task!r} ({expert.path}) is a dense checkpoint, "
+                "only a merge of adapters can be written as an adapter",
+                hint="use form=dense",
+            )
+        if job.origin == "zero" and expert.partial:
+            raise InputError(
+                f"expert {task!r} ({expert.path}) is an adapter, which has no weights of its own "
+                "to merge without a base",
+                hint="use origin=base",
+            )
+
+
+def check_method(job: Job, method: Method, layers: Iterable[str]) -> None:
+    """InputError if a method lacks the statistics of its layers, or cannot make what is asked."""
+    if method.needs:
+        _check_statistics(job.statistics, job.experts, layers, method)
+    if job.task_weights:
+        check_task_weights([method])
+    if job.form == "adapter" and method.rest == "method" and not method.row_space:
+        raise InputError(
+            f"method {method.name!r} changes single entries: the rank of what it makes of "
+            "adapters is too high for an adapter",
+            hint="use form=dense",
+        )
 
 
 def _check_statistics(
@@ -168,23 +261,6 @@ def _check_statistics(
                 f"the {method.needs} statistics of task {task!r} lack {missing[0]!r}"
                 + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
             )
-
-
-def _check_adapter_output(experts: Mapping[str, Expert], method: Method) -> None:
-    hint = "use form=dense"
-    for task, expert in experts.items():
-        if not expert.partial:
-            raise InputError(
-                f"expert {task!r} ({expert.path}) is a dense checkpoint, "
-                "only a merge of adapters can be written as an adapter",
-                hint,
-            )
-    if method.rest == "method" and not method.row_space:
-        raise InputError(
-            f"method {method.name!r} changes single entries: the rank of what it makes of "
-            "adapters is too high for an adapter",
-            hint,
-        )
 
 
 def _stamp(statistics: Mapping[str, Tensor]) -> object:

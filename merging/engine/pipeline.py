@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from merging.engine.job import Job
@@ -46,12 +47,13 @@ def merge(
         for run in runs:
             run.result()
         return
+    weights = None if job.task_weights is None else torch.tensor(job.task_weights)
     todo = [piece for item in items for piece in pieces(job, item)]
     loads = ahead(lambda piece: (piece, piece.item.route.load(job, piece)), todo)
     for piece, loaded in track(loads, f"merging on {devices[0]}", len(todo)):
         watch.look(piece, loaded)
         item = piece.item
-        context = {"depth": item.depth, **contexts.get(id(item.method), {})}
+        context = {"depth": item.depth, "weights": weights, **contexts.get(id(item.method), {})}
         merged = item.route.merge(job, piece, loaded, context, devices[0])
         watch.compare(item, loaded, merged)
         put(piece, merged)
@@ -81,7 +83,7 @@ def contexts(job: Job, items: Sequence[Item]) -> Contexts:
     def stream(method: Method) -> Iterator[tuple[str, Tensor]]:
         own = [item for item in items if item.method is method]
         for item in track(own, "first pass"):
-            yield item.name, read_deltas(job.base.read(item.name), job.experts, item.name)
+            yield item.name, read_deltas(job.start(item.name), job.experts, item.name)
 
     return {
         key: method.prepare(lambda method=method: stream(method)) for key, method in methods.items()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 
-from merging.engine.job import Job
+from merging.engine.choices import assign, at_depth
+from merging.engine.job import Job, check_method
 from merging.engine.routes import DENSE, ENTRIES, FACTORS, KEPT, TO_FACTORS, Route
 from merging.engine.rows import row_blocks
 from merging.experts import Expert
@@ -25,6 +26,7 @@ _STEM = re.compile(
 )
 
 Rule = Literal["method", "average", "base"]
+AS_LAYERS = ("embedding", "head")  # parts that are named by what is else no layer
 NO_NUMBERS, UNTOUCHED = "no floating-point numbers", "no expert changes it"
 NO_STATISTICS, FEWER_ROWS = "no statistics of it", "some experts lack rows of it"
 
@@ -69,24 +71,51 @@ class Piece(NamedTuple):
 
 
 def plan(job: Job) -> list[Item]:
-    """One item per tensor of the base, in file order; tied copies are merged with their first."""
+    """One item per tensor of the base, in file order; tied copies are merged with their first.
+
+    Raises InputError if a method lacks statistics, or cannot make what was asked for.
+    """
     base, average = job.base, create("average")
     held = {task: set(expert.names()) for task, expert in job.experts.items()}
     names = [name for name in base.keys() if name not in base.tied]
     places, copies = depths(names), _copies(base.tied)
-    items = []
+    choices, items = _choices(job, names, places), []
     for name in names:
-        rule, reason = _rule(job, name, [e for t, e in job.experts.items() if name in held[t]])
-        method = {"method": job.method, "average": average, "base": None}[rule]
-        layer = job.layers.get(name) if rule == "method" else None
+        own, layer = choices[name]
+        holders = [e for t, e in job.experts.items() if name in held[t]]
+        rule, reason = _rule(job, name, own, layer, holders)
+        method = {"method": own, "average": average, "base": None}[rule]
+        layer = layer if rule == "method" else None
         route = _route(job, name, method, layer)
         shape = base.shape(name)
         place, others = places[name], copies.get(name, ())
         items.append(Item(name, shape, rule, method, layer, route, place, reason, others))
+    for method in {id(m): m for m in (job.method, *(i.method for i in items))}.values():
+        if method is not None:
+            check_method(job, method, [i.name for i in items if i.method is method and i.layer])
     return items
 
 
-def _rule(job: Job, name: str, holders: Sequence[Expert]) -> tuple[Rule, str]:
+def _choices(
+    job: Job, names: Sequence[str], places: Mapping[str, float]
+) -> dict[str, tuple[Method, Layer | None]]:
+    """Each tensor's method, by parts and depth, and its layout if it is merged as a layer."""
+    parts, made = assign(job.parts, names), {}
+    choices = {}
+    for name in names:
+        part = parts.get(name)
+        method, layer = part.method if part else job.method, job.layers.get(name)
+        if part and part.match in AS_LAYERS and method.rest != "method":
+            layer = layer or (Layer() if len(job.base.shape(name)) == 2 else None)
+        key = id(method), places[name]
+        made.setdefault(key, at_depth(method, places[name]))
+        choices[name] = made[key], layer
+    return choices
+
+
+def _rule(
+    job: Job, name: str, method: Method, layer: Layer | None, holders: Sequence[Expert]
+) -> tuple[Rule, str]:
     """How a tensor is merged, and why not by the method where it is not.
 
     holders: the experts that hold or change it.
@@ -95,11 +124,11 @@ def _rule(job: Job, name: str, holders: Sequence[Expert]) -> tuple[Rule, str]:
         return "base", NO_NUMBERS
     if not holders:
         return "base", UNTOUCHED
-    if name in job.layers:
+    if layer:
         return "method", ""
-    if job.method.rest != "method":
-        return job.method.rest, job.reasons.get(name, "no matrix")
-    if job.method.needs and not job.measured(name):
+    if method.rest != "method":
+        return method.rest, job.reasons.get(name, "no matrix")
+    if method.needs and not job.measured(name):
         return "average", NO_STATISTICS
     if any(expert.shape(name) != job.base.shape(name) for expert in holders):
         return "average", FEWER_ROWS  # only averaging has a meaning for them

@@ -55,6 +55,8 @@ class Report:
     left_out: list[LeftOut] = field(default_factory=list)  # largest first
     distances: dict[str, list[float]] = field(default_factory=dict)  # task -> |W_t - W_0| / |W_0|
     unchanged: bool = False  # no tensor differs from the base
+    # layer -> squared norms of what the rank of an adapter keeps of the merge, and of what it loses
+    energies: dict[str, tuple[float, float]] = field(default_factory=dict)
     # weights in matrices (tensors of two or more dimensions that some expert changes): those that
     # the method merged, and those it should have; embeddings and heads, left to the average by
     # every paper's protocol, are no part of them
@@ -71,6 +73,13 @@ class Report:
     def moved(self) -> dict[str, float]:
         """How far each expert lies from the base: the median of its distances over layers."""
         return {task: statistics.median(found) for task, found in self.distances.items() if found}
+
+    @property
+    def kept(self) -> float:
+        """Share of the merged differences' squared norm that the output's rank keeps."""
+        kept = sum(kept for kept, _ in self.energies.values())
+        total = sum(kept + lost for kept, lost in self.energies.values())
+        return kept / total if total else 1.0
 
     @property
     def warnings(self) -> list[str]:
@@ -95,6 +104,8 @@ class Report:
         if self.moved:
             moved = (f"{task} {share:.1%}" for task, share in list(self.moved.items())[:8])
             lines.append(f"experts' distance from the base: {', '.join(moved)}")
+        if self.energies:
+            lines.append(f"the adapter's rank keeps {self.kept:.1%} of the merge's squared norm")
         cost = f"{self.seconds:.1f} s, peak {self.peak_bytes / 2**30:.2f} GiB, "
         cost += f"{self.bytes_read / 2**30:.2f} GiB read"
         room = _LINES - len(lines) - 1
@@ -218,4 +229,4 @@ class Watch:
         if isinstance(merged, Factors):
             self.changed = all(bool(factor.any()) for factor in merged[:2])
         else:
-            self.changed = not torch.equal(merged, loaded.W0)
+            self.changed = not torch.equal(merged.double(), loaded.W0.double())

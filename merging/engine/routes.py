@@ -62,7 +62,8 @@ class Kept:
     windows = True
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        return Loaded(job.base.read(piece.item.name, piece.rows), None)
+        W0 = job.base.read(piece.item.name, piece.rows)
+        return Loaded(W0.to(job.output_dtype(piece.item.name)), None)
 
     def merge(
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
@@ -79,7 +80,7 @@ class Entries:
     windows = True
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.base.read(piece.item.name, piece.rows)
+        W0 = job.start(piece.item.name, piece.rows)
         return Loaded(W0, read_values(job.experts, piece.item.name, piece.rows, W0))
 
     def merge(
@@ -87,7 +88,7 @@ class Entries:
     ) -> Tensor:
         (W0, values), (item, _) = loaded, piece
         statistics = job.context(item.name, item.method, piece.rows)
-        merged, stack = torch.empty_like(W0), None
+        merged, stack = torch.empty_like(W0, dtype=job.output_dtype(item.name)), None
         row = 4 * W0.shape[1:].numel() * (len(values) + 2)
         for rows in row_blocks(W0.shape, row, BLOCK_BYTES):
             base = lift(W0 if rows is None else W0[rows])
@@ -98,7 +99,8 @@ class Entries:
                 check_deltas(deltas, item.name, job.experts)
             own = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
             moved = item.method(deltas, **own, **context)
-            add(base, moved, item.name, out=merged if rows is None else merged[rows])
+            part = merged if rows is None else merged[rows]
+            add(base, moved, item.name, merged.dtype, out=part)
         return merged
 
     def sample(self, loaded: Loaded) -> Tensor:
@@ -113,21 +115,21 @@ class Dense:
     windows = False
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.base.read(piece.item.name)
+        W0 = job.start(piece.item.name)
         return Loaded(W0, read_deltas(W0, job.experts, piece.item.name))
 
     def merge(
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
     ) -> Tensor:
         W0, item = loaded.W0, piece.item
-        deltas = loaded.experts.to(device)
+        deltas, dtype = loaded.experts.to(device), job.output_dtype(item.name)
         statistics = on(job.context(item.name, item.method), device)
         if item.layer is None:
-            return add(W0, item.method(deltas, **statistics, **context).cpu(), item.name)
+            return add(W0, item.method(deltas, **statistics, **context).cpu(), item.name, dtype)
         merged = []
         for block, own in blocks(deltas, item.layer, statistics):
             merged.append(item.method(block, **own, **context))
-        return add(W0, join(merged, item.layer).cpu(), item.name)
+        return add(W0, join(merged, item.layer).cpu(), item.name, dtype)
 
     def sample(self, loaded: Loaded) -> Tensor:
         return loaded.experts[:, :_SAMPLE]
@@ -149,7 +151,8 @@ class InFactors:
         item, factors = piece.item, [f.to(device) for f in loaded.experts]
         merged = merge_factors(factors, item.method, upright(item.layer), **context).dense()
         merged = merged.mT if item.layer.transposed else merged
-        return add(loaded.W0, merged.reshape(loaded.W0.shape).cpu(), item.name)
+        merged = merged.reshape(loaded.W0.shape).cpu()
+        return add(loaded.W0, merged, item.name, job.output_dtype(item.name))
 
     def sample(self, loaded: Loaded) -> None:
         return None
@@ -212,7 +215,7 @@ def differences(
             delta.zero_()
             continue
         tensor = values.tensor if rows is None or not W0.ndim else values.tensor[rows]
-        Values(tensor, values.moved).difference(W0, out=delta)
+        values._replace(tensor=tensor).difference(W0, out=delta)
     return out
 
 
@@ -269,9 +272,11 @@ def _of_block(kind: str, stack: Tensor, layer: Layer, i: int) -> Tensor:
     return stack[:, i // layer.blocks] if layer.experts else stack  # (T, [E,] d_in, d_in)
 
 
-def add(W0: Tensor, delta: Tensor, name: str, out: Tensor | None = None) -> Tensor:
-    """W0 + delta in the dtype of `out`, or else of W0, rounded once."""
-    merged = torch.empty_like(W0) if out is None else out
+def add(
+    W0: Tensor, delta: Tensor, name: str, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
+    """W0 + delta, rounded once."""
+    merged = torch.empty_like(W0, dtype=dtype) if out is None else out
     torch.add(lift(W0), delta, out=merged)
     hint = f"the method diverged, or its result leaves {merged.dtype}'s range"
     check_finite(merged, name, "the merge", hint)

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from merging.engine.job import Job
 from merging.engine.plan import Item
+from merging.engine.report import Report
 from merging.errors import InputError
 from merging.experts import Source
-from merging.factors import Factors
+from merging.factors import Factors, truncate
 from merging.formats.peft import joint_settings
 from merging.formats.writer import Writer, write_adapter
 
@@ -53,12 +54,15 @@ class Memory:
 class AdapterFolder:
     """Factors, and tensors in full where there are none, written as one PEFT adapter."""
 
-    def __init__(self, job: Job, items: Sequence[Item], output: Path, overwrite: bool) -> None:
+    def __init__(
+        self, job: Job, items: Sequence[Item], report: Report, output: Path, overwrite: bool
+    ) -> None:
         if output.suffix == ".safetensors":
             raise InputError(f"an adapter is a folder, the output is to be the file {output}")
         if output.exists() and not overwrite:  # told before the merge, not after
             raise InputError(f"{output} exists already", hint="remove it or allow overwriting")
         self.output, self.overwrite = output, overwrite
+        self.rank, self.report = job.rank, report
         self.settings = joint_settings(job.experts, job.base.path)
         self.order = [item.name for item in items if item.method]
         self.done = {name for i in items if not i.method for name in (i.name, *i.copies)}
@@ -69,9 +73,19 @@ class AdapterFolder:
         if name not in self.order:
             return  # tied to one that is
         if isinstance(merged, Factors):
-            self.factors[name] = merged
+            self.factors[name] = self._of_rank(name, merged)
         else:
             self.whole.write(name, merged, rows)
+
+    def _of_rank(self, name: str, merged: Factors) -> Factors:
+        if not self.rank:
+            return merged
+        if len(merged.A) <= self.rank:
+            kept, lost = merged.dense().double().square().sum().item(), 0.0
+        else:
+            merged, kept, lost = truncate(merged, self.rank)
+        self.report.energies[name] = kept, lost
+        return merged
 
     def finish(self, extra: Files | None = None) -> None:
         pairs = {name: self.factors[name][:2] for name in self.order if name in self.factors}
@@ -86,16 +100,17 @@ class AdapterFolder:
 
 
 def file_sink(
-    job: Job, items: Sequence[Item], output: str | Path, overwrite: bool
+    job: Job, items: Sequence[Item], report: Report, output: str | Path, overwrite: bool
 ) -> AbstractContextManager[FileSink]:
     """The sink that writes a job's form."""
     if job.form == "adapter":
-        return nullcontext(AdapterFolder(job, items, Path(output), overwrite))
+        return nullcontext(AdapterFolder(job, items, report, Path(output), overwrite))
     base = job.base
+    layout = {name: (base.shape(name), job.output_dtype(name)) for name in base.keys()}
     return Writer(
         output,
-        {name: (base.shape(name), base.dtype(name)) for name in base.keys()},
-        shards=_shards(base),
+        layout,
+        shards=_shards(base) if job.shard_bytes is None else _cut(layout, job.shard_bytes),
         key=job.key(),
         overwrite=overwrite,
     )
@@ -105,3 +120,22 @@ def _shards(base: Source) -> dict[str, str] | None:
     """{name: file name} where the base has several files, so that the output has the same."""
     files = {name: base.file(name).with_suffix(".safetensors").name for name in base.keys()}
     return files if len(set(files.values())) > 1 else None
+
+
+def _cut(
+    layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]], size: int
+) -> dict[str, str] | None:
+    """{name: file name} of shards of at most `size` bytes, in order; a larger tensor has its own.
+
+    None where one file is enough.
+    """
+    number, room, shards = 0, 0, {}
+    for name, (shape, dtype) in layout.items():
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if nbytes > room:
+            number, room = number + 1, size
+        room -= nbytes
+        shards[name] = number
+    if number == 1:
+        return None
+    return {name: f"model-{i:05d}-of-{number:05d}.safetensors" for name, i in shards.items()}

@@ -19,9 +19,12 @@ _CHUNK = 2**22  # entries per task that are held in float64 at a time
     "average", source="arXiv 2203.05482", rest="method",
     row_space=True, column_space=True, elementwise=True,
 )  # fmt: skip
-def average(deltas: Tensor) -> Tensor:
-    """mean_t D_t, (T, *shape) -> (*shape) (a uniform soup, arXiv 2203.05482)."""
-    return deltas.mean(0)
+def average(deltas: Tensor, *, weights: Tensor | None = None) -> Tensor:
+    """mean_t D_t, (T, *shape) -> (*shape) (a uniform soup, arXiv 2203.05482).
+
+    weights: (T,) what each expert counts for: sum_t w_t D_t / sum_t w_t.
+    """
+    return deltas.mean(0) if weights is None else _combine(weights / weights.sum(), deltas)
 
 
 @register(

@@ -163,6 +163,7 @@ def interference(
     deltas: Tensor,
     *,
     covariances: Tensor | None = None,
+    weights: Tensor | None = None,
     d_in: int | None = None,
     d_out: int | None = None,
     estimator: str = "delta",
@@ -180,6 +181,7 @@ def interference(
     """Minimise the interference of a merged layer, (T, d_out, d_in) -> (d_out, d_in).
 
     covariances: (T, d_in, d_in) measured second moments, for estimator "inputs".
+    weights: (T,) what each expert counts for, a factor on w_t; the anchor knows none.
     estimator: delta, centred, trimmed (k), ledoit_wolf, oas, identity, or inputs (gram_scale).
     task_weight: uniform, or inverse_norm, w_t = 1 / |D_t|^2.
     filter: cut (rtol), ridge (lam), exponential (t, rho), effective_rank, none, or gain: what cut
@@ -199,6 +201,7 @@ def interference(
 
     def solution(D: Tensor) -> Tensor | None:  # of deltas (T, d_out, d_in) in some precision
         w = task_weights(task_weight, D)  # (T,)
+        w = w if weights is None else w * weights.to(w)
         if estimator == "inputs":
             S, N = measured_normal_equations(D, covariances, w, gram_scale)
             return solve(Equations(S, N, w, width), A, inverse)
