@@ -34,6 +34,7 @@ COMMANDS = {
     "analyse": "experiments.commands.analyse",
     "factorial": "experiments.commands.factorial",
     "residuals": "experiments.commands.residuals",
+    "regimes": "experiments.commands.regimes",
     "bench": "experiments.bench.command",
     "bench.gpu": "experiments.bench.gpu",
     "bench.scale": "experiments.bench.scale",

@@ -21,6 +21,7 @@ from experiments import (
     hydra_run,
     measurement,
     merge,
+    regimes,
     run,
     statistics,
     suites,
@@ -349,7 +350,7 @@ def test_settings_are_typed():
     assert hydra_run.read_settings(Outer, composed) == Outer("x", Inner(3))
 
 
-COMMANDS = [run, merge, finetune, statistics, tables, analyse, factorial, bench]
+COMMANDS = [run, merge, finetune, statistics, tables, analyse, factorial, regimes, bench]
 
 
 @pytest.mark.parametrize("module", COMMANDS, ids=lambda module: module.__name__)

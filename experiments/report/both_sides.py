@@ -1,0 +1,192 @@
+"""The page on both sides of a layer: its statistics, its figure and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from experiments.report.figures import LINES, STYLE
+from experiments.report.markup import markdown
+from merging.errors import InputError
+
+CLEAR = 2.0  # standard errors that a difference takes to count as a win or a loss
+
+THEORY = """# Both sides of a layer
+
+For a linear layer, expert t of T moves its weight by D_t = W_t - W_0 (d_out, d_in). Write
+R = sum_t D_t D_t^T, C = sum_t D_t^T D_t and N = sum_t D_t D_t^T D_t. With pseudo-inverse powers,
+
+    D(a) = R^-a N C^-(1-a),   0 <= a <= 1
+
+joins methods that were proposed apart. Gradient descent makes D_t a sum of g z^T over inputs z and
+gradients g at the layer's outputs, so that D_t^T D_t estimates the second moment of the inputs
+(ACTMat's argument) and D_t D_t^T that of the output gradients, the two factors of K-FAC.
+
+- **a = 0 is ACTMat**, N C^-1, the minimiser of sum_t |(D - D_t) D_t^T|^2.
+- **a = 1 is its mirror** (`mirror`), R^-1 N, the minimiser of sum_t |D_t^T (D - D_t)|^2.
+- **a = 1/2** (`symmetric`) treats both sides alike. Taking (D_t D_t^T)^p and (D_t^T D_t)^p for the
+  moments, with p = 0 and each D_t cut to its floor(r / T) largest singular triplets, it is exactly
+  **TSV-M**: with U = [U_1 .. U_T], (U U^T)^-1/2 U is the polar factor that TSV-M takes.
+- In eigenbases R = U diag(l) U^T and C = V diag(m) V^T every member divides the entries of U^T N V
+  by a mean of l_i and m_j: the geometric one above; the arithmetic one (`sylvester`) solves
+  R D + D C = 2 N, and so minimises the sum of both interferences.
+
+**Proposition.** D(1/2) never moves a direction further than the strongest expert does:
+|D| <= max_t |D_t| in the spectral norm, for every p; and the arithmetic mean gives no more than the
+geometric in any unitarily invariant norm. *Proof.* D(1/2) = sum_t X_t D_t Y_t with
+X_t = R^-1/2 R_t^1/2 and Y_t = C_t^1/2 C^-1/2, and sum_t X_t X_t^T and sum_t Y_t^T Y_t are
+projections: [X_1 .. X_T], diag(D_t) and the Y_t above each other multiply to D, and the outer two
+have norm at most 1. The arithmetic member is the geometric one times, entry by entry,
+1 / cosh((log l_i - log m_j) / 2), which is a positive definite function of the difference and 1 at
+0: a Schur multiplier of norm 1. The ends a = 0 and a = 1 have no such bound. Two experts (1, e)
+and (-1, e) of one output give D(0) = (0, 1/e + e).
+
+Every member returns a single expert, averages equal ones, and adds up experts that share neither
+inputs nor outputs. `merging/method/both_sides.py` holds the code, `tests/test_both_sides.py` a test
+of each sentence above.
+"""
+
+
+def compare(frame: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
+    """One line per regime and row: mean, difference to the regime's best rival, paired error.
+
+    frame: lines of regime, row, seed, task, accuracy (percent), count. The standard error is over
+    pairs of task and seed, in which both methods are judged on the same examples.
+    """
+    lines = []
+    for regime, part in frame.groupby("regime", sort=False):
+        wide = part.pivot(index=["seed", "task"], columns="row", values="accuracy")
+        if wide.isna().any(axis=None):
+            row = wide.columns[wide.isna().any()][0]
+            raise InputError(f"there is no record of {row} for every seed of {regime!r}")
+        means = wide.mean()
+        known = [rival for rival in rivals if rival in wide]
+        best = max(known, key=lambda rival: means[rival])
+        for row in wide:
+            paired = wide[row] - wide[best]
+            lines.append(
+                {
+                    "regime": regime,
+                    "row": row,
+                    "mean": means[row],
+                    "best": best,
+                    "difference": paired.mean(),
+                    "difference_se": paired.sem(),
+                    "seeds": wide.index.get_level_values("seed").nunique(),
+                    "tasks": wide.index.get_level_values("task").nunique(),
+                    "count": int(part["count"].max()),
+                    "split": part["split"].iloc[0],
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def outcomes(table: pd.DataFrame) -> pd.DataFrame:
+    """Per row over all regimes: mean, wins, ties and losses against the best rival, worst case."""
+    clear = table.difference.abs() > CLEAR * table.difference_se
+    marked = table.assign(
+        win=clear & (table.difference > 0), loss=clear & (table.difference < 0), tie=~clear
+    )
+    grouped = marked.groupby("row", sort=False)
+    found = grouped.agg(
+        mean=("mean", "mean"), win=("win", "sum"), tie=("tie", "sum"), loss=("loss", "sum"),
+        worst=("difference", "min"), regimes=("regime", "nunique"),
+    )  # fmt: skip
+    return found.sort_values(["mean"], ascending=False).reset_index()
+
+
+def figure(table: pd.DataFrame) -> Figure:
+    """Paired difference to the best rival of each regime, with standard errors."""
+    order = list(outcomes(table).row)[::-1]
+    regimes = list(dict.fromkeys(table.regime))
+    with rc_context(STYLE):
+        drawn = Figure(figsize=(6.4, 0.28 * len(order) + 1.0), layout="constrained")
+        axes = drawn.subplots()
+        for i, (regime, colour) in enumerate(zip(regimes, LINES * len(regimes), strict=False)):
+            part = table[table.regime == regime].set_index("row").reindex(order)
+            offset = 0.6 * ((i + 0.5) / len(regimes) - 0.5)
+            axes.errorbar(
+                part.difference, np.arange(len(order)) - offset, xerr=part.difference_se,
+                fmt="o", color=colour, markersize=3.5, elinewidth=1, label=regime,
+            )  # fmt: skip
+        axes.axvline(0, color="black", linewidth=0.6)
+        axes.set_yticks(range(len(order)), order)
+        axes.set_xlabel("accuracy, points over the best rival of the regime")
+        axes.legend(frameon=False, fontsize=7)
+    return drawn
+
+
+def page(table: pd.DataFrame, rivals: Sequence[str]) -> str:
+    """results/both_sides.md."""
+    regimes = list(dict.fromkeys(table.regime))
+    cells = table.set_index(["row", "regime"])
+    summary = outcomes(table)
+    lines = [
+        [row.row, *(_cell(cells, row.row, regime) for regime in regimes),
+         f"{row.mean:.1f}", f"{row.win}/{row.tie}/{row.loss}", f"{row.worst:+.1f}"]
+        for row in summary.itertuples()
+    ]  # fmt: skip
+    header = ["method", *regimes, "mean", "win/tie/loss", "worst"]
+    return "\n".join(
+        [
+            THEORY,
+            "## What it scores",
+            "",
+            *(_about(table[table.regime == regime]) for regime in regimes),
+            "",
+            f"Rivals are {', '.join(f'`{rival}`' for rival in rivals)}. Mean accuracy in percent; "
+            "in brackets the difference to the best rival of the regime ± its standard error, "
+            "paired over tasks and seeds. A win or a loss is a difference of more than two "
+            "standard errors.",
+            "",
+            markdown(header, lines),
+            "![Differences to the best rival](both_sides/differences.png)",
+            "",
+            _verdict(summary, set(rivals)),
+            "",
+        ]
+    )
+
+
+def _cell(cells: pd.DataFrame, row: str, regime: str) -> str:
+    if (row, regime) not in cells.index:
+        return "–"
+    cell = cells.loc[(row, regime)]
+    if row == cell.best:
+        return f"{cell['mean']:.1f} (best rival)"
+    return f"{cell['mean']:.1f} ({cell.difference:+.1f} ± {cell.difference_se:.1f})"
+
+
+def _about(part: pd.DataFrame) -> str:
+    first = part.iloc[0]
+    seeds = "1 seed" if first.seeds == 1 else f"{first.seeds} seeds"
+    return (
+        f"- {first.regime}: {first.tasks} tasks, {seeds}, at most {first['count']} {first.split} "
+        "examples a task"
+    )
+
+
+def _verdict(summary: pd.DataFrame, rivals: set[str]) -> str:
+    whole = summary[summary.regimes == summary.regimes.max()]
+    safe = whole[whole.loss == 0]
+    if safe.empty:
+        best = whole.iloc[0]
+        return (
+            f"**No method is at least as good as the best rival in every regime.** `{best.row}` "
+            f"has the highest mean, {best['mean']:.1f}, and is {-best.worst:.1f} points behind at "
+            "worst."
+        )
+    best = safe.iloc[0]
+    kind = " (a rival itself)" if best.row in rivals else ""
+    lead = "" if best.row == whole.iloc[0].row else (
+        f" `{whole.iloc[0].row}` has a higher mean, {whole.iloc[0]['mean']:.1f}, and loses "
+        f"{whole.iloc[0].loss} times."
+    )  # fmt: skip
+    return (
+        f"Of the methods that lose nowhere, `{best.row}`{kind} has the highest mean, "
+        f"{best['mean']:.1f}.{lead}"
+    )

@@ -1,0 +1,125 @@
+"""Regimes side by side: the runs, the paired statistics by hand, the page and its verdict."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from hydra import compose, initialize_config_dir
+from linear_suite import LinearSuite
+
+from experiments import hydra_run, measurement
+from experiments.commands import regimes
+from experiments.commands.regimes import Regime, Regimes
+from experiments.report import both_sides
+from merging.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def composed():
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return hydra_run.read_settings(Regimes, compose("regimes"))
+
+
+@pytest.fixture
+def settings(tmp_path, monkeypatch):
+    suite = LinearSuite(tmp_path)
+    monkeypatch.setattr(measurement, "load_suite", lambda config, device: suite)
+    return Regimes(
+        suites={"linear": {"name": "linear"}},
+        regimes={"all": Regime("linear"), "one": Regime("linear", tasks=["first"])},
+        methods={
+            "average": {"name": "average"},
+            "symmetric": {"name": "symmetric"},
+            "a = 0.9": {"name": "both_sides", "a": 0.9},
+        },
+        rivals=["average"], seeds=[0, 1], output=str(tmp_path / "out"),
+        records=str(tmp_path / "records"), device="cpu",
+    )  # fmt: skip
+
+
+def test_the_published_settings_compose_and_name_what_exists():
+    settings = composed()
+    regimes.check(settings)
+    assert {"actmat", "tsv_m", "aswudi", "iso_c", "task_arithmetic", "pico"} == {*settings.rivals}
+    assert settings.split == "validation"
+
+
+def test_it_runs_tabulates_and_starts_again_from_records(settings, tmp_path, capsys):
+    regimes.regimes(settings)
+    page = (tmp_path / "out" / "both_sides.md").read_text()
+    # the experts' sum, diag(1, 1), is .6 / 2 off on either task; the average .1 / 2
+    assert "95.0 (best rival)" in page and "70.0 (-25.0 ± 0.0)" in page
+    assert "- all: 2 tasks, 2 seeds, at most 100 validation examples a task" in page
+    assert (tmp_path / "out" / "both_sides" / "differences.png").exists()
+    table = pd.read_csv(tmp_path / "out" / "both_sides" / "table.csv")
+    assert len(table) == 6 and set(table.split) == {"validation"}
+    settings.run = False
+    regimes.regimes(settings)
+    assert (tmp_path / "out" / "both_sides.md").read_text() == page
+
+
+def frame(**rows):
+    """{row: accuracies of two tasks by seed, in two regimes}"""
+    lines = [
+        (regime, row, seed, task, accuracy, 50, "validation")
+        for row, by_regime in rows.items()
+        for regime, seeds in zip("xy", by_regime, strict=True)
+        for seed, pair in enumerate(seeds)
+        for task, accuracy in zip("ab", pair, strict=True)
+    ]
+    columns = ["regime", "row", "seed", "task", "accuracy", "count", "split"]
+    return pd.DataFrame(lines, columns=columns)
+
+
+ROWS = {
+    "tsv_m": ([(60, 70)], [(50, 52)]),
+    "actmat": ([(50, 60)], [(55, 65)]),
+    "new": ([(61, 73)], [(55, 67)]),
+    "safe": ([(60, 71)], [(54, 64)]),
+}
+
+
+def test_differences_are_paired_with_each_regimes_best_rival():
+    table = both_sides.compare(frame(**ROWS), ["actmat", "tsv_m"])
+    cells = table.set_index(["regime", "row"])
+    assert (
+        cells.loc[("x", "new"), "best"] == "tsv_m" and cells.loc[("y", "new"), "best"] == "actmat"
+    )
+    assert cells.loc[("x", "new"), "difference"] == 2  # (1 + 3) / 2
+    assert cells.loc[("x", "new"), "difference_se"] == 1  # of 1 and 3: sqrt(2) / sqrt(2)
+    outcome = both_sides.outcomes(table).set_index("row")
+    assert outcome.loc["tsv_m", ["win", "tie", "loss"]].tolist() == [0, 1, 1]
+    assert outcome.loc["tsv_m", "worst"] == -9
+
+
+def test_the_verdict_says_what_the_numbers_say():
+    table = both_sides.compare(frame(**ROWS), ["actmat", "tsv_m"])
+    assert "of the methods that lose nowhere, `new` has" in both_sides.page(table, []).lower()
+    worse = {k: v for k, v in ROWS.items() if k in ("tsv_m", "actmat")}
+    page = both_sides.page(both_sides.compare(frame(**worse), ["actmat", "tsv_m"]), [])
+    assert "**No method is at least as good as the best rival in every regime.**" in page
+
+
+def test_missing_records_are_told(settings, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        regimes.render(settings, tmp_path)
+    lacking = frame(**ROWS).iloc[1:]
+    with pytest.raises(InputError, match="no record of tsv_m"):
+        both_sides.compare(lacking, ["actmat"])
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rivals": ["tsv"]}, "rival 'tsv'"),
+        ({"regimes": {"x": Regime("text")}}, "unknown suite 'text'"),
+        ({"methods": {"x": {"name": "tsvm"}}}, "unknown method 'tsvm'"),
+        ({"regimes": {"x": Regime("linear", "half")}}, "finetuning is 'half'"),
+    ],
+)
+def test_wrong_names_are_refused_before_anything_runs(settings, change, told):
+    for key, value in change.items():
+        setattr(settings, key, value)
+    with pytest.raises(InputError, match=told):
+        regimes.regimes(settings)
