@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,13 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _BACK = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _GATES = {"LSTM": 4, "GRU": 3}
 _NORMS = ("Norm",)
-# Projections into a block of experts and out of it, by the names that transformers gives them.
+# The direction of a weight normalisation, or the matrix under a spectral one: laid out as the
+# module's weight.
+_REPARAMETRISED = re.compile(
+    r"(.+?)\.(?:parametrizations\.weight\.original1?|weight_v|weight_orig)"
+)
+_TABLES = ("Embed", "Codebook", "Quantizer")
+# Modules with one matrix that is applied as nn.Linear applies its own: routers, quantised layers.
 _MATRIX_OWNERS = ("Linear", "Router", "Gate", "TopK", "Projection", "Dense")
 # Attention classes whose packed rows are one q, k, v (groups of q for grouped k, v) after another.
 _BY_HEAD = ("GPTNeoX", "Bloom", "Falcon", "Persimmon", "Fuyu")
@@ -58,6 +65,10 @@ def kinds(model: nn.Module) -> dict[str, Layer | str]:
                 found[name] = names.EMBEDDING
             elif id(tensor) in heads or (leaf == "weight" and names.is_head(path)):
                 found[name] = names.HEAD
+            elif reparametrised := _REPARAMETRISED.fullmatch(name):
+                owner = modules[reparametrised[1]]
+                outer = modules.get(reparametrised[1].rpartition(".")[0])
+                found[name] = _kind(owner, reparametrised[1], "weight", tensor, outer)
             else:
                 found[name] = _kind(module, path, leaf, tensor, parent)
     return found
@@ -110,7 +121,7 @@ def _kind(
         return Layer(experts=shape[0], transposed=_stored_back(module, leaf))
     if tensor.ndim == 2 and leaf == "weight" and any(word in kind for word in _MATRIX_OWNERS):
         return Layer()
-    if isinstance(module, nn.Embedding) or "Embed" in kind:
+    if any(word in kind for word in _TABLES):
         return names.EMBEDDING
     return names.PARAMETER
 

@@ -59,6 +59,8 @@ def is_head(path: str) -> bool:
     *outer, last = pieces
     if last in HEADS:
         return len(outer) <= (0 if last == "proj_out" else 2 if last in _SINGLE else 3)
+    if last.endswith("_head") and len(outer) <= 1:
+        return True
     return last in _LAST and any(piece in HEADS or piece == "heads" for piece in outer[:2])
 
 
