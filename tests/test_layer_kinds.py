@@ -242,6 +242,8 @@ BARE = {
     "model.lm_head.weight": "output head",
     "classifier.out_proj.weight": "output head",
     "classifier.dense.weight": Layer(),
+    "classifier.0.weight": Layer(),
+    "classifier.3.weight": "output head",
     "cls.predictions.decoder.weight": "output head",
     "cls.predictions.transform.dense.weight": Layer(),
     "shared.weight": "embedding",

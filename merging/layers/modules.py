@@ -83,6 +83,9 @@ def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _outputs(model: nn.Module) -> Iterator[Tensor]:
     """Weights of the layers that a model itself calls its output."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Sequential) and names.is_head(path):
+            yield from [x.weight for x in module.modules() if isinstance(x, nn.Linear)][-1:]
     for getter in ("get_output_embeddings", "get_classifier"):
         try:
             head = getattr(model, getter)()

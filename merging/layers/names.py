@@ -74,10 +74,10 @@ def kinds(shapes: Shapes, vocabulary: int | None = None) -> dict[str, Layer | st
 
     vocabulary: the number of tokens, where it is known: a matrix with that many rows is no layer.
     """
-    stored_back = _conv1d_stored(shapes)
+    stored_back, ends = _conv1d_stored(shapes), _ends_of_heads(shapes)
     found = {}
     for name, shape in shapes.items():
-        found[name] = kind = _kind(name, tuple(shape), shapes)
+        found[name] = kind = HEAD if name in ends else _kind(name, tuple(shape), shapes)
         if not isinstance(kind, Layer) or kind.experts or kind.kernel:
             continue
         if vocabulary and vocabulary > 256 and shape[0] == vocabulary:
@@ -89,6 +89,16 @@ def kinds(shapes: Shapes, vocabulary: int | None = None) -> dict[str, Layer | st
             parts = whole if packed and not rest and whole in (2, 3) else 1
             found[name] = Layer(parts, transposed=True)
     return found
+
+
+def _ends_of_heads(shapes: Shapes) -> set[str]:
+    """The last matrix of each head that is a sequence: `classifier.6.weight` of 0, 3 and 6."""
+    last: dict[str, tuple[int, str]] = {}
+    for name, shape in shapes.items():
+        match = re.fullmatch(r"(.+)\.(\d+)\.weight", name)
+        if match and len(shape) == 2 and is_head(match[1]):
+            last[match[1]] = max(last.get(match[1], (-1, "")), (int(match[2]), name))
+    return {name for _, name in last.values()}
 
 
 def _kind(name: str, shape: tuple[int, ...], shapes: Shapes) -> Layer | str:
