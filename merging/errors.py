@@ -1,5 +1,9 @@
 """The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+
 
 class InputError(ValueError):
     """Bad input, told in one sentence.
@@ -12,3 +16,9 @@ class InputError(ValueError):
         super().__init__(message)
         self.message = message
         self.hint = hint
+
+
+def several(problems: Sequence[str], limit: int = 6) -> str:
+    """A list of problems for a message: the first few, and how many more there are."""
+    more = [f"and {len(problems) - limit} more of them"] if len(problems) > limit else []
+    return "; ".join([*problems[:limit], *more])

@@ -6,7 +6,8 @@ or evaluates an expert asks which of the two it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,7 @@ class Source(Protocol):
     path: str
     bytes_read: int
     tied: Mapping[str, str]
+    quantised: str  # the format of weights that are worked out when they are read; "": none are
 
     def keys(self) -> list[str]:
         """Names in file order."""
@@ -37,6 +39,10 @@ class Source(Protocol):
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or those rows of its first dimension: on the CPU, in the stored dtype."""
+        ...
+
+    def with_ties(self, tied: Mapping[str, str]) -> Source:
+        """The same tensors, of which other names count as one."""
         ...
 
     def close(self) -> None: ...
@@ -79,6 +85,8 @@ class Expert(Protocol):
     base_name: str | None  # the base it says it belongs to
     hub_base: bool  # that name is an "owner/name" id, comparable between experts
     partial: bool  # it holds what it changes only: all else is as in the base
+    is_adapter: bool  # what it changes it holds as factors
+    notes: Sequence[str]  # what was left out of it, or taken from the base for it
 
     @property
     def bytes_read(self) -> int: ...
@@ -124,7 +132,9 @@ class Expert(Protocol):
 class Dense(Source):
     """An expert stored in full: all that a source of named tensors needs to be one."""
 
-    partial, base_name, hub_base = False, None, False
+    partial, base_name, hub_base, is_adapter = False, None, False, False
+    notes: tuple[str, ...] = ()
+    quantised = ""
 
     def names(self) -> list[str]:
         return self.keys()
@@ -147,25 +157,11 @@ class Dense(Source):
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.read(name)) for name in self.keys())
 
-    def problems(self, base: Source, common_rows: bool = False) -> list[str]:
-        ours, theirs = dict.fromkeys(base.keys()), dict.fromkeys(self.keys())
-        known = {self.tied.get(name, name) for name in theirs if name in ours}
-        found = [
-            f"tensor {name!r} of {base.path} is missing"
-            for name in ours
-            if name not in theirs and base.tied.get(name) not in theirs
-        ]
-        for name in theirs:
-            if name not in ours:
-                if self.tied.get(name, name) not in known:
-                    found.append(f"tensor {name!r} is not in {base.path}")
-                continue
-            found += compare_shapes(name, self.shape(name), base, common_rows)
-            if self.dtype(name).is_floating_point != base.dtype(name).is_floating_point:
-                found.append(
-                    f"tensor {name!r} is {self.dtype(name)}, the base's {base.dtype(name)}"
-                )
-        return found
+    def with_ties(self, tied: Mapping[str, str]) -> Source:
+        """The same tensors, of which other names count as one."""
+        other = copy.copy(self)
+        other.tied = dict(tied)
+        return other
 
 
 class Scaled:
@@ -187,21 +183,6 @@ class Scaled:
 
     def stamp(self) -> object:
         return self.scale, self.expert.stamp()
-
-
-def compare_shapes(
-    name: str, shape: tuple[int, ...], base: Source, common_rows: bool = False
-) -> list[str]:
-    """What is wrong with an expert's shape of one of the base's tensors."""
-    expected = base.shape(name)
-    if shape == expected:
-        return []
-    rows_only = 0 < len(shape) == len(expected) and shape[1:] == expected[1:]
-    if rows_only and any(word in name for word in ("embed", "head", "wte", "shared")):
-        if common_rows:
-            return []
-        return [f"tensor {name!r} has a vocabulary of {shape[0]}, the base's has {expected[0]}"]
-    return [f"tensor {name!r} has shape {list(shape)}, the base's has {list(expected)}"]
 
 
 def apply(base: Mapping[str, Tensor], expert: Expert) -> dict[str, Tensor]:

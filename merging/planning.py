@@ -21,6 +21,7 @@ from merging.errors import InputError
 from merging.experts import Expert, Source
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
+from merging.formats.fit import fit
 from merging.layers import Layer, cut, parts, resolve_layers
 from merging.method.registry import Method, create
 from merging.progress import track
@@ -108,9 +109,10 @@ def plan(
     source = open_checkpoint(base)
     opened = {task: open_checkpoint(path) for task, path in sorted(experts.items())}
     try:
-        found = Plan(list(opened), problems(source, opened))
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved = resolve_layers(layers, shapes, base)
+        opened = fit(source, opened, resolved)
+        found = Plan(list(opened), problems(source, opened))
         _count(found, source, opened, resolved)
         if not found.problems:
             _read(found, source, opened, resolved, named, subsets)

@@ -14,6 +14,7 @@ from torch import nn
 from merging.errors import InputError
 from merging.formats.checkpoints import Adapter, StateDict, open_checkpoint
 from merging.formats.checks import check_finite, problems
+from merging.formats.fit import fit
 from merging.formats.slots import MAPPED_BYTES, Strided
 
 DTYPES = [
@@ -329,18 +330,20 @@ def test_one_report_lists_every_problem():
         {"a": torch.ones(2).long(), "embed": torch.ones(8, 2), "c": torch.ones(1)}, "X"
     )
     other = StateDict({"a": torch.ones(2), "b": torch.ones(2, 3), "embed": torch.ones(9, 2)}, "Y")
-    told = problems(base, {"math": expert, "code": other})
+    fitted = fit(base, {"math": expert, "code": other})
+    told = problems(base, fitted)
+    vocabulary = "a vocabulary of 8, the base's has 9 (vocabulary=common_rows merges the rows that"
     assert told == [
         "expert 'math' (X): tensor 'b' of BASE is missing",
-        "expert 'math' (X): tensor 'a' is torch.int64, the base's torch.float32",
-        "expert 'math' (X): tensor 'embed' has a vocabulary of 8, the base's has 9",
         "expert 'math' (X): tensor 'c' is not in BASE",
+        "expert 'math' (X): tensor 'a' is torch.int64, the base's torch.float32",
+        f"expert 'math' (X): tensor 'embed' has {vocabulary} both have)",
         "expert 'code' (Y): tensor 'b' has shape [2, 3], the base's has [3, 2]",
     ]
-    assert problems(base, {"math": expert}, common_rows=True) == [
+    assert problems(base, fit(base, {"math": expert}), common_rows=True) == [
         t for t in told[:4] if "vocab" not in t
     ]
-    assert problems(base, {"same": base}) == []
+    assert problems(base, fit(base, {"same": base})) == []
 
 
 def test_dropped_tied_copies_are_no_problem():
@@ -348,10 +351,10 @@ def test_dropped_tied_copies_are_no_problem():
     tied = StateDict({"embed": embedding, "head": embedding})
     reverse = StateDict({"head": embedding, "embed": embedding})
     alone = StateDict({"embed": embedding})
-    assert problems(tied, {"x": alone}) == []
-    assert problems(alone, {"x": tied, "y": reverse}) == []
+    assert problems(tied, fit(tied, {"x": alone})) == []
+    assert problems(alone, fit(alone, {"x": tied, "y": reverse})) == []
     # the base merges tied tensors under their first name, which the expert must have
-    assert problems(tied, {"x": StateDict({"head": embedding})}) != []
+    assert problems(tied, fit(tied, {"x": StateDict({"head": embedding})})) != []
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
@@ -452,13 +455,14 @@ def test_adapters_that_cannot_be_represented(tmp_path, change, message):
             {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (3, 4)},
             "expected (r, d_in) and (d_out, r)",
         ),
-        ({"q.lora_A.weight": (2, 5, 1, 1), "q.lora_B.weight": (3, 2, 1, 1)}, "expected (r, d_in)"),
-        ({"q.lora_embedding_A": (2, 5)}, "holds 0 LoRA adapters"),
-        ({"q.lora_A.weight": (2, 5), "q.lora_magnitude_vector": (3,)}, "lora_magnitude_vector"),
+        ({"q.lora_A.weight": (2, 5, 1, 1), "q.lora_B.weight": (3, 2, 3, 3)}, "expected (r, d_in)"),
+        ({"q.lora_embedding_A": (2, 5)}, "should have one factor A, one B"),
+        ({"q.lora_A.weight": (2, 5), "q.lora_magnitude_vector": (3,)}, "one factor A, one B"),
+        ({"q.lora_A.weight": (2, 5), "q.lora_B.bias": (3,)}, "not a LoRA factor"),
         ({"q.lora_A.a.weight": (2, 5), "q.lora_A.b.weight": (2, 5)}, "holds 2 LoRA adapters"),
         ({"q.weight": (2, 5)}, "holds 0 LoRA adapters"),
         (
-            {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (3, 2), "q.base_layer.weight": (3, 5)},
+            {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (3, 2), "q.weight": (3, 5)},
             "nothing else",
         ),
         ({"q.lora_A.weight": (2, 5), "h.base_layer.bias": (3,), "h.bias": (3,)}, "'h.bias' twice"),
@@ -501,8 +505,12 @@ def test_adapters_of_different_bases(tmp_path):
     local = open_checkpoint(write_adapter_files(tmp_path / "c", local))
     assert problems(base, {"x": a, "y": local}) == []
     assert problems(base, {"x": a, "y": b}) == [
-        "the adapters were trained on different bases: 'x' on org/base, 'y' on org/other"
+        "the adapters were trained on different bases: 'x' on org/base, 'y' on org/other (if they "
+        "are one model, name it alike in their adapter_config.json)"
     ]
+    mirror = CONFIG | {"base_model_name_or_path": "mirror/base-bnb-4bit"}
+    mirror = open_checkpoint(write_adapter_files(tmp_path / "d", mirror))
+    assert problems(base, {"x": a, "y": mirror}) == []
 
 
 class Block(nn.Module):

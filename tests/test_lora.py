@@ -210,7 +210,8 @@ def test_what_cannot_be_an_adapter_is_one_sentence(adapters, tmp_path):
     refused("an adapter is a folder", experts, output=tmp_path / "adapter.safetensors")
     refused("exists already", experts, output=tmp_path / "both")
     factors = {"first.weight": (torch.ones(1, 30), torch.ones(20, 1))}
-    write_adapter(tmp_path / "turned", factors, CONFIG | {"fan_in_fan_out": True})
+    turned = {"first.weight": (torch.ones(1, 20), torch.ones(30, 1))}
+    write_adapter(tmp_path / "turned", turned, CONFIG | {"fan_in_fan_out": True})
     refused(
         r"'turned' .* is \[30, 20\]|shape \[30, 20\]", experts | {"turned": tmp_path / "turned"}
     )

@@ -5,26 +5,29 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eval.cache import cached, digest, file_sha256
+from eval.companions import companions
 from eval.data import hub
-from merging.errors import InputError
+from eval.tokenizers import require_same_tokenizers
+from merging.errors import InputError, several
 from merging.experts import Expert
 from merging.formats.checkpoints import Checkpoint, open_checkpoint
-from merging.formats.checks import problems
+from merging.formats.checks import model_name, problems
+from merging.formats.fit import fit, still_tied
 from merging.formats.writer import Writer
 
 # What a merge and lm-eval read of a repository; never its code.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-# What a model folder needs beside weights; trainer states and optimisers stay behind.
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
 WRAPPER = "transformer."  # before each name in the ACTMat authors' pickled language models
-COPIED = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".py"}
 
 
 def local(name: str) -> Path:
@@ -88,21 +91,6 @@ def _digest(file: Path, _modified: int) -> str:
     return file_sha256(file)
 
 
-def companions(folder: Path) -> dict[str, bytes | Path]:
-    """Configuration and tokenizer files of a model folder, by name."""
-    if not folder.is_dir():
-        return {}
-    left = {"README.md", "trainer_state.json", "adapter_config.json"}
-    return {
-        file.name: file
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-        and file.suffix in COPIED
-        and file.name not in left
-        and not file.name.endswith(".index.json")
-    }
-
-
 def write(state: Mapping[str, Tensor], folder: Path, *, like: Path) -> None:
     """Write a model folder with the shards, configuration and tokenizer of the folder `like`."""
     shards = getattr(open_checkpoint(like), "shards", None)
@@ -127,24 +115,30 @@ def load_into(model: nn.Module, expert: Expert) -> None:
 
 def require_mergeable(
     base: Path, experts: Mapping[str, Path], *, vocabulary: str, name: str
-) -> None:
+) -> dict[str, Any]:
     """Everything that headers and tokenizers can tell, before a merge reads any weight.
 
     name: of the base, as adapters call it. Raises one InputError with every problem found:
     damaged, missing or superfluous files and tensors, shapes, adapters of another base.
+    Returns what the base's config.json must say otherwise for the merge.
     """
-    source = open_checkpoint(base)
-    if source.partial:
-        raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
-    opened = {task: open_checkpoint(path) for task, path in experts.items()}
-    found = problems(source, opened, common_rows=vocabulary == "common_rows")
-    for task, expert in opened.items():
-        named = expert.hub_base and not Path(name).exists()
-        if named and expert.base_name != name:
-            found.append(f"expert {task!r} is an adapter of {expert.base_name}, expected {name}")
-    if found:
-        raise InputError("; ".join(found), hint="nothing was merged")
+    with ExitStack() as stack:
+        source = stack.enter_context(closing(open_checkpoint(base)))
+        if source.partial:
+            raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
+        opened = {t: stack.enter_context(closing(open_checkpoint(p))) for t, p in experts.items()}
+        opened = fit(source, opened)
+        found = problems(source, opened, common_rows=vocabulary == "common_rows")
+        for task, expert in opened.items():
+            named = expert.hub_base and not Path(name).exists()
+            if named and model_name(expert.base_name) != model_name(name):
+                told = f"expert {task!r} is an adapter of {expert.base_name}, expected {name}"
+                found.append(told)
+        if found:
+            raise InputError(several(found), hint="nothing was merged")
+        untied = set(source.tied) - set(still_tied(source, opened))
     require_same_tokenizers(base, experts)
+    return {"tie_word_embeddings": False} if untied else {}
 
 
 def require_chat_template(folder: Path) -> None:
@@ -167,30 +161,3 @@ def require_same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], suite:
                 f"tensor {name!r} of a state for suite {suite!r} is {found}, "
                 f"expected shape {tuple(tensor.shape)}"
             )
-
-
-def require_same_tokenizers(base: Path, experts: Mapping[str, Path]) -> None:
-    """InputError for an expert whose tokenizer gives one of the base's numbers another token.
-
-    Tokens that an expert adds beyond the base's are admitted: they are rows of the embedding
-    that the merge's rule for vocabularies decides about.
-    """
-    ours = _tokens(base)
-    for task, folder in experts.items():
-        for number, token in _tokens(folder).items():
-            if ours.get(number, token) != token:
-                raise InputError(
-                    f"the tokenizer of expert {task!r} ({folder}) differs from the base's: "
-                    f"token {number} is {token!r}, expected {ours[number]!r}",
-                    hint="merge models that share a tokenizer",
-                )
-
-
-def _tokens(folder: Path) -> dict[int, str]:
-    """{number: token} of a checkpoint's tokenizer, empty where it comes without one."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
-        return {}
-    from transformers import AutoTokenizer
-
-    vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-    return {number: token for token, number in vocabulary.items()}

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import merging
 from eval.cache import file_sha256
-from eval.language.checkpoints import companions, require_mergeable
+from eval.companions import companions, home, weighted_modules, with_config
+from eval.configurations import differences
+from eval.language.checkpoints import require_mergeable
 from experiments.hydra_run import Command
 from experiments.report.markup import markdown
 from experiments.report.records import versions
 from experiments.settings import resolve_device
 from merging.errors import InputError
+from merging.formats.readers import READERS
 from merging.progress import track
 
-WEIGHTS = {".safetensors", ".bin", ".pt", ".pth"}
-
-
+log = logging.getLogger(__name__)
 PATHS = r"\+*((?:experts|statistics)\.[^=]+|base|expert|output|architecture)=(.*)"
+_PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_]\w*", re.ASCII | re.IGNORECASE)
+_ENCODED = "name_"  # before names that Hydra's grammar has no way to write
 
 
 @dataclass
@@ -40,17 +46,26 @@ class MergeCheckpoints:
     form: str = "dense"
     device: Any = "auto"
     seed: int = 0
+    dtype: str | None = None
     overwrite: bool = False
     strict: bool = False
 
 
 def quote_paths(overrides: list[str]) -> list[str]:
-    """Spare users Hydra's grammar: experts and statistics need no `+`, paths no quotes."""
+    """Spare users Hydra's grammar: experts and statistics need no `+`, paths no quotes.
+
+    Names of any characters are allowed: those that Hydra would take apart travel as hexadecimals.
+    """
     prepared = []
     for override in overrides:
         match = re.fullmatch(PATHS, override)
         if match:
             key, path = match.groups()
+            group, _, name = key.partition(".")
+            if name and not re.fullmatch(
+                r"(?!null$|true$|false$|nan$|inf$)[A-Za-z_]\w*", name, re.A | re.I
+            ):
+                key = f"{group}.{_ENCODED}{name.encode().hex()}"
             plus = "++" if "." in key else ""
             quoted = path[:1] in {"'", '"'} or path == "null"
             override = f"{plus}{key}=" + (path if quoted else "'" + path.replace("'", r"\'") + "'")
@@ -58,8 +73,20 @@ def quote_paths(overrides: list[str]) -> list[str]:
     return prepared
 
 
+def plain_names(paths: Mapping[str, str]) -> dict[str, str]:
+    """Paths by the names that `quote_paths` may have encoded, in the names' order."""
+    encoded = re.compile(rf"{_ENCODED}((?:[0-9a-f]{{2}})+)")
+    found = {}
+    for name, path in paths.items():
+        match = encoded.fullmatch(name)
+        found[bytes.fromhex(match[1]).decode() if match else name] = path
+    return dict(sorted(found.items()))
+
+
 def merge(settings: MergeCheckpoints) -> merging.Report:
     """Merge checkpoints into one."""
+    settings.experts = plain_names(settings.experts)
+    settings.statistics = plain_names(settings.statistics)
     method = merging.create(**settings.method)
     base, output = Path(settings.base), Path(settings.output)
     if not settings.experts:
@@ -67,19 +94,33 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     devices = settings.device if isinstance(settings.device, list) else [settings.device]
     devices = [resolve_device(device) for device in devices]
     experts = {task: Path(path) for task, path in settings.experts.items()}
-    require_mergeable(base, experts, vocabulary=settings.vocabulary, name=settings.base)
+    changes = require_mergeable(base, experts, vocabulary=settings.vocabulary, name=settings.base)
+    for told in differences(base, experts):
+        log.warning("%s", told)
+    parts = shared_modules(base, experts)
+    for part in parts:
+        inner = {task: path / part for task, path in experts.items()}
+        require_mergeable(base / part, inner, vocabulary="refuse", name=settings.base)
+    if settings.dtype:
+        changes |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
 
     def extra() -> dict[str, bytes | Path]:
         if output.suffix == ".safetensors":
             return {}
-        files = companions(base) if settings.form == "dense" else {}
-        return files | {"README.md": model_card(settings, method).encode()}
+        card = {"README.md": model_card(settings, method).encode()}
+        if settings.form != "dense":
+            return card
+        files = with_config(companions(base), changes, drop=("quantization_config",))
+        for part in parts:
+            files |= merged_module(settings, method, part)
+        return files | card
 
     return merging.merge_checkpoints(
         base,
         experts,
         method,
         output,
+        dtype=settings.dtype,
         layers=Path(settings.architecture) if settings.architecture else None,
         statistics=settings.statistics or None,
         device=devices,
@@ -94,7 +135,43 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
 
 def show(settings: MergeCheckpoints, report: merging.Report) -> None:
     """Print what the method reached, what it did not, and where the result lies."""
+    notes = report.notes
+    for note in notes[:5]:
+        print(f"note: {note}")
+    if len(notes) > 5:
+        print(f"note: and {len(notes) - 5} more of them")
     print(f"{report.text()}\nwritten to {settings.output}")
+
+
+def shared_modules(base: Path, experts: Mapping[str, Path]) -> list[str]:
+    """Modules of sentence-transformers with weights of their own, of the base and all experts.
+
+    Where an expert comes without one, the base's is taken over, and a warning says so.
+    """
+    found = []
+    for part in weighted_modules(home(base)):
+        lacking = [task for task, path in experts.items() if not (path / part).is_dir()]
+        if lacking:
+            log.warning("experts %s have no module %s: the base's is kept", lacking, part)
+        else:
+            found.append(part)
+    return found
+
+
+def merged_module(
+    settings: MergeCheckpoints, method: merging.Method, part: str
+) -> dict[str, bytes | Path]:
+    """The files of a merged module of sentence-transformers, by name in the output folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        merging.merge_checkpoints(
+            Path(settings.base) / part,
+            {task: Path(path) / part for task, path in settings.experts.items()},
+            method,
+            Path(folder) / "out",
+            dtype=settings.dtype,
+        )
+        file = Path(folder) / "out" / "model.safetensors"
+        return {f"{part}/model.safetensors": file.read_bytes()}
 
 
 def model_card(settings: MergeCheckpoints, method: merging.Method) -> str:
@@ -122,7 +199,7 @@ def weights_sha256(path: Path) -> str:
     """Of a weight file; of a folder, the SHA-256 over its weight files' own, in order of name."""
     if path.is_file():
         return file_sha256(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in WEIGHTS)
+    files = sorted(file for file in path.iterdir() if file.suffix in READERS)
     hashes = [file_sha256(file) for file in files]
     if len(hashes) == 1:
         return hashes[0]

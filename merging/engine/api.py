@@ -18,6 +18,7 @@ from merging.engine.sinks import Files, Memory, file_sink
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import StateDict, open_checkpoint
+from merging.formats.fit import notes
 from merging.method.registry import Method
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,14 @@ def merge_state_dicts(
     job = prepare(source, opened, method, **options)
     items, sink, watch = plan(job), Memory(source), Watch(job.experts, report)
     report.cover(items, strict)
+    report.notes += notes(job.experts)
     with pipeline.running(job, sink, report) as put:
         contexts = pipeline.contexts(job, items)
         pipeline.merge(job, items, contexts, put, watch, *job.devices)
     report.unchanged = not watch.changed
     if shown:
         show_warnings(report)
-    return MergedState({name: sink.tensors[source.tied.get(name, name)] for name in base}, report)
+    return MergedState({name: sink.tensors[job.base.tied.get(name, name)] for name in base}, report)
 
 
 def merge_checkpoints(
@@ -94,6 +96,7 @@ def merge_checkpoints(
         job = _open(stack, base, experts, method, options)
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
+        report.notes += notes(job.experts)
         sink = stack.enter_context(file_sink(job, items, report, output, overwrite))
         todo = pipeline.unfinished(items, sink)
         with pipeline.running(job, sink, report) as put:

@@ -22,9 +22,10 @@ from merging.engine.choices import (
     read_parts,
     weigh,
 )
-from merging.errors import InputError
+from merging.errors import InputError, several
 from merging.experts import Expert, Source
 from merging.formats.checks import check_finite, problems
+from merging.formats.fit import fit, still_tied
 from merging.layers import Layer, Layers, choose_layers, whole
 from merging.method.registry import Method
 from merging.triangles import unpack
@@ -176,12 +177,12 @@ def prepare(
     if not split_qkv:
         resolved = {name: whole(layer) for name, layer in resolved.items()}
     common_rows = settings.get("vocabulary") == "common_rows"
-    if found := problems(base, dict(sorted(experts.items())), common_rows=common_rows):
-        raise InputError("; ".join(found), hint="nothing was merged")
+    experts = fit(base, dict(sorted(experts.items())), resolved)
+    if found := problems(base, experts, common_rows=common_rows):
+        raise InputError(several(found), hint="nothing was merged")
+    base = base.with_ties(still_tied(base, experts))
     check_gradients(method)
-    taking, task_weights = weigh(
-        dict(sorted(experts.items())), options.get("weights"), options.get("weights_on"), method
-    )
+    taking, task_weights = weigh(experts, options.get("weights"), options.get("weights_on"), method)
     job = Job(
         base=base, experts=taking, method=method, layers=resolved, reasons=reasons,
         task_weights=task_weights, **settings,
@@ -217,14 +218,20 @@ def _check_forms(job: Job) -> None:
         raise InputError("rank is that of an adapter", hint="add form=adapter")
     if job.form == "adapter" and (job.dtype or job.shard_bytes):
         raise InputError("dtype and shard_size are those of a dense output", hint="use form=dense")
+    if job.form == "dense" and job.base.quantised and not job.dtype:
+        raise InputError(
+            f"base {job.base.path} is quantised ({job.base.quantised}): its merge is written in "
+            "numbers of another kind",
+            hint="say which: dtype=bfloat16, float16 or float32",
+        )
     for task, expert in job.experts.items():
-        if job.form == "adapter" and not expert.partial:
+        if job.form == "adapter" and not expert.is_adapter:
             raise InputError(
                 f"expert {task!r} ({expert.path}) is a dense checkpoint, "
                 "only a merge of adapters can be written as an adapter",
                 hint="use form=dense",
             )
-        if job.origin == "zero" and expert.partial:
+        if job.origin == "zero" and expert.is_adapter:
             raise InputError(
                 f"expert {task!r} ({expert.path}) is an adapter, which has no weights of its own "
                 "to merge without a base",

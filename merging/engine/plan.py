@@ -14,6 +14,7 @@ from merging.engine.job import Job, check_method
 from merging.engine.routes import DENSE, ENTRIES, FACTORS, KEPT, TO_FACTORS, Route
 from merging.engine.rows import row_blocks
 from merging.experts import Expert
+from merging.formats.names import is_buffer
 from merging.layers import Layer
 from merging.method.registry import Method, create
 
@@ -28,6 +29,7 @@ _STEM = re.compile(
 Rule = Literal["method", "average", "base"]
 AS_LAYERS = ("embedding", "head")  # parts that are named by what is else no layer
 NO_NUMBERS, UNTOUCHED = "no floating-point numbers", "no expert changes it"
+BUFFER, MOMENTS = "follows from the configuration", "moments of a batch norm's inputs"
 NO_STATISTICS, FEWER_ROWS = "no statistics of it", "some experts lack rows of it"
 
 
@@ -124,6 +126,10 @@ def _rule(
         return "base", NO_NUMBERS
     if not holders:
         return "base", UNTOUCHED
+    if is_buffer(name, job.base.shape(name)):
+        return "base", BUFFER
+    if name.endswith(("running_var", "running_mean")):
+        return "average", MOMENTS  # a variance stays positive on average only
     if layer:
         return "method", ""
     if method.rest != "method":

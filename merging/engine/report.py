@@ -54,6 +54,7 @@ class Report:
     rules: dict[str, str] = field(default_factory=dict)  # tensor name -> the rule applied to it
     left_out: list[LeftOut] = field(default_factory=list)  # largest first
     distances: dict[str, list[float]] = field(default_factory=dict)  # task -> |W_t - W_0| / |W_0|
+    notes: list[str] = field(default_factory=list)  # what was left out of experts, and the like
     unchanged: bool = False  # no tensor differs from the base
     # layer -> squared norms of what the rank of an adapter keeps of the merge, and of what it loses
     energies: dict[str, tuple[float, float]] = field(default_factory=dict)

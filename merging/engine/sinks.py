@@ -16,7 +16,8 @@ from merging.engine.report import Report
 from merging.errors import InputError
 from merging.experts import Source
 from merging.factors import Factors, truncate
-from merging.formats.peft import joint_settings
+from merging.formats.adapter import joint_settings
+from merging.formats.folders import output_files
 from merging.formats.writer import Writer, write_adapter
 
 Files = Mapping[str, bytes | Path]
@@ -110,16 +111,12 @@ def file_sink(
     return Writer(
         output,
         layout,
-        shards=_shards(base) if job.shard_bytes is None else _cut(layout, job.shard_bytes),
+        shards=output_files({name: base.file(name) for name in base.keys()})
+        if job.shard_bytes is None
+        else _cut(layout, job.shard_bytes),
         key=job.key(),
         overwrite=overwrite,
     )
-
-
-def _shards(base: Source) -> dict[str, str] | None:
-    """{name: file name} where the base has several files, so that the output has the same."""
-    files = {name: base.file(name).with_suffix(".safetensors").name for name in base.keys()}
-    return files if len(set(files.values())) > 1 else None
 
 
 def _cut(

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.experts import Dense
+from merging.formats.adapter import Adapter
 from merging.formats.folders import indexed_slots, weight_file
 from merging.formats.json_files import read_json
-from merging.formats.peft import Adapter
+from merging.formats.lora_files import is_lora, open_lora
+from merging.formats.peft import open_peft
 from merging.formats.quantised import dequantised
 from merging.formats.readers import file_slots
 from merging.formats.slots import Slot
@@ -151,21 +153,30 @@ def open_checkpoint(path: str | Path) -> Checkpoint | Adapter:
 
     path: a .safetensors file; a .bin, .pt, .pth or .ckpt file with a state dict (bare, or under a
         key; a "module." prefix common to all names is dropped) or a whole pickled nn.Module; an
-        index .json; or a folder with one of `WEIGHT_FILES`, a PEFT LoRA adapter, or a single
-        weight file of any name.
+        index .json; a LoRA file in kohya's or diffusers' keys; or a folder with one of
+        `WEIGHT_FILES`, a PEFT LoRA adapter, or a single weight file of any name.
     Raises InputError for anything unreadable, inconsistent or hostile.
     """
     path = Path(path)
     try:
         if not path.exists():
             raise InputError(f"{path} does not exist", hint="expected a checkpoint file or folder")
-        if path.is_dir() and (path / "adapter_config.json").exists():
-            return _open_adapter(path)
+        if (folder := _adapter_folder(path)) is not None:
+            return _open_adapter(folder)
         file = weight_file(path) if path.is_dir() else path
         slots = (indexed_slots if file.suffix == ".json" else file_slots)(file)
+        if is_lora(slots):
+            return open_lora(path, Checkpoint(path, slots))
         return Checkpoint(path, slots, _quantisation(file.parent))
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+
+
+def _adapter_folder(path: Path) -> Path | None:
+    """The folder of a peft adapter that a path is, or is the weight file of."""
+    folder = path if path.is_dir() else path.parent
+    named = path.is_dir() or path.stem == "adapter_model"
+    return folder if named and (folder / "adapter_config.json").exists() else None
 
 
 def _quantisation(folder: Path) -> dict[str, Any]:
@@ -180,5 +191,5 @@ def _open_adapter(folder: Path) -> Adapter:
     for name in ("adapter_model.safetensors", "adapter_model.bin"):
         if (folder / name).is_file():
             source = Checkpoint(folder / name, file_slots(folder / name))
-            return Adapter(folder, read_json(config), source)
+            return open_peft(folder, read_json(config), source)
     raise InputError(f"{folder} has an adapter_config.json but no adapter_model.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -16,20 +17,32 @@ def problems(
 ) -> list[str]:
     """Everything that keeps the experts from being merged into the base, one sentence each.
 
+    experts: as `fit` tells them in the base's names.
     Read from headers only: missing and additional tensors, shapes (vocabulary sizes among them),
     kinds of dtype, adapter targets, adapters of different bases. A tensor that one side saved
     and the other dropped as a tied copy is no problem, nor, with `common_rows`, are embeddings
-    and heads of different vocabularies. Empty means mergeable.
+    of different vocabularies. Empty means mergeable.
     """
     found = []
     for task, expert in experts.items():
         told = expert.problems(base, common_rows)
         found += [f"expert {task!r} ({expert.path}): {problem}" for problem in told]
     hubs = {task: expert.base_name for task, expert in experts.items() if expert.hub_base}
-    if len(set(hubs.values())) > 1:
+    if len({model_name(name) for name in hubs.values()}) > 1:
         trained = ", ".join(f"{task!r} on {name}" for task, name in hubs.items())
-        found.append(f"the adapters were trained on different bases: {trained}")
+        found.append(
+            f"the adapters were trained on different bases: {trained} (if they are one model, name "
+            "it alike in their adapter_config.json)"
+        )
     return found
+
+
+def model_name(name: str) -> str:
+    """What a hub name says of the model: mirrors differ in their owner and in how they store it."""
+    short = re.sub(
+        r"(-unsloth)?(-bnb-4bit|-4bit|-bf16|-fp16|-hf)$", "", name.rpartition("/")[2].lower()
+    )
+    return short.removeprefix("meta-")
 
 
 class NotFinite(InputError):

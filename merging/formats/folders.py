@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from merging.errors import InputError
@@ -68,3 +70,26 @@ def indexed_slots(index: Path) -> dict[str, Slot]:
             f"which does not hold it ({len(absent)} such tensors)"
         )
     return slots
+
+
+def output_files(files: Mapping[str, Path]) -> dict[str, str] | None:
+    """{tensor: file name} for an output with the base's shards, in names its library looks for.
+
+    files: where the base's tensors lie. None: one file of any name, which becomes
+    model.safetensors.
+    """
+    names = {tensor: _output_name(file) for tensor, file in files.items()}
+    found = set(names.values())
+    return names if len(found) > 1 or found & _SINGLE else None
+
+
+# Single files that other libraries than transformers look for.
+_SINGLE = {
+    f"{stem}.safetensors" for stem in ("diffusion_pytorch_model", "open_clip_model", "consolidated")
+}
+
+
+def _output_name(file: Path) -> str:
+    stem = file.name.removesuffix(file.suffix)
+    stem = re.sub(r"^open_clip_pytorch_model", "open_clip_model", stem)
+    return re.sub(r"^pytorch_model", "model", stem) + ".safetensors"

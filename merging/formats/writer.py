@@ -13,6 +13,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import time
 import zlib
@@ -31,6 +32,7 @@ from merging.formats.safetensors import SAFETENSORS_DTYPES
 
 SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs only the tensor being written
 _CHUNK = 16 << 20
+INDEXED = ("model", "diffusion_pytorch_model")  # what libraries look for an index of
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -167,7 +169,9 @@ class Writer:
             raise ValueError("extra files need a folder as output, and names of their own")
         names = set(self._shards.values())
         if self._folder and (len(names) > 1 or any("-of-" in name for name in names)):
-            files["model.safetensors.index.json"] = self._index()
+            stem = re.sub(r"-\d+-of-\d+", "", min(names)).removesuffix(".safetensors")
+            known = stem if stem in INDEXED else INDEXED[0]
+            files[f"{known}.safetensors.index.json"] = self._index()
         with self._told():
             for name, content in files.items():
                 target = self._files / name
