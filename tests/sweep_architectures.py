@@ -111,15 +111,17 @@ def build(model_type):
     import transformers
     from transformers.models.auto import modeling_auto
 
-    config = shallow(transformers.CONFIG_MAPPING[model_type]())
-    for mapping in AUTO:
-        classes = getattr(modeling_auto, mapping)
-        if type(config) in classes:
-            cls = classes[type(config)]
-            cls = cls[0] if isinstance(cls, (tuple, list)) else cls
-            with torch.device("meta"):
-                return cls(config)
-    return None
+    kind = transformers.CONFIG_MAPPING[model_type]
+    mappings = [getattr(modeling_auto, name) for name in AUTO]
+    classes = [mapping[kind] for mapping in mappings if kind in mapping]
+    if not classes:
+        return None
+    cls = classes[0][0] if isinstance(classes[0], (tuple, list)) else classes[0]
+    with torch.device("meta"):
+        try:
+            return cls(shallow(kind()))
+        except Exception:  # its default number of layers is then the only one that goes together
+            return cls(kind())
 
 
 def transformers_reach(model_type, through_folder=False):

@@ -359,6 +359,21 @@ def test_fused_experts_use_the_inputs_of_each():
     torch.testing.assert_close(merged - W0, wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_fused_experts_are_read_and_merged_one_by_one(tmp_path, monkeypatch):
+    from merging.engine import routes
+
+    sizes, read = [], routes.read_deltas
+    monkeypatch.setattr(
+        routes, "read_deltas", lambda W0, *rest: sizes.append(tuple(W0.shape)) or read(W0, *rest)
+    )
+    state = {"experts.up_proj": torch.randn(5, 6, 4)}
+    moved = {t: {"experts.up_proj": torch.randn(5, 6, 4)} for t in "ab"}
+    layers = {"experts.up_proj": Layer(experts=5)}
+    merged = merging.merge_state_dicts(state, moved, merging.create("actmat"), layers=layers)
+    assert sizes == [(1, 6, 4)] * 5  # so much memory, however many experts there are
+    check([state, *moved.values()], merged, {"up_proj": each(actmat)})
+
+
 def test_a_config_of_names_on_disk_chooses_for_a_bare_file_beside_it(tmp_path):
     base, *_ = family(causal("Mixtral", **EXPERTS), tmp_path)
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}

@@ -119,7 +119,10 @@ class Job:
             check_finite(tensor, name, f"the {method.needs} statistics of task {task!r}", "")
         if method.needs == "fisher":
             return {"fishers": torch.stack([t if rows is None else t[rows] for t in tensors])}
-        return {"covariances": torch.stack([t if t.ndim > 1 else unpack(t) for t in tensors])}
+        # (T, d, d), or (T, E, d, d) of fused experts
+        moments = [t if t.ndim > 1 else unpack(t) for t in tensors]
+        own = [m[rows] if m.ndim == 3 and rows is not None else m for m in moments]
+        return {"covariances": torch.stack(own)}
 
     def key(self) -> str:
         """What the output depends on: a partial output is continued only under the same key."""

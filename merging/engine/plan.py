@@ -153,7 +153,12 @@ def _route(job: Job, name: str, method: Method | None, layer: Layer | None) -> R
 
 
 def pieces(job: Job, item: Item) -> Iterator[Piece]:
-    """Windows of rows where the route looks at single entries, else the whole tensor."""
+    """Windows of rows where the route looks at single entries, one of fused experts where each is
+    a matrix, else the whole tensor."""
+    if item.route is DENSE and item.layer and item.layer.experts:
+        for expert in range(item.layer.experts):
+            yield Piece(item, slice(expert, expert + 1))
+        return
     if not item.route.windows:
         yield Piece(item, None)
         return

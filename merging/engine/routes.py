@@ -115,21 +115,23 @@ class Dense:
     windows = False
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.start(piece.item.name)
-        return Loaded(W0, read_deltas(W0, job.experts, piece.item.name))
+        W0 = job.start(piece.item.name, piece.rows)
+        return Loaded(W0, read_deltas(W0, job.experts, piece.item.name, piece.rows))
 
     def merge(
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
     ) -> Tensor:
         W0, item = loaded.W0, piece.item
         deltas, dtype = loaded.experts.to(device), job.output_dtype(item.name)
-        statistics = on(job.context(item.name, item.method), device)
+        statistics = on(job.context(item.name, item.method, piece.rows), device)
         if item.layer is None:
             return add(W0, item.method(deltas, **statistics, **context).cpu(), item.name, dtype)
-        merged = []
-        for block, own in blocks(deltas, item.layer, statistics):
+        layer, merged = item.layer, []
+        if piece.rows is not None:  # some of its experts
+            layer = replace(layer, experts=len(W0))
+        for block, own in blocks(deltas, layer, statistics):
             merged.append(item.method(block, **own, **context))
-        return add(W0, join(merged, item.layer).cpu(), item.name, dtype)
+        return add(W0, join(merged, layer).cpu(), item.name, dtype)
 
     def sample(self, loaded: Loaded) -> Tensor:
         return loaded.experts[:, :_SAMPLE]
@@ -219,12 +221,15 @@ def differences(
     return out
 
 
-def read_deltas(W0: Tensor, experts: Mapping[str, Expert], name: str) -> Tensor:
-    """(T, *shape) differences to W0; an expert that lacks rows or a tensor has 0 there."""
+def read_deltas(
+    W0: Tensor, experts: Mapping[str, Expert], name: str, rows: slice | None = None
+) -> Tensor:
+    """(T, *shape) differences to W0, the base's `rows` (None: all); an expert that lacks rows or a
+    tensor has 0 there."""
     if any(expert.partial for expert in experts.values()):
         check_finite(W0, name, "the base")  # a difference to a dense expert shows it by itself
     stack = lift(W0).new_empty(len(experts), *W0.shape)
-    differences(lift(W0), read_values(experts, name, None, W0), None, stack)
+    differences(lift(W0), read_values(experts, name, rows, W0), None, stack)
     check_deltas(stack, name, experts)
     return stack
 
