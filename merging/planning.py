@@ -22,6 +22,7 @@ from merging.experts import Expert, Source
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.fit import fit
+from merging.formats.readers import READERS
 from merging.layers import Layer, cut, parts, resolve_layers
 from merging.method.registry import Method, create
 from merging.progress import track
@@ -131,12 +132,16 @@ def _count(found: Plan, source: Source, experts: Experts, layers: Mapping[str, L
     """Bytes, the largest matrix and coverage, from headers."""
     sizes = {name: torch.Size(source.shape(name)).numel() for name in source.keys()}
     matrices = [n for n in sizes if len(source.shape(n)) > 1 and source.dtype(n).is_floating_point]
-    found.bytes = sum(sizes[n] * source.dtype(n).itemsize for n in sizes)
-    for expert in experts.values():
-        found.bytes += sum(Path(file).stat().st_size for file, *_ in expert.stamp())
+    found.bytes = sum(_weight_bytes(Path(opened.path)) for opened in (source, *experts.values()))
     found.largest = 4 * max((sizes[n] for n in layers if n in sizes), default=0)
     found.matrices = sum(sizes[n] for n in matrices)
     found.covered = sum(sizes[n] for n in matrices if n in layers)
+
+
+def _weight_bytes(path: Path) -> int:
+    """Of a checkpoint's weight files."""
+    files = [path] if path.is_file() else [f for f in path.iterdir() if f.suffix in READERS]
+    return sum(file.stat().st_size for file in files)
 
 
 def _read(

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import merging
 from experiments import plan as command
@@ -12,6 +12,7 @@ from experiments.report.plan_page import page
 from experiments.report.plan_words import MOST, sentences
 from merging import InputError
 from merging.diagnosis import diagnose, residual, shared_inputs
+from merging.formats.writer import write_adapter
 
 SHAPES = {
     f"blocks.{i}.{name}.weight": shape
@@ -99,6 +100,29 @@ def test_a_plan_sums_over_layers_and_ranks_methods(files):
     }  # fmt: skip
     assert [score for _, score in plan.ranking] == sorted(score for _, score in plan.ranking)
     assert (plan.covered, plan.matrices) == (2 * (48 + 96 + 96),) * 2
+
+
+def test_adapters_are_planned_as_the_dense_experts_they_stand_for(files, tmp_path):
+    base, _, _ = files
+    state, dense, adapters = load_file(base), {}, {}
+    for seed, task in enumerate(("math", "code")):
+        factors = {
+            name: (draw(seed, 1.0, (2, shape[1])), draw(9, 0.01, (shape[0], 2)))
+            for name, shape in SHAPES.items()
+        }
+        adapters[task] = tmp_path / task
+        write_adapter(adapters[task], factors, {})
+        dense[task] = tmp_path / f"dense-{task}.safetensors"
+        moved = {n: state[n] + B @ A for n, (A, B) in factors.items()}
+        save_file(state | moved, dense[task])
+    found, expected = (merging.plan(base, experts) for experts in (adapters, dense))
+    size = sum(f.stat().st_size for d in adapters.values() for f in d.glob("*.safetensors"))
+    assert found.bytes == base.stat().st_size + size
+    assert torch.allclose(found.cosine, expected.cosine, atol=1e-3)
+    assert torch.allclose(found.overlap, expected.overlap, atol=1e-3)
+    for key, residuals in expected.residuals.items():
+        for task, sides in residuals.items():
+            assert found.residuals[key][task] == pytest.approx(sides, rel=0.02, abs=1e-3), key
 
 
 def test_words_name_twins_strangers_and_experts_that_did_not_move(files, tmp_path):
