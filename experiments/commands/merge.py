@@ -17,6 +17,7 @@ from eval.cache import file_sha256
 from eval.companions import companions, home, weighted_modules, with_config
 from eval.configurations import differences
 from eval.language.checkpoints import require_mergeable
+from experiments import recipes
 from experiments.hydra_run import Command
 from experiments.report.markup import markdown
 from experiments.report.records import versions
@@ -26,7 +27,7 @@ from merging.formats.readers import READERS
 from merging.progress import track
 
 log = logging.getLogger(__name__)
-PATHS = r"\+*((?:experts|statistics)\.[^=]+|base|expert|output|architecture)=(.*)"
+PATHS = r"\+*((?:experts|statistics|weights)\.[^=]+|base|expert|output|architecture|recipe)=(.*)"
 _PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_]\w*", re.ASCII | re.IGNORECASE)
 _ENCODED = "name_"  # before names that Hydra's grammar has no way to write
 
@@ -39,20 +40,35 @@ class MergeCheckpoints:
     experts: dict[str, str]
     method: dict[str, Any]
     output: str
+    recipe: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    weights_on: str | None = None
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    origin: str = "base"
     statistics: dict[str, str] = field(default_factory=dict)
     architecture: str | None = None
     split_qkv: bool = True
     vocabulary: str = "refuse"
     form: str = "dense"
+    rank: int | None = None
+    dtype: str | None = None
+    shard_size: Any = None
     device: Any = "auto"
     seed: int = 0
-    dtype: str | None = None
     overwrite: bool = False
     strict: bool = False
 
 
+def read_recipe(overrides: list[str]) -> list[str]:
+    """The command line, with what a recipe=FILE on it says before all else."""
+    files = [text.partition("=")[2] for text in overrides if text.startswith("recipe=")]
+    recipe = recipes.overrides(Path(files[-1].strip("'\"")), overrides) if files else []
+    options = [text for text in overrides if text.startswith("-")]
+    return quote_paths([*options, *recipe, *(text for text in overrides if text not in options)])
+
+
 def quote_paths(overrides: list[str]) -> list[str]:
-    """Spare users Hydra's grammar: experts and statistics need no `+`, paths no quotes.
+    """Spare users Hydra's grammar: experts, weights and statistics need no `+`, paths no quotes.
 
     Names of any characters are allowed: those that Hydra would take apart travel as hexadecimals.
     """
@@ -67,14 +83,14 @@ def quote_paths(overrides: list[str]) -> list[str]:
             ):
                 key = f"{group}.{_ENCODED}{name.encode().hex()}"
             plus = "++" if "." in key else ""
-            quoted = path[:1] in {"'", '"'} or path == "null"
+            quoted = path[:1] in {"'", '"'} or path == "null" or group == "weights"
             override = f"{plus}{key}=" + (path if quoted else "'" + path.replace("'", r"\'") + "'")
         prepared.append(override)
     return prepared
 
 
-def plain_names(paths: Mapping[str, str]) -> dict[str, str]:
-    """Paths by the names that `quote_paths` may have encoded, in the names' order."""
+def plain_names(paths: Mapping[str, Any]) -> dict[str, Any]:
+    """Paths or weights by the names that `quote_paths` may have encoded, in the names' order."""
     encoded = re.compile(rf"{_ENCODED}((?:[0-9a-f]{{2}})+)")
     found = {}
     for name, path in paths.items():
@@ -87,6 +103,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     """Merge checkpoints into one."""
     settings.experts = plain_names(settings.experts)
     settings.statistics = plain_names(settings.statistics)
+    settings.weights = plain_names(settings.weights)
     method = merging.create(**settings.method)
     base, output = Path(settings.base), Path(settings.output)
     if not settings.experts:
@@ -120,7 +137,10 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         experts,
         method,
         output,
-        dtype=settings.dtype,
+        parts=settings.parts,
+        shard_size=settings.shard_size,
+        rank=settings.rank,
+        **_everywhere(settings),
         layers=Path(settings.architecture) if settings.architecture else None,
         statistics=settings.statistics or None,
         device=devices,
@@ -131,6 +151,16 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         strict=settings.strict,
         extra=extra,
     )
+
+
+def _everywhere(settings: MergeCheckpoints) -> dict[str, Any]:
+    """What holds for the model and for the modules beside it alike."""
+    return {
+        "weights": settings.weights or None,
+        "weights_on": settings.weights_on,
+        "origin": settings.origin,
+        "dtype": settings.dtype,
+    }
 
 
 def show(settings: MergeCheckpoints, report: merging.Report) -> None:
@@ -168,7 +198,7 @@ def merged_module(
             {task: Path(path) / part for task, path in settings.experts.items()},
             method,
             Path(folder) / "out",
-            dtype=settings.dtype,
+            **_everywhere(settings),
         )
         file = Path(folder) / "out" / "model.safetensors"
         return {f"{part}/model.safetensors": file.read_bytes()}
@@ -189,10 +219,21 @@ tags: [merge]
 Method: {method.name} ({method.source}), hyperparameters `{own}`.
 Data beside the checkpoints: {method.data}. Packed q, k, v were merged {packed}. Rule for
 vocabularies of different sizes: {settings.vocabulary}.
-
+{_choices(settings)}
 {markdown(["role", "checkpoint", "SHA-256 of its weights"], rows)}
 Made with {", ".join(f"{name} {version}" for name, version in versions().items())}.
 """
+
+
+def _choices(settings: MergeCheckpoints) -> str:
+    """What differs from a merge of all experts alike by one method, a line each."""
+    lines = [f"- methods merge the weights themselves (origin: {settings.origin})"]
+    lines = lines if settings.origin != "base" else []
+    if settings.weights:
+        on = f" on {settings.weights_on}" if settings.weights_on else ""
+        lines.append(f"- weights{on}: `{json.dumps(settings.weights, sort_keys=True)}`")
+    lines += [f"- part: `{json.dumps(part, sort_keys=True)}`" for part in settings.parts]
+    return "\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def weights_sha256(path: Path) -> str:
@@ -206,4 +247,4 @@ def weights_sha256(path: Path) -> str:
     return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
-COMMAND = Command("merge", MergeCheckpoints, task=merge, show=show, prepare=quote_paths)
+COMMAND = Command("merge", MergeCheckpoints, task=merge, show=show, prepare=read_recipe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -95,7 +95,7 @@ def at_depth(method: Method, depth: float) -> Method:
         following = values[min(i + 1, len(values) - 1)]
         value = values[i] + (place - i) * (following - values[i])
         own[key] = round(value) if whole else value
-    return create(method.name, **own)
+    return replace(create(method.name, **own), rest=method.rest)
 
 
 def _gradients(method: Method) -> dict[str, Sequence[Any]]:
