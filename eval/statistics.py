@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from eval.cache import digest
+from eval.inputs import fused_experts, rows
 from merging.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any, str], Tensor | None]
+_EXPERT = "#"  # between a fused layer's name and the number of an expert
 
 
 def second_moments(
@@ -40,19 +42,46 @@ def second_moments(
     mask: `mask(batch, weight name)` -> (batch, tokens) booleans, True for the tokens that
         count, or None for all of them.
 
-    Returns {weight name: (d_in, d_in) float32}; layers that were given the same tensor share
-    one matrix. Products are float32, their sum over batches is float64. The model's outputs
-    are untouched. Raises InputError for a layer that never ran.
+    Returns {weight name: (d_in, d_in) float32}, (E, d_in, d_in) for E fused experts, all of whose
+    tokens count; layers that were given the same tensor share one matrix. Products are float32,
+    their sum over batches is float64. The model's outputs are untouched. Raises InputError for
+    a layer that never ran.
     """
     moments = _Moments()
-    with torch.no_grad(), _observed(model, layers, moments.add):
+    fused = {name: len(model.get_parameter(name)) for name in layers if _is_fused(model, name)}
+    plain = [name for name in layers if name not in fused]
+    with (
+        torch.no_grad(),
+        _observed(model, plain, moments.add),
+        fused_experts(model, list(fused), moments.add_expert),
+    ):
         for batch in batches:
             moments.mask = (lambda name, b=batch: mask(b, name)) if mask else lambda name: None
             (forward or _forward)(model, batch)
             moments.close()
-    if missing := set(layers) - moments.reached():
+    found = _stacked(moments.result(), fused)
+    if missing := set(layers) - set(found):
         raise InputError(f"no input ever reached layer {sorted(missing)[0]!r} of the model")
-    return moments.result()
+    return found
+
+
+def _is_fused(model: nn.Module, name: str) -> bool:
+    """Whether a weight holds one matrix for each of several experts."""
+    path, _, _ = name.rpartition(".")
+    module = model.get_submodule(path)
+    convolution = isinstance(module, nn.modules.conv._ConvNd)
+    return not convolution and getattr(module, name[len(path) :].lstrip(".")).ndim == 3
+
+
+def _stacked(moments: Mapping[str, Tensor], fused: Mapping[str, int]) -> dict[str, Tensor]:
+    """Moments with those of fused experts under one name; zeros where no token reached one."""
+    found = {name: moment for name, moment in moments.items() if _EXPERT not in name}
+    for name, count in fused.items():
+        own = [moments.get(f"{name}{_EXPERT}{i}") for i in range(count)]
+        seen = next((m for m in own if m is not None), None)
+        if seen is not None:
+            found[name] = torch.stack([torch.zeros_like(seen) if m is None else m for m in own])
+    return found
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
@@ -76,10 +105,19 @@ class _Moments:
             return
         self.close()
         keep = self.mask(name)
-        rows = z.flatten(0, -2) if keep is None else z[keep.to(z.device, torch.bool)]
-        rows = rows.float()
+        if keep is not None and keep.ndim == z.ndim and keep.numel() == len(z):
+            keep = keep.flatten()  # a router sees all sequences' tokens one after another
+        kept = z.flatten(0, -2) if keep is None else z[keep.to(z.device, torch.bool)]
+        kept = kept.float()
         self._input, self._names = (z, z._version), [name]
-        self._gram, self._rows = rows.mT @ rows, len(rows)
+        self._gram, self._rows = kept.mT @ kept, len(kept)
+
+    def add_expert(self, name: str, expert: int, z: Tensor) -> None:
+        """Expert number `expert` of a fused layer is about to be applied to z (tokens, d_in)."""
+        mask, self.mask = self.mask, lambda name: None
+        self.add(f"{name}{_EXPERT}{expert}", z)
+        self.close()
+        self.mask = mask
 
     def close(self) -> None:
         """Book the latest input's product under all the layers that shared it."""
@@ -146,7 +184,7 @@ def _before(weight: str, leaf: str, observe: Callable[[str, Tensor], None]) -> C
             z = kwargs[keyword] if keyword in kwargs else next(iter(kwargs.values()))
         if isinstance(module, nn.MultiheadAttention) and not module.batch_first and z.ndim == 3:
             z = z.transpose(0, 1)
-        observe(weight, z)
+        observe(weight, rows(module, z))
 
     return hook
 

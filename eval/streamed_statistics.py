@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from eval.statistics import Forward, Mask, second_moments
+from merging.errors import InputError
 from merging.formats.writer import Writer
 from merging.layers import Layer
 from merging.progress import track
@@ -67,7 +68,12 @@ def collect(
 
 
 def _width(model: nn.Module, name: str, layer: Layer) -> int:
-    return model.get_parameter(name).shape[0 if layer.transposed else 1]
+    if layer.experts:
+        raise InputError(
+            f"{name!r} holds {layer.experts} experts, whose second moments are not streamed",
+            hint="choose a method that needs no statistics",
+        )
+    return model.get_parameter(name).flatten(1).shape[0 if layer.transposed else 1]
 
 
 def _groups(widths: Mapping[str, int], memory: int) -> Iterator[list[str]]:

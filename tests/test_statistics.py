@@ -263,3 +263,60 @@ def test_a_statistics_file_that_cannot_be_read_is_named(tmp_path, content):
         statistics.load(path, ABOUT)
     with pytest.raises(InputError, match=r"absent\.safetensors"):
         statistics.load(tmp_path / "absent.safetensors", ABOUT)
+
+
+def test_a_convolutions_rows_are_its_patches():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(5, 6, 3, stride=2, padding=1), torch.nn.Flatten(2),
+        torch.nn.Conv1d(6, 7, 3, dilation=2),
+    ).eval()  # fmt: skip
+    z = torch.randn(2, 5, 8, 8)
+    found = second_moments(model, [z], linear_layers(model))
+    assert found["0.weight"].shape == (45, 45) and found["2.weight"].shape == (18, 18)
+    for name, module, given in (("0.weight", model[0], z), ("2.weight", model[2], model[:2](z))):
+        W = module.weight.flatten(1).double()
+        out = module(given).double() - module.bias.double().view(-1, *[1] * (given.ndim - 2))
+        energy = out.square().sum() / (out.numel() / len(W))  # tr W C W^T, per position
+        torch.testing.assert_close(
+            (W @ found[name].double() @ W.T).trace(), energy, rtol=1e-4, atol=1e-4
+        )
+
+
+def mixture(kind):
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=30, hidden_size=16, intermediate_size=12, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2,
+        head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return model, {n: x for n, x in linear_layers(model).items() if x.experts}
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "GraniteMoe"])
+def test_fused_experts_have_one_moment_each(kind):
+    model, layers = mixture(kind)
+    found = second_moments(model, [{"input_ids": torch.arange(1, 10)[None]}], linear_layers(model))
+    assert {tuple(found[name].shape) for name in layers} == {(3, 16, 16), (3, 12, 12)}
+    assert all(found[name].diagonal(dim1=1, dim2=2).sum() > 0 for name in layers)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_the_moments_of_fused_experts_are_those_of_the_tokens_sent_to_each(kind):
+    model, layers = mixture(kind)
+    tokens, sent = torch.randint(1, 30, (2, 9)), {}
+
+    def keep(module, args):
+        z, index, *_ = args
+        sent.update({e: z[(index == e).any(-1)] for e in range(3)})
+
+    experts = model.get_submodule(next(iter(layers)).rpartition(".")[0])
+    handle = experts.register_forward_pre_hook(keep)
+    found = second_moments(model, [{"input_ids": tokens}], layers)
+    handle.remove()
+    wide = next(found[name] for name in layers if found[name].shape[-1] == 16)
+    for e, z in sent.items():
+        torch.testing.assert_close(wide[e], z.mT @ z / max(1, len(z)), rtol=1e-4, atol=1e-5)
