@@ -192,6 +192,7 @@ class Adapter:
         found = {}
         for name in self.names():
             short = re.sub(r"^(lora|lycoris)_(unet|te\d?|transformer|prior_unet)_", "", name)
+            short = short.removesuffix(".weight")
             if short in flat:
                 found[name] = flat[short]
             elif len(whole := [n for end, n in ends.items() if end.endswith(f"_{short}")]) == 1:

@@ -30,7 +30,7 @@ _HEAD = frozenset(
         "pre_classifier", "vocab_transform", "vocab_layer_norm", "vocab_projector", "v_head",
         "sequence_summary", "multi_choice_head", "generator_lm_head", "discriminator_predictions",
         "projector", "seq_relationship", "generator_predictions", "summary", "value_head",
-        "out_proj_head", "masked_spec_embed", "mask_token", "dropout",
+        "masked_spec_embed",
     }
 )  # fmt: skip
 _LABELS = frozenset(
@@ -72,7 +72,7 @@ def renamed(theirs: Iterable[str], ours: Collection[str]) -> dict[str, str]:
         free = {short for short, name in base.items() if name not in taken}
         if first and len(found) < len(left):  # no names of their own fit by chance alone
             free, found, left = set(base), {}, list(plain)
-        exchange = _exchange([plain[name] for name in left], free, whole=bool(found))
+        exchange = _exchange([plain[name] for name in left], free, not found)
         if exchange is None:
             break
         strip, add = exchange
@@ -84,10 +84,12 @@ def renamed(theirs: Iterable[str], ours: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _exchange(theirs: Sequence[str], ours: Collection[str], whole: bool) -> tuple[str, str] | None:
+def _exchange(theirs: Sequence[str], ours: Collection[str], first: bool) -> tuple[str, str] | None:
     """(prefix to take away, prefix to put there) that places most names; None if none does.
 
-    whole: only what places every name that begins with the prefix, and several of them.
+    first: nothing is placed yet. What comes later has to place every name that begins with its
+    prefix. Names of which little more than a leaf remains (`q.weight`) are told apart by nothing:
+    they count only where all names are placed by adding or taking away one prefix.
     """
     ends: dict[str, list[str]] = defaultdict(list)  # what follows a prefix -> the prefixes
     for name in ours:
@@ -98,13 +100,14 @@ def _exchange(theirs: Sequence[str], ours: Collection[str], whole: bool) -> tupl
         for prefix, end in _cuts(name):
             votes.update((prefix, other) for other in ends.get(end, ())[:8])
     best, most = None, 0
-    for (strip, add), _ in sorted(votes.most_common(20), key=lambda v: (-v[1], len(v[0][0]))):
-        concerned = [name for name in theirs if name.startswith(strip)]
-        placed = sum(add + name.removeprefix(strip) in ours for name in concerned)
-        if whole and (placed < len(concerned) or (placed < 2 and "." not in strip + add)):
-            continue
-        if placed > most:
-            best, most = (strip, add), placed
+    for (strip, add), _ in sorted(votes.most_common(50), key=lambda v: (-v[1], len(v[0][0]))):
+        rests = [name.removeprefix(strip) for name in theirs if name.startswith(strip)]
+        placed = [rest for rest in rests if add + rest in ours]
+        shortest = min((rest.count(".") + 1 for rest in placed), default=0)
+        every = len(placed) == len(theirs) and not (strip and add)
+        telling = every or shortest > 2 or (shortest == 2 and len(placed) > 1)
+        if telling and (first or len(placed) == len(rests)) and len(placed) > most:
+            best, most = (strip, add), len(placed)
     return best
 
 
