@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -79,6 +79,7 @@ def references(settings: Experiment) -> dict[str, Record]:
 
 def _reference(settings: Experiment, name: str) -> Record:
     plain = {"method": {"name": name}, "selection": Selection(), "force": False}
+    plain |= {"weights": {}, "weights_on": None}
     return measure(replace(settings, **plain))
 
 
@@ -88,12 +89,24 @@ def check(settings: Experiment) -> Suite:
     _check_selection(settings)
     suite = load_suite(under_protocol(settings.suite, settings.protocol), settings.device)
     _check_heldout(settings, suite)
+    _check_weights(settings, pick_tasks(suite, settings.tasks))
     name = settings.method["name"]
     if name not in UNMERGED:
         _methods(settings)
     elif extra := sorted(set(settings.method) - {"name"}):
         raise InputError(f"{name} has no hyperparameter {extra[0]!r}")
     return suite
+
+
+def _check_weights(settings: Experiment, tasks: Collection[str]) -> None:
+    """InputError for weights of experts that take no part, or that the merge would refuse."""
+    if unknown := sorted(set(settings.weights) - set(tasks)):
+        raise InputError(
+            f"weights names {unknown[0]!r}, which is no task of this run",
+            f"tasks: {', '.join(tasks)}",
+        )
+    if settings.weights and settings.method["name"] in UNMERGED:
+        raise InputError(f"{settings.method['name']} merges nothing that could be weighted")
 
 
 def _check_heldout(settings: Experiment, suite: Suite) -> None:
@@ -141,6 +154,9 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         optional["protocol"] = protocol
     if not settings.split_qkv and name not in UNMERGED:
         optional["split_qkv"] = False
+    if settings.weights and name not in UNMERGED:
+        optional["weights"] = dict(sorted(settings.weights.items()))
+        optional["weights_on"] = settings.weights_on
     if heldout := pick_tasks(suite, settings.heldout or []):
         optional["heldout"] = heldout
     return {
@@ -246,6 +262,8 @@ def merge_suite(
         statistics=collected or None,
         device=resolve_device(settings.device),
         split_qkv=settings.split_qkv,
+        weights=settings.weights or None,
+        weights_on=settings.weights_on,
         vocabulary=getattr(suite, "vocabulary", "refuse"),  # of language models only
     )
     report = state.report
@@ -255,6 +273,8 @@ def merge_suite(
 def _merge_sequentially(
     settings: Experiment, suite: Suite, paths: Mapping[str, Path], method: merging.Method
 ) -> Merge:
+    if settings.weights:
+        raise InputError(f"method {method.name!r} merges block after block, without weights")
     if not hasattr(suite, "second_moments"):
         raise Unsupported(
             f"suite {suite.name} cannot measure through a half-merged model, "

@@ -55,6 +55,8 @@ class Experiment:
     seed: int = 0
     protocol: str | None = None
     split_qkv: bool = True
+    weights: dict[str, float] = field(default_factory=dict)
+    weights_on: str | None = None
     tasks: list[str] | None = None
     heldout: list[str] | None = None
     split: str = "test"

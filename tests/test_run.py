@@ -235,3 +235,21 @@ def test_what_is_held_out_may_not_be_merged(suite, settings):
     with pytest.raises(InputError, match="held out and merged too") as told:
         measure(replace(settings, heldout=["second"]))
     assert "tasks=[first]" in told.value.hint
+
+
+def test_experts_are_weighted_by_name(suite, settings):
+    plain = measure(settings)
+    weighted = replace(settings, weights={"first": 3.0, "second": 1.0})
+    record = measure(weighted)
+    # the entries are 0.75 and 0.25, a quarter and three quarters of a unit from the best
+    accuracy = {task: score["accuracy"] for task, score in record["scores"].items()}
+    assert accuracy == {"first": 0.875, "second": 0.625}
+    assert record["key"]["weights"] == {"first": 3.0, "second": 1.0}
+    assert "weights" not in plain["key"] and record["key"] != plain["key"]
+    on_delta = measure(replace(settings, weights={"first": 2.0}, weights_on="delta"))
+    assert on_delta["scores"]["first"]["accuracy"] == 1.0
+    with pytest.raises(InputError, match="weights names 'third', which is no task"):
+        measure(replace(settings, weights={"third": 1.0}))
+    with pytest.raises(InputError, match="experts merges nothing"):
+        measure(replace(settings, method={"name": "experts"}, weights={"first": 1.0}))
+    assert run.name_weights(["seed=1", "weights.first=0.7"]) == ["seed=1", "++weights.first=0.7"]

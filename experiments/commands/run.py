@@ -89,4 +89,11 @@ def _caption(record: Record, broken: Collection[str]) -> str:
     return "; ".join(told)
 
 
-COMMAND = Command("experiment", Experiment, task=measure, show=show, check=check_run)
+def name_weights(overrides: list[str]) -> list[str]:
+    """weights.TASK=NUMBER without Hydra's `+` for a new key."""
+    return [f"++{text}" if text.startswith("weights.") else text for text in overrides]
+
+
+COMMAND = Command(
+    "experiment", Experiment, task=measure, show=show, check=check_run, prepare=name_weights
+)

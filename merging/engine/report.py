@@ -230,4 +230,4 @@ class Watch:
         if isinstance(merged, Factors):
             self.changed = all(bool(factor.any()) for factor in merged[:2])
         else:
-            self.changed = not torch.equal(merged.double(), loaded.W0.double())
+            self.changed = not torch.equal(merged, loaded.W0.to(merged.dtype))
