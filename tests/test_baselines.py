@@ -132,3 +132,55 @@ def test_task_gram_in_chunks(monkeypatch):
     flat = deltas.double().flatten(1)
     monkeypatch.setattr(averages, "_CHUNK", 4)
     assert_close(averages.task_gram(deltas), flat @ flat.mT)
+
+
+def test_slerp_of_the_weights_is_the_arc_between_them():
+    base = torch.tensor([3.0, 0.0])
+    deltas = torch.tensor([[1.0, 0.0], [-3.0, 4.0]])  # weights (4, 0) and (0, 4)
+    merged = merging.create("slerp", of="weights")(deltas, base=base)
+    assert_close(base + merged, 4 * torch.tensor([math.sqrt(0.5), math.sqrt(0.5)]))
+    mean = merging.create("karcher", of="weights")(deltas, base=base)
+    assert_close(base + mean, 4 * torch.tensor([math.sqrt(0.5), math.sqrt(0.5)]))
+    for name in ("slerp", "karcher"):
+        assert not merging.create(name, of="weights").row_space
+        with pytest.raises(InputError, match="needs the base's values"):
+            merging.create(name, of="weights")(deltas)
+        with pytest.raises(InputError, match="unknown of 'models'"):
+            merging.create(name, of="models")
+
+
+def test_slerp_by_row_and_by_column_turns_each_by_its_own_angle():
+    deltas = torch.tensor([[[2.0, 0.0], [1.0, 1.0]], [[0.0, 2.0], [1.0, 1.0]]])
+    half = math.sqrt(2.0)
+    assert_close(merging.create("slerp", by="row")(deltas), torch.tensor([[half, half], [1, 1]]))
+    turned = merging.create("slerp", by="column")(deltas.mT)
+    assert_close(turned, torch.tensor([[half, half], [1, 1]]).mT)
+    with pytest.raises(InputError, match="unknown by 'block'"):
+        merging.create("slerp", by="block")(deltas)
+
+
+@pytest.mark.parametrize(("name", "split"), [("slerp", True), ("slerp", False), ("karcher", True)])
+def test_the_engine_hands_over_the_base_in_the_blocks_that_are_merged(name, split):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"attn.in_proj_weight": (6, 4), "bias": (5,)}
+    base = {k: torch.randn(s, generator=generator) for k, s in shapes.items()}
+    experts = {
+        t: {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+        for t in "ab"
+    }
+    method = merging.create(name, of="weights")
+    merged = merging.merge_state_dicts(
+        base, experts, method, layers={"attn.in_proj_weight": merging.Layer(3)}, split_qkv=split
+    )
+    for key, W0 in base.items():
+        deltas = torch.stack([expert[key] - W0 for expert in experts.values()])
+        parts = 3 if split and W0.ndim == 2 else 1
+        pieces = [
+            method(d, base=w) for d, w in zip(deltas.chunk(parts, 1), W0.chunk(parts), strict=True)
+        ]
+        assert_close(merged[key], W0 + torch.cat(pieces))
+
+
+def test_a_floor_under_the_fishers():
+    deltas, fishers = torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [3.0]])
+    assert_close(merging.create("fisher", floor=1.0)(deltas, fishers=fishers), torch.tensor([3.25]))

@@ -25,7 +25,8 @@ def keeping(law):
 WITHOUT_LOSS = {
     "ties": {"k": 1.0}, "dare": {"p": 0.0}, "dare_ties": {"p": 0.0},
     "della": {"density": 1.0, "eps": 0.0}, "breadcrumbs": {"beta": 0.0, "gamma": 0.0},
-    "consensus_ta": {"agree": 1}, "consensus_ties": {"agree": 1, "k": 1.0}, "knots": {"k": 1.0},
+    "consensus": {"agree": 1}, "consensus_ta": {"agree": 1},
+    "consensus_ties": {"agree": 1, "k": 1.0}, "knots": {"k": 1.0},
     "star": {"eta": 1.0}, "subspace_boosting": {"beta": 1.0, "of": "sum"},
     "aswudi": {"anchor": "sum"}, "ridge": {"lam": 0.0}, "tact": {"k": 1.0}, "mats": {"start": 1.0},
 }  # fmt: skip
@@ -252,7 +253,6 @@ def test_a_method_for_the_rest_takes_tensors_of_any_shape(name, shape):
 def test_a_model_of_one_tensor_is_that_tensor(name):
     deltas, method = stack(tasks(name), (10, 7)), merging.create(name)
     context = method.prepare(lambda: iter([("weight", deltas)]))
-    assert context or method.hyperparameters["scope"] == "layer"
     assert_close(method(deltas, **context), method(deltas))
 
 

@@ -15,13 +15,16 @@ SINGLE = 1e-4  # relative error of a merge in float32: a cut falls on rounding
 # conjugate gradients and a refinement of small singular values keep fewer digits than float64 has
 DOUBLE = {"mats": 1e-5, "ace": 1e-7}
 
+PLACE = ("depth", "in_block")  # of a tensor, which the engine tells
 OTHER_SETTINGS = [
     ("actmat", {"rtol": 0.2}),
     ("ace", {"eps": 0.04, "gamma": 0.01, "k": 0.6}),
     ("anchored", {"lam": 0.02}),
     ("breadcrumbs", {"beta": 0.5, "gamma": 0.1}),
     ("breadcrumbs", {"beta": 0.5, "gamma": 0.1, "scope": "row"}),
+    ("consensus", {"lam": 0.6, "agree": 1}),
     ("consensus_ta", {"lam": 0.6, "agree": 1}),
+    ("fisher", {"floor": 0.4}),
     ("consensus_ties", {"k": 0.5, "lam": 0.6}),
     ("iso_cts", {"common": 0.5}),
     ("knots", {"k": 0.7}),
@@ -29,6 +32,10 @@ OTHER_SETTINGS = [
     ("knots", {"merge": "iso_c", "values": "after"}),
     ("knots", {"values": "after"}),
     ("lines", {"depth": 0.5, "start": 0.2, "beta": 0.3}),
+    ("lines", {"depth": 1.0, "in_block": False, "after": "start"}),
+    ("optmerge", {"lr": 0.05, "momentum": 0.5}),
+    ("ram", {"eps": 0.1, "r": 0.5, "cap": 3.0}),
+    ("sce", {"k": 0.4}),
     ("pcb", {"ratio": 0.25}),
     ("pcb", {"clip": 0.1}),
     ("regmean", {"gram_scale": 0.9}),
@@ -48,9 +55,9 @@ OTHER_SETTINGS = [
 
 def compared(name, deltas, **settings):
     """The library's merge in float32 and float64, and the plain formula's in float64."""
-    hyper = {k: v for k, v in settings.items() if k != "depth"}
+    hyper = {k: v for k, v in settings.items() if k not in PLACE}
     hyper |= {"steps": 20} if name == "wudi" else {}
-    context = {k: v for k, v in settings.items() if k == "depth"}
+    context = {k: v for k, v in settings.items() if k in PLACE}
     method, wide = merging.create(name, **hyper), deltas.double()
     needed = {None: [], "covariance": ["covariances"], "fisher": ["fishers"]}[method.needs]
     measured = {k: v for k, v in statistics(deltas).items() if k in needed}
@@ -81,6 +88,15 @@ def test_agrees_with_the_plain_formula(name, shape):
 @pytest.mark.parametrize(("name", "settings"), OTHER_SETTINGS)
 def test_hyperparameters_reach_the_formula(name, settings):
     check(name, related(3, (10, 14), seed=7), **settings)
+
+
+@pytest.mark.parametrize("shape", [(30, 20), (12, 40)])
+def test_directions_above_noise_of_unknown_size_are_kept(shape):
+    left, right = stack(3, (shape[0], 2)), stack(1, (2, shape[1]), seed=1)
+    deltas = 50 * left @ right + 0.01 * stack(3, shape, seed=2)
+    check("aswudi", deltas, filter="gavish_donoho")
+    merged = merging.create("aswudi", filter="gavish_donoho")(deltas)
+    assert torch.linalg.matrix_rank(merged, rtol=1e-4) == 2
 
 
 @pytest.mark.parametrize("shape", [(10, 7), (10, 10), (20, 13)])

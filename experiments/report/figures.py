@@ -44,7 +44,9 @@ def family(method: str, data: str) -> str:
     if data.startswith("training"):
         return "with training data"
     module = merging.create(method).function.__module__.rpartition(".")[2]
-    families = dict.fromkeys(("averages", "sparse", "pcb"), "averaging, sparsity")
+    families = dict.fromkeys(
+        ("averages", "layered", "pcb", "sparse", "sphere"), "averaging, sparsity"
+    )
     families |= dict.fromkeys(("spectral", "knots", "posthoc"), "spectral")
     return families.get(module, "interference, data-free")
 

@@ -22,6 +22,7 @@ from merging.engine.sinks import Sink
 from merging.errors import InputError
 from merging.factors import Factors
 from merging.formats.checks import NotFinite, not_finite
+from merging.layers import cut
 from merging.method.registry import Method
 from merging.progress import track
 
@@ -53,7 +54,8 @@ def merge(
     for piece, loaded in track(loads, f"merging on {devices[0]}", len(todo)):
         watch.look(piece, loaded)
         item = piece.item
-        context = {"depth": item.depth, "weights": weights, **contexts.get(id(item.method), {})}
+        place = {"depth": item.depth, "in_block": item.in_block, "weights": weights}
+        context = {**place, **contexts.get(id(item.method), {})}
         merged = item.route.merge(job, piece, loaded, context, devices[0])
         watch.compare(item, loaded, merged)
         put(piece, merged)
@@ -83,7 +85,9 @@ def contexts(job: Job, items: Sequence[Item]) -> Contexts:
     def stream(method: Method) -> Iterator[tuple[str, Tensor]]:
         own = [item for item in items if item.method is method]
         for item in track(own, "first pass"):
-            yield item.name, read_deltas(job.start(item.name), job.experts, item.name)
+            deltas = read_deltas(job.start(item.name), job.experts, item.name)
+            for block in cut(deltas, item.layer) if item.layer else [deltas]:
+                yield item.name, block
 
     return {
         key: method.prepare(lambda method=method: stream(method)) for key, method in methods.items()

@@ -21,6 +21,7 @@ from merging.method.registry import Method, create
 # Rules that look at single entries read windows of rows of about this size from all files together,
 # which bounds the memory of merging a 100,000-row embedding.
 WINDOW_BYTES = 1 << 27
+_NUMBER = re.compile(r"\.(\d+)\.")  # of a block
 # Pieces of names of what comes before the first block: embeddings, patches, a first norm.
 _STEM = re.compile(
     r"embed(?!_out)|wte|wpe|shared|position|token|conv1|stem|patch|ln_pre|norm_pre|pre_layrnorm"
@@ -46,6 +47,11 @@ class Item:
     depth: float  # place along the model, 0 to 1
     reason: str = ""  # why the merge's method does not apply
     copies: tuple[str, ...] = ()  # a file cannot share memory: they are written under each name
+
+    @property
+    def in_block(self) -> bool:
+        """Whether the name has a block's number."""
+        return bool(_NUMBER.search(f".{self.name}"))
 
     @property
     def numel(self) -> int:
@@ -184,7 +190,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     a model without blocks it is 0. From names alone: the order of tensors in a file is often
     alphabetical, and says nothing.
     """
-    numbers = {name: re.search(r"\.(\d+)\.", f".{name}") for name in names}
+    numbers = {name: _NUMBER.search(f".{name}") for name in names}
     blocks = {name: int(match[1]) for name, match in numbers.items() if match}
     last = max(blocks.values(), default=0) or 1
     after = {name: float(bool(blocks) and not _STEM.search(name)) for name in numbers}

@@ -98,6 +98,7 @@ class Entries:
             if not item.method.row_space:  # what is linear shows it in its result
                 check_deltas(deltas, item.name, job.experts)
             own = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
+            own |= {"base": base} if "base" in item.method.context else {}
             moved = item.method(deltas, **own, **context)
             part = merged if rows is None else merged[rows]
             add(base, moved, item.name, merged.dtype, out=part)
@@ -124,6 +125,7 @@ class Dense:
         W0, item = loaded.W0, piece.item
         deltas, dtype = loaded.experts.to(device), job.output_dtype(item.name)
         statistics = on(job.context(item.name, item.method, piece.rows), device)
+        statistics |= {"base": lift(W0).to(device)} if "base" in item.method.context else {}
         if item.layer is None:
             return add(W0, item.method(deltas, **statistics, **context).cpu(), item.name, dtype)
         layer, merged = item.layer, []
@@ -274,6 +276,8 @@ def _of_block(kind: str, stack: Tensor, layer: Layer, i: int) -> Tensor:
     """The statistics of the i-th of a layer's blocks: inputs are those of its expert's layer."""
     if kind == "fishers":
         return cut(stack, layer)[i]
+    if kind == "base":
+        return cut(stack[None], layer)[i][0]
     return stack[:, i // layer.blocks] if layer.experts else stack  # (T, [E,] d_in, d_in)
 
 

@@ -8,8 +8,10 @@ from merging.method import (  # noqa: F401
     descent,
     interference,
     knots,
+    layered,
     pcb,
     posthoc,
     sparse,
     spectral,
+    sphere,
 )

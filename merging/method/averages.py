@@ -24,7 +24,7 @@ def average(deltas: Tensor, *, weights: Tensor | None = None) -> Tensor:
 
     weights: (T,) what each expert counts for: sum_t w_t D_t / sum_t w_t.
     """
-    return deltas.mean(0) if weights is None else _combine(weights / weights.sum(), deltas)
+    return deltas.mean(0) if weights is None else combine(weights / weights.sum(), deltas)
 
 
 @register(
@@ -36,20 +36,6 @@ def task_arithmetic(deltas: Tensor) -> Tensor:
     return deltas.sum(0)
 
 
-@register("lines", source="arXiv 2410.17146", rest="method", row_space=True, elementwise=True)
-def lines(
-    deltas: Tensor, *, depth: float = 0.0, start: float | None = None, beta: float = 0.5
-) -> Tensor:
-    """LiNeS: (start + beta depth) sum_t D_t, (T, *shape) -> (*shape) (arXiv 2410.17146).
-
-    depth: l / (L - 1) of the tensor's block l of L; 0 for what lies before the blocks.
-    start: scale of the first block, the paper's alpha; None is its choice 1 / T.
-    beta: how much the scale grows to the last block; tuned on validation data in the paper.
-    """
-    scale = (1 / len(deltas) if start is None else start) + beta * depth
-    return scale * deltas.sum(0)
-
-
 @register(
     "fisher",
     source="arXiv 2111.09832",
@@ -58,17 +44,19 @@ def lines(
     rest="method",
     elementwise=True,
 )
-def fisher(deltas: Tensor, *, fishers: Tensor) -> Tensor:
+def fisher(deltas: Tensor, *, fishers: Tensor, floor: float = 0.0) -> Tensor:
     """sum_t F_t D_t / sum_t F_t entry by entry, (T, *shape) -> (*shape) (arXiv 2111.09832).
 
     fishers: (T, *shape), diagonal Fisher of each expert, non-negative. An entry that no task
     cares about (all F_t = 0) takes the mean, the limit of equally small F_t.
+    floor: smallest F_t. The authors divide each expert's Fisher by its norm over the whole model
+        and take 1e-6; what is divided here is up to who gives it.
     """
     if fishers.shape != deltas.shape:
         raise InputError(
             f"expected fishers of shape {tuple(deltas.shape)}, got {tuple(fishers.shape)}"
         )
-    return _weighted_mean(deltas, fishers.to(deltas))
+    return _weighted_mean(deltas, fishers.to(deltas).clamp_min(floor))
 
 
 @register(
@@ -92,59 +80,6 @@ def _weighted_mean(deltas: Tensor, weights: Tensor) -> Tensor:
     return (weights * deltas).sum(0) / weights.sum(0)
 
 
-@register("slerp", source="Shoemake 1985", rest="method", row_space=True)
-def slerp(deltas: Tensor, *, t: float = 0.5) -> Tensor:
-    """Spherical interpolation of two deltas, (2, *shape) -> (*shape) (Shoemake 1985).
-
-    D = sin((1 - t) theta) / sin(theta) D_1 + sin(t theta) / sin(theta) D_2 with theta the angle
-    between them; straight interpolation where they are parallel, opposite, or one is 0. The order
-    of the experts matters unless t = 1/2: a merge of models takes them in the order of their
-    names. One expert is returned as it is, more than two are an InputError: "karcher" is the mean
-    on the sphere for any number.
-    """
-    if len(deltas) == 1:
-        return deltas[0]
-    if len(deltas) != 2:
-        raise InputError(f"slerp merges 2 experts, got {len(deltas)}", "use method=karcher")
-    gram = task_gram(deltas)
-    theta = torch.acos(_cosines(gram)[0, 1])
-    part = gram.new_tensor([1 - t, t])
-    if theta.sin() > 1e-6 and gram.diagonal().all():
-        part = torch.sin(part * theta) / theta.sin()
-    return _combine(part, deltas)
-
-
-@register("karcher", source="Karcher 1977", rest="method", row_space=True)
-def karcher(deltas: Tensor, *, steps: int = 100) -> Tensor:
-    """Mean direction on the sphere times the mean norm, (T, *shape) -> (*shape) (Karcher 1977).
-
-    Gradient steps of length 1 from the normalised mean of the directions, at most `steps`, until
-    the step is below 1e-12. A delta of 0 has no direction and counts for the norm alone; where
-    the directions cancel the mean is not unique and the plain average is returned.
-    """
-    gram = task_gram(deltas)
-    norms, cosines = gram.diagonal().sqrt(), _cosines(gram)
-    moving = (norms > 0).to(norms)
-    count = moving.sum().clamp_min(1)
-    # the mean is sum_t c_t u_t over unit vectors u_t: only the T coefficients are iterated
-    c = moving / count
-    length = (c @ cosines @ c).clamp_min(0).sqrt()
-    if length < 1e-9:
-        return deltas.mean(0)
-    c = c / length
-    for _ in range(steps):
-        angle_cosine = (cosines @ c).clamp(-1 + 1e-12, 1)
-        theta = torch.acos(angle_cosine)
-        pull = moving / count * torch.where(theta > 1e-9, theta / theta.sin(), 1.0)
-        tangent = pull - (pull @ angle_cosine) * c
-        step = (tangent @ cosines @ tangent).clamp_min(0).sqrt()
-        if step < 1e-12:
-            break
-        c = step.cos() * c + step.sin() / step * tangent
-        c = c / (c @ cosines @ c).sqrt()
-    return _combine(norms.mean() * torch.where(norms > 0, c / norms, 0.0), deltas)
-
-
 @register("model_stock", source="arXiv 2403.19522", rest="method", row_space=True)
 def model_stock(deltas: Tensor) -> Tensor:
     """r mean_t D_t, r = T cos / (1 + (T - 1) cos), (T, *shape) -> (*shape) (2403.19522).
@@ -155,7 +90,7 @@ def model_stock(deltas: Tensor) -> Tensor:
     T = len(deltas)
     if T == 1:
         return deltas[0]
-    cosines = _cosines(task_gram(deltas))
+    cosines = cosines_of(task_gram(deltas))
     cos = ((cosines.sum() - cosines.trace()) / (T * (T - 1))).clamp_min(0)
     return deltas.mean(0) * (T * cos / (1 + (T - 1) * cos)).to(deltas)
 
@@ -166,12 +101,12 @@ def task_gram(deltas: Tensor) -> Tensor:
     return sum(linalg.gram(chunk.double().mT) for chunk in chunks)
 
 
-def _cosines(gram: Tensor) -> Tensor:
+def cosines_of(gram: Tensor) -> Tensor:
     """(T, T) inner products -> cosines; those with a delta of 0 are 0."""
     scale = gram.diagonal().clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
     return (scale[:, None] * gram * scale).clamp(-1, 1)
 
 
-def _combine(coefficients: Tensor, deltas: Tensor) -> Tensor:
+def combine(coefficients: Tensor, deltas: Tensor) -> Tensor:
     """sum_t c_t D_t, (T,) and (T, *shape) -> (*shape)."""
     return torch.einsum("t,t...->...", coefficients.to(deltas), deltas)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.linalg import solving_dtype, working_dtype
+from merging.linalg import product, solving_dtype, working_dtype
 from merging.method import covariance
 from merging.method.equations import (
     measured_normal_equations,
@@ -13,6 +13,7 @@ from merging.method.equations import (
     task_weights,
 )
 from merging.method.registry import register
+from merging.method.spectral import layer_rank, singular_triplets
 
 
 @register(
@@ -39,6 +40,41 @@ def wudi(deltas: Tensor, *, steps: int = 300, lr: float = 1e-5) -> Tensor:
     return D.to(deltas.dtype)
 
 
+@register(
+    "optmerge", source="arXiv 2505.19892, WUDI v2", row_space=True, column_space=True,
+    formula="descent from the mean on sum_t |(D - L_t) L_t^T|^2 / |D_t|^2, "
+    "L_t = D_t cut to rank r / T",
+)  # fmt: skip
+def optmerge(
+    deltas: Tensor,
+    *,
+    steps: int = 300,
+    lr: float = 1e-4,
+    momentum: float = 0.9,
+    d_in: int | None = None,
+    d_out: int | None = None,
+) -> Tensor:
+    """OptMerge: WUDI's objective on truncated deltas, descended from the average (2505.19892).
+
+    (T, d_out, d_in) -> (d_out, d_in). L_t keeps the floor(min(d_out, d_in) / T) leading triplets of
+    D_t. Steps of plain gradient descent with momentum, where WUDI takes Adam's from the sum: few of
+    them at this rate stay near the mean in directions of little energy. The gradient is
+    2 (D S - N) with S = sum_t L_t^T L_t / |D_t|^2 and N = sum_t L_t L_t^T L_t / |D_t|^2.
+    """
+    work = deltas.to(working_dtype(deltas))
+    k = layer_rank(deltas, d_in, d_out) // len(deltas)
+    parts = [singular_triplets(delta, k) for delta in deltas]
+    L = torch.stack([product(U * s, V.mT) for U, s, V in parts]).to(work)
+    weights = task_weights("inverse_norm", work)
+    S, N = normal_equations(L, covariance.estimate("delta", L, L.shape[-1], 1.0), weights)
+    D = work.mean(0)
+    step = torch.zeros_like(D)
+    for _ in range(steps):
+        step = momentum * step + 2 * (D @ S - N)
+        D = D - lr * step
+    return D.to(deltas.dtype)
+
+
 @register("mats", source="arXiv 2312.04339, section 4", needs="covariance")
 def mats(
     deltas: Tensor, *, covariances: Tensor, steps: int = 100, start: float = 0.3, tol: float = 1e-6
@@ -46,7 +82,10 @@ def mats(
     """MaTS: conjugate gradients on D S = N from the task-arithmetic point start * sum_t D_t.
 
     covariances: (T, d_in, d_in) second moments (or input-side Fisher blocks).
-    steps: at most this many; it stops early when the residual falls below tol * |N|.
+    steps: at most this many; it stops early when the residual falls below tol * |N|. The authors
+        stop at 1e-5 of the right-hand side of the weights, W_0 S + N, 1e-3 from the solution.
+        Their K-FAC variant weighs the outputs as well, by moments of the gradients that no suite
+        here measures.
     """
     work = deltas.to(working_dtype(deltas))
     S, N = measured_normal_equations(work, covariances, task_weights("uniform", work), 1.0)

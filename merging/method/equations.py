@@ -29,6 +29,7 @@ class Filter(NamedTuple):
     relative: bool = False
     t: float = 0.0
     rho: float = 1.0
+    rows: int = 0  # of all deltas together, for gavish_donoho
 
 
 def task_weights(name: str, deltas: Tensor) -> Tensor:
@@ -115,11 +116,17 @@ def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | No
         if D is not None:
             return D
     keep = partial(
-        spectral_filter, filter.name, rtol=filter.rtol, t=filter.t, rho=filter.rho, d_in=width
+        spectral_filter,
+        filter.name,
+        rtol=filter.rtol,
+        t=filter.t,
+        rho=filter.rho,
+        d_in=width,
+        rows=filter.rows,
     )
     bound = _bound(weights) if filter.name == "gain" else math.inf
     # a cut below float32's resolution is asked of equations in float64, see `asks_for_double`
-    noise = width * eps if filter.name == "effective_rank" else 0.0
+    noise = width * eps if filter.name in {"effective_rank", "gavish_donoho"} else 0.0
     return _filtered(S, N, A, keep, bound, noise)
 
 
@@ -201,7 +208,14 @@ def _cut(rtol: float | None, d_in: int) -> float:
 
 
 def spectral_filter(
-    name: str, l: Tensor, *, d_in: int, rtol: float | None = None, t: float = 0, rho: float = 1
+    name: str,
+    l: Tensor,
+    *,
+    d_in: int,
+    rtol: float | None = None,
+    t: float = 0,
+    rho: float = 1,
+    rows: int = 0,
 ) -> Tensor:
     """Descending eigenvalues l (d,) -> filter (d,) in [0, 1]; ambient width d_in >= d.
 
@@ -209,6 +223,8 @@ def spectral_filter(
     exponential: (1 - exp(-l t)) for the ceil(rho d_in) largest (arXiv 2606.07289).
     gain: as cut; `interference` then drops the directions that are stretched too far.
     effective_rank: 1 for the K largest, K = ceil((sum sqrt l)^2 / sum l) (arXiv 2606.07289).
+    gavish_donoho: 1 where sqrt l is above what noise of unknown size leaves in the singular values
+        of a matrix of so many `rows` (arXiv 1305.5870, eq. 5).
     """
     index = torch.arange(len(l), device=l.device)
     if name in {"cut", "gain"}:
@@ -220,6 +236,20 @@ def spectral_filter(
         # the small term keeps a rank that is an integer from being rounded up past itself
         K = torch.ceil(l.sqrt().sum().square() / energy - 1e-6) if energy > 0 else 0
         return ((index < K) & (l > 0)).to(l)
+    if name == "gavish_donoho":
+        return (l.sqrt() > _noise_edge(l.sqrt(), d_in, rows)).to(l)
     raise InputError(
-        f"unknown filter {name!r}", "known: none, ridge, cut, gain, exponential, effective_rank"
+        f"unknown filter {name!r}",
+        "known: none, ridge, cut, gain, exponential, effective_rank, gavish_donoho",
     )
+
+
+def _noise_edge(s: Tensor, d_in: int, rows: int) -> float:
+    """omega(beta) times the median of all min(rows, d_in) singular values, those left out being 0.
+
+    omega by Gavish and Donoho's cubic in the matrix's aspect ratio beta <= 1.
+    """
+    count, beta = min(rows, d_in), min(rows, d_in) / max(rows, d_in)
+    omega = 0.56 * beta**3 - 0.95 * beta**2 + 1.82 * beta + 1.43
+    values = torch.cat([s[:count], s.new_zeros(max(0, count - len(s)))])
+    return omega * values.median().item() if count else 0.0

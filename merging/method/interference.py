@@ -106,7 +106,7 @@ FAMILY = {
         source="arXiv 2606.07289",
         task_weight="inverse_norm",
         filter="effective_rank",
-        settable=("anchor",),
+        settable=("anchor", "filter"),
     ),
     "ridge": Preset(
         formula="(sum_t D_t C_t) (sum_t C_t + lam I)^-1 with C_t = D_t^T D_t",
@@ -184,9 +184,9 @@ def interference(
     weights: (T,) what each expert counts for, a factor on w_t; the anchor knows none.
     estimator: delta, centred, trimmed (k), ledoit_wolf, oas, identity, or inputs (gram_scale).
     task_weight: uniform, or inverse_norm, w_t = 1 / |D_t|^2.
-    filter: cut (rtol), ridge (lam), exponential (t, rho), effective_rank, none, or gain: what cut
-        keeps, but for eigen-directions v that the solution moves further than all experts
-        together, |D v|^2 > sum_t |D_t v|^2 (in units of mean w_t, if they differ).
+    filter: cut (rtol), ridge (lam), exponential (t, rho), effective_rank, gavish_donoho, none, or
+        gain: what cut keeps, but for eigen-directions v that the solution moves further than all
+        experts together, |D v|^2 > sum_t |D_t v|^2 (in units of mean w_t, if they differ).
     anchor: what is kept where the filter is 0: zero, or any method of the registry by name
         ("average", "sum" for task arithmetic with alpha 1, "tsv_m", ...).
     rtol: eigenvalues up to rtol * max l are cut; None is torch.linalg.pinv's default, the
@@ -194,8 +194,8 @@ def interference(
     lam: ridge added to S; with `relative`, in units of the mean eigenvalue tr(S) / d_in.
     t, rho: time of the gradient flow and share of directions kept by the exponential filter.
     """
-    inverse = Filter(filter, rtol=rtol, lam=lam, relative=relative, t=t, rho=rho)
-    width = d_in or deltas.shape[-1]
+    width, rows = d_in or deltas.shape[-1], len(deltas) * (d_out or deltas.shape[1])
+    inverse = Filter(filter, rtol=rtol, lam=lam, relative=relative, t=t, rho=rho, rows=rows)
     dtype = torch.float64 if asks_for_double(inverse, width) else working_dtype(deltas)
     A = _anchor(anchor, deltas.to(dtype), d_in=d_in, d_out=d_out)  # (d_out, d_in), None for zero
 

@@ -32,6 +32,8 @@ CONTEXT = {
     "d_in": "the layer's own width, where deltas come in a basis of their rows",
     "d_out": "its height, where deltas come in a basis of their columns",
     "depth": "place of the tensor's block along the model, 0 to 1",
+    "in_block": "whether the tensor lies in a numbered block at all",
+    "length_ratio": "of the length of all deltas' sum to that of a merge, over the whole model",
     "thresholds": "what the method's own pass over the whole model has found",
     "majority": "the sign that most entries of the whole model elect, from the same pass",
 }
@@ -58,7 +60,7 @@ class Entry:
     source: str
     formula: str
     needs: Needs | Callable[[Arguments], Needs | None] | None
-    rest: Rest
+    rest: Rest | Callable[[Arguments], Rest]
     alpha: float
     row_space: Flag
     column_space: Flag
@@ -91,7 +93,7 @@ def register(
     source: str,
     formula: str = "",
     needs: Needs | Callable[[Arguments], Needs | None] | None = None,
-    rest: Rest = "average",
+    rest: Rest | Callable[[Arguments], Rest] = "average",
     alpha: float = 1.0,
     row_space: Flag = False,
     column_space: Flag = False,
@@ -236,6 +238,14 @@ def create(name: str, **hyperparameters: Any) -> Method:
     return _bind(entry, defaults | hyperparameters)
 
 
+def _context(function: Callable[..., Tensor]) -> frozenset[str]:
+    """What of `CONTEXT` a function takes: where it hands it on as `**context`, all of it but the
+    weights, which what it hands them to may not know."""
+    parameters = inspect.signature(function).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return frozenset(CONTEXT) - {"weights"} if anything else frozenset(CONTEXT) & set(parameters)
+
+
 def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
     """The method with everything resolved that depends on its arguments."""
     arguments = entry.arguments() | {k: v for k, v in hyperparameters.items() if k != "alpha"}
@@ -248,11 +258,11 @@ def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
         hyperparameters,
         function=entry.function,
         arguments=arguments,
-        context=frozenset(CONTEXT) & set(inspect.signature(entry.function).parameters),
+        context=_context(entry.function),
         source=entry.source,
         formula=entry.formula,
         needs=resolved(entry.needs),
-        rest=entry.rest,
+        rest=resolved(entry.rest),
         row_space=resolved(entry.row_space),
         column_space=resolved(entry.column_space),
         elementwise=resolved(entry.elementwise),

@@ -19,12 +19,21 @@ def task_arithmetic(D: Tensor, alpha: float = 0.3) -> Tensor:
 
 
 @printed
-def lines(D: Tensor, depth: float = 0.0, start: float | None = None, beta: float = 0.5) -> Tensor:
+def lines(
+    D: Tensor,
+    depth: float = 0.0,
+    start: float | None = None,
+    beta: float = 0.5,
+    in_block: bool = True,
+    after: str = "end",
+) -> Tensor:
+    depth = depth if in_block or after == "end" else 0.0
     return ((1 / len(D) if start is None else start) + beta * depth) * D.sum(0)
 
 
 @printed
-def fisher(D: Tensor, fishers: Tensor) -> Tensor:
+def fisher(D: Tensor, fishers: Tensor, floor: float = 0.0) -> Tensor:
+    fishers = fishers.clamp_min(floor)
     return (fishers * D).sum(0) / fishers.sum(0)
 
 
@@ -84,19 +93,19 @@ def breadcrumbs(D: Tensor, beta: float = 0.9, gamma: float = 0.01, scope: str = 
     return 0.3 * (D * kept.view_as(D)).sum(0)
 
 
-def consensus(merged: Tensor, D: Tensor, lam: float, agree: int) -> Tensor:
+def agreed(merged: Tensor, D: Tensor, lam: float, agree: int) -> Tensor:
     needed = D.abs() > lam * (merged - D).abs()
-    return 0.3 * merged * (needed.sum(0) >= agree)
+    return merged * (needed.sum(0) >= agree)
 
 
 @printed
 def consensus_ta(D: Tensor, lam: float = 0.4, agree: int = 2) -> Tensor:
-    return consensus(D.sum(0), D, lam, agree)
+    return 0.3 * agreed(D.sum(0), D, lam, agree)
 
 
 @printed
 def consensus_ties(D: Tensor, k: float = 0.2, lam: float = 0.4, agree: int = 2) -> Tensor:
-    return consensus(ties(D, k, "sum"), D, lam, agree)
+    return 0.3 * agreed(ties(D, k, "sum"), D, lam, agree)
 
 
 @printed
@@ -111,6 +120,26 @@ def pcb(D: Tensor, ratio: float = 0.1, clip: float = 0.0) -> Tensor:
     weight = (score - cut).clamp_min(0) / (score.amax(1, True) - cut)
     D = D.sign() * size
     return (1.2 * (weight * D).sum(0) / weight.sum(0).clamp_min(1e-12)).view(shape)
+
+
+@printed
+def sce(D: Tensor, k: float = 1.0) -> Tensor:
+    variance = D.var(0, unbiased=False).flatten()
+    kept = torch.zeros_like(variance)
+    kept[variance.topk(int(k * (variance > 0).sum())).indices] = 1
+    D = D * kept.view(D.shape[1:]) if k < 1 else D
+    w = D.square().sum((1, 2), keepdim=True) * (D.sign() == D.sum(0).sign()) * (D != 0)
+    return (w * D).sum(0) / w.sum(0).clamp_min(1e-300)
+
+
+@printed
+def ram(D: Tensor, eps: float = 1e-5, r: float = 0.0, cap: float = 0.2) -> Tensor:
+    moved = D.abs() > eps
+    count = moved.sum(0)
+    unique, shared = moved & (count == 1), moved & (count > 1)
+    rho = shared.sum((1, 2)) / unique.sum((1, 2)).clamp_min(1)
+    gain = 1 + r * rho.clamp_max(cap).view(-1, 1, 1)
+    return (D * unique * gain).sum(0) + (D * shared).sum(0) / count.clamp_min(1)
 
 
 @printed

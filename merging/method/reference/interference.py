@@ -56,11 +56,15 @@ def swudi(D: Tensor, t: float = 1300.0, rho: float = 0.65) -> Tensor:
 
 
 @printed
-def aswudi(D: Tensor) -> Tensor:
+def aswudi(D: Tensor, filter: str = "effective_rank") -> Tensor:
     C = inverse_norms(D) * (D.mT @ D)
     l, V = torch.linalg.eigh(C.sum(0))
     K = math.ceil(l.clamp_min(0).sqrt().sum() ** 2 / l.clamp_min(0).sum())
-    V, l = V[:, -K:], l[-K:]
+    if filter == "gavish_donoho":
+        s = torch.linalg.svdvals((inverse_norms(D).sqrt() * D).flatten(0, 1))
+        b = len(s) / max(len(D) * D.shape[1], D.shape[2])
+        K = int((s > (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * s.median()).sum())
+    V, l = V[:, len(l) - K :], l[len(l) - K :]
     return (D @ C).sum(0) @ V @ (1 / l).diag() @ V.mT
 
 
@@ -71,6 +75,20 @@ def wudi(D: Tensor, steps: int = 300) -> Tensor:
     for _ in range(steps):
         optimizer.zero_grad()
         (inverse_norms(D) * ((X - D) @ D.mT).square()).sum().backward()
+        optimizer.step()
+    return X.detach()
+
+
+@printed
+def optmerge(D: Tensor, steps: int = 300, lr: float = 1e-4, momentum: float = 0.9) -> Tensor:
+    k = min(D.shape[1:]) // len(D)
+    U, s, Vh = torch.linalg.svd(D, full_matrices=False)
+    L = U[:, :, :k] @ s[:, :k].diag_embed() @ Vh[:, :k]
+    X = D.mean(0).clone().requires_grad_()
+    optimizer = torch.optim.SGD([X], lr=lr, momentum=momentum)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (inverse_norms(D) * ((X - L) @ L.mT).square()).sum().backward()
         optimizer.step()
     return X.detach()
 

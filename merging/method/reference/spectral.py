@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.method.reference.entries import ties
+from merging.method.reference.entries import agreed, ties
 from merging.method.reference.plain import printed, procrustes, svd
 
 
@@ -79,3 +79,8 @@ def svc(D: Tensor, floor: float | None = 1.0) -> Tensor:
     whole, parts = U.mT @ merged, U.mT @ D  # (r, d_in), (T, r, d_in)
     ratio = (parts * whole).sum(-1) / parts.square().sum(-1)  # (T, r)
     return U @ (s / ratio.clamp_min(floor).mean(0)).diag() @ Vh
+
+
+@printed
+def consensus(D: Tensor, lam: float = 0.4, agree: int = 2) -> Tensor:
+    return agreed(tsv_m(D), D, lam, agree)
