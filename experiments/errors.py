@@ -31,13 +31,13 @@ class Explained(NamedTuple):
         sys.stderr.write(f"hint: {self.hint}\n" if self.hint else "")
 
 
-def report(error: BaseException) -> int:
-    """Print an error and return its exit code; the traceback too where it was asked for."""
+def report(error: BaseException) -> Explained:
+    """Print an error, its traceback too where that was asked for."""
     if os.environ.get(TRACEBACK) == "1":
         traceback.print_exception(error)
     explained = explain(error)
     explained.print()
-    return explained.code
+    return explained
 
 
 def explain(error: BaseException) -> Explained:

@@ -18,13 +18,16 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from hydra import version
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_automatic_config_search_path, get_args_parser
 from hydra.core.config_search_path import ConfigSearchPath, SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
+from hydra.core.plugins import Plugins
+from hydra.errors import ConfigCompositionException
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
@@ -32,15 +35,12 @@ from eval.suite import Unsupported
 from experiments.cli import CONFIGS, INTERRUPTED
 from experiments.errors import did_you_mean, report
 from experiments.suites import check_targets
+from experiments.sweeps import JobFailed, Recorder, conclude, tidied
 from merging.errors import InputError
 
 log = logging.getLogger(__name__)
 Settings = TypeVar("Settings")
 MULTIRUN = ("-m", "--multirun")
-
-
-class JobFailed(Exception):
-    """A job of a sweep failed and has said why; carries its exit code to the sweep's end."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,11 @@ def exit_codes() -> Iterator[None]:
     """Whatever is raised inside ends the process with one sentence and its exit code."""
     try:
         yield
-    except JobFailed as failed:
-        sys.exit(failed.args[0])
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; finished items are kept, run again to continue\n")
         sys.exit(INTERRUPTED)
     except Exception as error:
-        sys.exit(report(error))
+        sys.exit(report(error).code)
 
 
 def prepared(name: str, command: Command[Any], arguments: Sequence[str]) -> Callable[[], Any]:
@@ -89,19 +87,38 @@ def prepared(name: str, command: Command[Any], arguments: Sequence[str]) -> Call
     own = {"config_name": command.config, "overrides": options.overrides}
     if options.hydra_help:
         return partial(hydra.hydra_help, command.config, args_parser=parser, args=options)
-    if options.help:
-        return partial(hydra.app_help, command.config, args_parser=parser, args=options)
     if options.cfg:
         shown = {"cfg_type": options.cfg, "package": options.package, "resolve": options.resolve}
         return partial(hydra.show_cfg, **own, **shown)
-    if options.shell_completion:
-        return partial(hydra.shell_completion, **own)
     if options.info:
         return partial(hydra.show_info, options.info, **own)
-    task = partial(job, command)
     sweeps = options.multirun or hydra.get_mode(**own) is RunMode.MULTIRUN
     own["overrides"] += [f"hydra.mode={'MULTIRUN' if sweeps else 'RUN'}"]
-    return partial(hydra.multirun if sweeps else hydra.run, task_function=task, **own)
+    if sweeps:
+        return partial(sweep, hydra, command, **own)
+    return partial(hydra.run, task_function=partial(job, command), **own)
+
+
+def sweep(hydra: Hydra, command: Command[Any], *, config_name: str, overrides: list[str]) -> None:
+    """Every member of a sweep, then what became of them; SystemExit where one failed."""
+    config = hydra.compose_config(config_name, overrides, run_mode=RunMode.MULTIRUN)
+    sweeper = Plugins.instance().instantiate_sweeper(
+        config=config,
+        hydra_context=HydraContext(hydra.config_loader, Callbacks(config)),
+        task_function=partial(job, command),
+    )
+    launches = getattr(sweeper, "sweeper", sweeper)  # Optuna's plugin wraps the one that does
+    launches.launcher = recorder = Recorder(launches.launcher, config)
+    with tidied(recorder):
+        try:
+            sweeper.sweep(arguments=OmegaConf.to_container(config.hydra.overrides.task))
+        except JobFailed:
+            pass  # told below
+        except ValueError:  # Optuna's, when no trial was completed
+            if not all(member.failure for member in recorder.members) or not recorder.members:
+                raise
+    if code := conclude(recorder):
+        sys.exit(code)
 
 
 def job(command: Command[Settings], composed: DictConfig) -> Any:
@@ -116,10 +133,10 @@ def job(command: Command[Settings], composed: DictConfig) -> Any:
         if sweeps and isinstance(error, Unsupported):
             log.info("skipped: %s", error.message)  # a suite without it is no failure
             return None
-        code = report(error)
-        if sweeps:
-            raise JobFailed(code) from None  # the other jobs of the sweep still run
-        raise SystemExit(code) from None
+        explained = report(error)
+        if sweeps:  # the other jobs of the sweep still run
+            raise JobFailed(explained.code, explained.sentence) from None
+        raise SystemExit(explained.code) from None
 
 
 def _is_override(argument: str) -> bool:
@@ -184,8 +201,19 @@ class _CheckedLoader(ConfigLoaderImpl):
         super().__init__(search_path)
         self.command = command
 
-    def load_configuration(self, *args: Any, **kwargs: Any) -> DictConfig:
-        composed = super().load_configuration(*args, **kwargs)
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *args: Any, **kwargs: Any
+    ) -> DictConfig:
+        own = super().load_configuration
+        try:
+            composed = own(config_name, overrides, *args, **kwargs)
+        except ConfigCompositionException as error:
+            wrong = re.match(r"Could not override '([^']+)'", str(error))
+            if wrong is None:
+                raise
+            others = [o for o in overrides if o.partition("=")[0] != wrong[1]]
+            composed = own(config_name, others, *args, **kwargs)
+            raise _no_such_key(wrong[1], composed) from error
         check_hydra(composed.hydra)
         return composed
 
@@ -194,6 +222,14 @@ class _CheckedLoader(ConfigLoaderImpl):
         composed = super().load_sweep_config(*args, **kwargs)
         self.command.check(read_settings(self.command.settings, composed), composed.hydra)
         return composed
+
+
+def _no_such_key(key: str, composed: DictConfig) -> InputError:
+    """With the keys that stand beside its place."""
+    beside, _, name = key.rpartition(".")
+    node = OmegaConf.select(composed, beside) if beside else composed
+    known = [str(other) for other in node if other != "hydra"] if OmegaConf.is_dict(node) else []
+    return InputError(f"there is no key {key!r}", did_you_mean(name, known))
 
 
 _HANDLERS = {"logging.StreamHandler", "logging.FileHandler"}

@@ -1,11 +1,13 @@
 """What a person at a terminal sees: one sentence, a hint, an exit code; never a surprise object."""
 
 import errno
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pytest
@@ -68,7 +70,13 @@ def test_a_run_prints_its_table(call):
     ("overrides", "told"),
     [
         (["method=actmta"], "there is no method 'actmta'"),
-        (["method.rtoll=1"], "Could not override 'method.rtoll'"),
+        (["method.rtoll=1"], "there is no key 'method.rtoll'\nhint: did you mean 'rtol'? known: "),
+        (["sed=1"], "there is no key 'sed'\nhint: did you mean 'seed'? known: "),
+        (["method=actmta"], "hint: did you mean 'actmat'? known: "),
+        (["seed=0,1"], "seed=0,1 names several values, and this is not a sweep\nhint: add -m "),
+        (["-m", "method=ties,dare", "method.rtoll=1"], "there is no key 'method.rtoll'"),
+        (["-m", "method=actmat", "tasks=[first],[thrid]"], "no task 'thrid'"),
+        (["-m", "method=actmat,actmta"], "did you mean 'actmat'?"),
         (["+method.rtoll=1"], "method 'actmat' has no hyperparameter 'rtoll'"),
         (["+colour=red"], "unknown config key 'colour'"),
         (["+statistics.samples=3"], "samples"),
@@ -154,9 +162,16 @@ def test_a_sweep_goes_on_after_a_failure_and_reports_it(call, monkeypatch):
         return evaluate(self, state, split, tasks, limit)
 
     monkeypatch.setattr(LinearSuite, "evaluate", broken)
-    code, _, err = call("-m", "method=actmat,ridge", "tasks=[second],[first]")
+    code, out, err = call("-m", "method=actmat,ridge", "tasks=[second],[first]")
     assert code == errors.BAD_INPUT
     assert err.count("error: file b of task 'second' is damaged") == 2
+    assert err.splitlines()[-3:] == [
+        "2 of 4 failed:",
+        "  method=actmat tasks=[second]: file b of task 'second' is damaged",
+        "  method=ridge tasks=[second]: file b of task 'second' is damaged",
+    ]
+    assert "method=actmat tasks=[first]" in out and "method=ridge tasks=[first]" in out
+    assert not [p for p in (call.records.with_name("sweep")).iterdir() if p.is_dir()]
     made = {json.loads(p.read_text())["key"]["method"] for p in call.records.rglob("*.json")}
     assert {"actmat", "ridge"} <= made
 
@@ -188,24 +203,94 @@ def test_a_sweep_shares_one_suite(monkeypatch):
     suites._suite.cache_clear()
 
 
-def test_optuna_maximises_the_validation_figure_that_a_run_returns(call):
-    code, _, err = call(
-        "-m",
-        "hydra/sweeper=optuna",
-        "hydra.sweeper.direction=maximize",
-        "hydra.sweeper.n_trials=4",
-        "hydra.sweeper.n_jobs=1",
-        "hydra.sweeper.sampler.seed=0",
-        "split=validation",
-        "method=actmat",
-        "method.alpha=choice(0.1,0.4,1.0)",
-    )
+OPTUNA = ["sweep=optuna", "method=ridge", "method.lam=tag(log,interval(1e-6,1))"]  # its header's
+
+
+def test_optuna_searches_on_validation_and_goes_on_where_it_stopped(call, monkeypatch):
+    score, stopped = LinearSuite.evaluate, []
+
+    def stopping(self, *own, **settings):
+        if len(self.evaluated) == 4 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        return score(self, *own, **settings)
+
+    monkeypatch.setattr(LinearSuite, "evaluate", stopping)
+    own = [*OPTUNA, "hydra.sweeper.n_trials=4"]
+    assert call(*own)[0] == cli.INTERRUPTED
+    before = {p: p.stat().st_mtime_ns for p in call.records.rglob("ridge-*.json")}
+    assert before
+    code, out, err = call(*own)
     assert code == 0, err
-    tried = [json.loads(p.read_text()) for p in call.records.rglob("actmat-*.json")]
-    assert {r["key"]["split"] for r in tried} == {"validation"}
-    results = call.records.with_name("sweep") / "optimization_results.yaml"
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    tried = [json.loads(p.read_text()) for p in call.records.rglob("ridge-*.json")]
+    assert {r["key"]["split"] for r in tried} == {"validation"} and len(tried) == 4
     best = max(tried, key=lambda r: r["mean"])
-    assert f"method.alpha: {best['key']['hyperparameters']['alpha']}" in results.read_text()
+    lam = best["key"]["hyperparameters"]["lam"]
+    (line,) = [line for line in out.splitlines() if line.startswith("best of 4 trials: ")]
+    assert line == f"best of 4 trials: method.lam={lam}, {100 * best['mean']:.2f}"
+    results = call.records.with_name("sweep") / "optimization_results.yaml"
+    assert f"method.lam: {lam}" in results.read_text()
+
+
+def test_a_search_in_which_all_fails_says_why(call, monkeypatch):
+    def broken(*_, **__):
+        raise InputError("no example is left")
+
+    monkeypatch.setattr(LinearSuite, "evaluate", broken)
+    code, _, err = call(*OPTUNA, "hydra.sweeper.n_trials=2")
+    assert code == errors.BAD_INPUT
+    assert err.splitlines()[-3] == "2 of 2 failed:"
+    assert err.splitlines()[-1].endswith(": no example is left")
+
+
+def test_an_interrupt_while_modules_load_is_one_line_and_130(tmp_path):
+    """An import that takes a minute stands in for torch on a busy machine."""
+    (tmp_path / "merging.py").write_text("import time\nprint(flush=True)\ntime.sleep(60)\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); sys.argv = ['run'];"
+        "from experiments.run import main; main()"
+    )
+    line = [sys.executable, "-c", code]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    process = subprocess.Popen(
+        line, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.readline()  # the import has begun
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == cli.INTERRUPTED
+    assert err.decode().splitlines() == [
+        "loading torch ...",
+        "",
+        "interrupted while modules were loading; nothing was done",
+    ]
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_help_says_what_a_command_does_with_examples_and_keys(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    cli.entry(name)()
+    told = capsys.readouterr().out
+    about, _, keys = told.partition("Keys, as key=value")
+    assert about.splitlines()[0].endswith((".", "?", "*"))
+    examples = [line for line in about.splitlines() if line.startswith("  python -m experiments.")]
+    assert len(examples) >= 3 or name in {"bench.gpu", "bench.scale"}
+    settings = importlib.import_module(cli.COMMANDS[name].module).COMMAND.settings
+    for field_ in fields(settings):
+        assert f"  {field_.name}: " in keys or f"  {field_.name}:\n" in keys, field_.name
+    assert "--traceback" in keys
+
+
+def test_completion_answers_without_torch(tmp_path):
+    environment = os.environ | {"COMP_LINE": "model-merging-run method=act"}
+    code = (
+        "import sys; sys.argv = ['model-merging-run', '-sc', 'query=bash'];"
+        "from experiments.run import main; main(); print('torch' in sys.modules)"
+    )
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["method=actmat", "method=actmat_centred", "False"], done.stderr
 
 
 # --- what configs may construct -----------------------------------------------------------------
@@ -324,13 +409,13 @@ def test_an_input_error_survives_being_wrapped(capsys):
         except InputError as error:
             raise RuntimeError("Error in call to target") from error
     except RuntimeError as wrapped:
-        assert errors.report(wrapped) == errors.BAD_INPUT
+        assert errors.report(wrapped).code == errors.BAD_INPUT
     assert capsys.readouterr().err == "error: file a lacks tensor b\nhint: look there\n"
 
 
 def test_hydras_messages_lose_their_search_path(capsys):
     error = MissingConfigException("No x\n\nAvailable:\n\ty\nConfig search path:\n\tz", "x", [])
-    assert errors.report(error) == errors.BAD_INPUT
+    assert errors.report(error).code == errors.BAD_INPUT
     assert capsys.readouterr().err == "error: No x\nhint: Available: y\n"
 
 

@@ -90,6 +90,19 @@ def test_every_sweep_opens_with_a_command_and_names_only_methods(sweep):
                 assert key.removeprefix("method.") in own, f"{key} of {name}"
 
 
+@pytest.mark.parametrize("sweep", names("sweep"))
+def test_what_a_sweep_sets_holds(sweep):
+    """A file of configs/sweep is the last to speak before the command line."""
+    config = composed("experiment", f"sweep={sweep}", hydra=True)
+    own = OmegaConf.load(CONFIGS / "sweep" / f"{sweep}.yaml")
+    choices = [next(iter(choice.items())) for choice in own.pop("defaults", [])]
+    for group, option in choices:
+        assert config.hydra.runtime.choices[group.removeprefix("override /")] == option
+    merged = OmegaConf.merge(config, own)
+    assert merged == config
+    assert composed("experiment", f"sweep={sweep}", "split=test").split == "test"
+
+
 def test_the_sweep_over_tasks_names_tasks_of_its_suite():
     config = composed("experiment", "sweep=tasks", "suite=embedded_text", hydra=True)
     subsets = OmegaConf.create(f"[{config.hydra.sweeper.params.tasks}]")

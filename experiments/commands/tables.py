@@ -46,6 +46,7 @@ class Tables:
     finetuning: str | None = None
     seeds: list[int] | None = None
     against: str | None = None
+    committed: str = "results"
     paper: Paper | None = None
     published: str = "results/published"
 
@@ -58,7 +59,7 @@ def tables(settings: Tables) -> None:
         console.print(Markdown(written.read_text()))
     else:
         folder = Path(settings.output) / settings.suite["name"]
-        found = gather(settings)
+        found, notes = complete(gather(settings), settings.baseline)
         rows = render(found, folder, settings.baseline)
         for finetuning, part in rows.groupby("finetuning"):
             title = f"{settings.suite['name']}, {finetuning}"
@@ -67,6 +68,8 @@ def tables(settings: Tables) -> None:
             committed = Path(settings.against) / settings.suite["name"] / "records.jsonl"
             others = records.load_lines(committed) if committed.exists() else []
             console.print(agreement(found, others, str(committed)))
+        for note in notes:
+            console.print(note, style="yellow", soft_wrap=True)
         written = folder / "table.md"
     console.print(f"written to {written}")
 
@@ -88,9 +91,11 @@ def _short(rows: pd.DataFrame, title: str, baseline: str) -> Table:
 def gather(settings: Tables) -> list[Record]:
     """Reportable records of a suite: the committed ones, renewed by those of later runs."""
     name = settings.suite["name"]
-    committed = Path(settings.output) / name / "records.jsonl"
+    committed = Path(settings.committed) / name / "records.jsonl"
     groups = [records.load_lines(committed)] if committed.exists() else []
+    searched = [str(committed)]
     if settings.records is not None:
+        searched.append(str(Path(settings.records) / name))
         groups.append(records.load_all(Path(settings.records) / name))
     found = [r for r in records.merged(*groups) if is_reportable(r)]
     found = of_one_protocol(settings, found)
@@ -100,7 +105,8 @@ def gather(settings: Tables) -> list[Record]:
         found = [r for r in found if r["key"]["finetuning"] == settings.finetuning]
     if not found:
         raise InputError(
-            f"there are no records of finished test runs for suite {name!r}",
+            f"there are no records of finished test runs for suite {name!r} in "
+            f"{' and '.join(searched)}",
             hint=f"make them with: python -m experiments.run suite={name} method=...",
         )
     return found
@@ -157,7 +163,6 @@ def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> p
     check_comparable(found)
     frame = to_frame(found)
     main = frame[frame.departs.map(len) == 0]
-    check_complete(main, baseline)
     rows = summarise(main, baseline)
     parts = {finetuning: part for finetuning, part in rows.groupby("finetuning")}
 
@@ -249,16 +254,46 @@ def check_comparable(found: Sequence[Record]) -> None:
             )
 
 
-def check_complete(frame: pd.DataFrame, baseline: str) -> None:
-    """InputError when a row lacks a seed that another row has, or a reference row is absent."""
-    for finetuning, part in frame.groupby("finetuning"):
-        seeds = sorted(part.seed.unique().tolist())
-        for row in dict.fromkeys([*REFERENCES, baseline, *part.row]):
-            if missing := sorted(set(seeds) - set(part.seed[part.row == row])):
-                raise InputError(
-                    f"there is no record of {row}, {finetuning}, seed {missing[0]}",
-                    hint=f"run it, or tabulate other seeds than {seeds} with seeds=[...]",
-                )
+def complete(found: Sequence[Record], baseline: str) -> tuple[list[Record], list[str]]:
+    """The records that can stand in full tables, and what was left out, with what completes it.
+
+    A table's rows are paired by seed with each other and with the references. So a seed without a
+    record of a reference or of the baseline is left out, and a row that lacks one of the seeds
+    that are left. Raises InputError where nothing is left.
+    """
+    frame = to_frame(found)
+    kept, notes = frame.index, []
+    for finetuning, part in frame[frame.departs.map(len) == 0].groupby("finetuning"):
+        needed = list(dict.fromkeys([*REFERENCES, baseline]))
+        seeds = {row: set(part.seed[part.row == row]) for row in [*needed, *part.row]}
+        shared = set.intersection(*(seeds[row] for row in needed))
+        if dropped := sorted(set(part.seed) - shared):
+            lacking = [(row, s) for s in dropped for row in needed if s not in seeds[row]]
+            notes += [_left_out(found, finetuning, f"seed {s}", row, s) for row, s in lacking]
+        short = [row for row in dict.fromkeys(part.row) if not shared <= seeds[row]]
+        for row in short if shared else ():
+            gone = min(shared - seeds[row])
+            notes.append(_left_out(found, finetuning, row, row, gone))
+        own = frame.finetuning == finetuning
+        gone = own & (~frame.seed.isin(shared) | (frame.row.isin(short) if shared else False))
+        kept = kept.difference(frame.index[gone])
+    chosen = [found[i] for i in kept]
+    if not chosen:
+        raise InputError(f"no table can be made: {notes[0]}", hint=" ".join(notes[1:3]))
+    return chosen, notes
+
+
+def _left_out(found: Sequence[Record], finetuning: str, what: str, row: str, seed: int) -> str:
+    """A note that names the missing record, and the command that makes it."""
+    method = row.partition(" (")[0]
+    extra = " ".join(f" {pair}" for pair in [f"finetuning={finetuning}", f"seed={seed}"])
+    if "selected" in row:
+        extra += f" selection={row.partition('(')[2].split()[0]}"
+    return (
+        f"left out of {finetuning}: {what}, as there is no record of {row}, {finetuning}, seed "
+        f"{seed}; make it with: python -m experiments.run suite={found[0]['key']['suite']} "
+        f"method={method}{extra}"
+    )
 
 
 # --- rows to text -------------------------------------------------------------------------------

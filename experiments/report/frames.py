@@ -4,13 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 import merging
+from experiments.report import records
 from experiments.report.records import Record
 from experiments.settings import Statistics
+
+
+def load(folder: str | Path) -> pd.DataFrame:
+    """The records below a folder: `to_frame`, with a column for every setting that varies.
+
+    folder: of runs (runs/records/SUITE), or of results (results/SUITE, with its records.jsonl).
+    """
+    folder = Path(folder)
+    lines = folder / "records.jsonl"
+    frame = to_frame(records.load_lines(lines) if lines.exists() else records.load_all(folder))
+    settings = pd.DataFrame(list(frame.settings), index=frame.index)
+    varying = [key for key in settings if settings[key].astype(str).nunique() > 1]
+    return frame.join(settings[varying].drop(columns=set(varying) & set(frame)))
 
 
 def to_frame(found: Sequence[Record]) -> pd.DataFrame:
