@@ -22,7 +22,7 @@ RUN := .venv/bin/python -m experiments
 
 reproduce: .venv/.ready
 	$(RUN).run sweep=core suite=$(SUITE)
-	$(RUN).tables suite=$(SUITE) finetuning=full seeds=[0] output=runs/results against=results
+	$(RUN).tables suite=$(SUITE) finetuning=full seeds=[0] committed=null output=runs/results against=results
 
 test: .venv/.ready
 	.venv/bin/ruff check .

@@ -15,6 +15,7 @@ from hydra.plugins.launcher import Launcher
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from merging.errors import InputError
 
@@ -130,5 +131,5 @@ def _table(values: Sequence[tuple[str, float]]) -> Table:
     table.add_column("run")
     table.add_column("mean", justify="right")
     for name, value in values:
-        table.add_row(name, f"{100 * value:.2f}")
+        table.add_row(Text(name), f"{100 * value:.2f}")
     return table

@@ -273,7 +273,7 @@ def test_help_says_what_a_command_does_with_examples_and_keys(name, monkeypatch,
     cli.entry(name)()
     told = capsys.readouterr().out
     about, _, keys = told.partition("Keys, as key=value")
-    assert about.splitlines()[0].endswith((".", "?", "*"))
+    assert about.splitlines()[0].endswith((".", "?", "*", ":"))
     examples = [line for line in about.splitlines() if line.startswith("  python -m experiments.")]
     assert len(examples) >= 3 or name in {"bench.gpu", "bench.scale"}
     settings = importlib.import_module(cli.COMMANDS[name].module).COMMAND.settings

@@ -74,7 +74,7 @@ def table(tmp_path):
 
 def rendered(table, tmp_path, *found):
     records.save_lines(tmp_path / "ours" / "records.jsonl", found)
-    return paper.render_paper(table, tmp_path, tmp_path)
+    return paper.render_paper(table, tmp_path, tmp_path, tmp_path)
 
 
 def tasks_of(table):
@@ -177,7 +177,7 @@ def test_paper_ours_and_difference(table, tmp_path):
 
 
 def test_what_was_not_measured_is_said(table, tmp_path):
-    text = paper.render_paper(table, tmp_path, tmp_path).read_text()
+    text = paper.render_paper(table, tmp_path, tmp_path, tmp_path).read_text()
     assert text.count(paper.NOT_MEASURED) == 1
     assert "nan" not in text
 

@@ -182,17 +182,36 @@ def test_what_must_not_share_a_table_is_refused(runs, tmp_path, change, told):
 
 
 @pytest.mark.parametrize("missing", range(8))
-def test_a_missing_record_is_named(runs, tmp_path, missing):
+def test_what_is_incomplete_is_left_out_with_the_command_that_completes_it(runs, missing):
+    """Without a reference or the baseline a seed goes, without another run its row."""
     gone = runs.pop(missing)["key"]
-    with pytest.raises(InputError, match=f"no record of {gone['method']}, full, seed"):
-        tables.render(runs, tmp_path)
+    kept, (note,) = tables.complete(runs, "actmat")
+    seed, method = gone["seed"], gone["method"]
+    if method == "average":
+        assert [r["key"]["method"] for r in kept].count("average") == 0 and len(kept) == 6
+    else:
+        assert {r["key"]["seed"] for r in kept} == {1 - seed} and len(kept) == 4
+    command = f"python -m experiments.run suite=s method={method} finetuning=full seed={seed}"
+    assert f"there is no record of {method}, full, seed {seed}; " in note
+    assert note.endswith(f"make it with: {command}")
+
+
+def test_a_lone_run_of_another_finetuning_does_not_keep_a_suite_from_its_table(runs, tmp_path):
+    lone = record("average", key={"finetuning": "lora"})
+    kept, notes = tables.complete([*runs, lone], "actmat")
+    assert kept == runs and len(notes) == 3  # zero_shot, experts and actmat are missing
+    assert notes[0].startswith("left out of lora: seed 0, as there is no record of zero_shot")
+    tables.render(kept, tmp_path)
+    with pytest.raises(InputError, match="no table can be made: left out of lora: seed 0"):
+        tables.complete([lone], "actmat")
 
 
 def settings(tmp_path, **changes):
     defaults = {
         "suite": {"name": "s"},
         "records": str(tmp_path / "records"),
-        "output": str(tmp_path / "results"),
+        "output": str(tmp_path / "elsewhere"),
+        "committed": str(tmp_path / "results"),
     }
     return tables.Tables(**defaults | changes)
 
@@ -224,7 +243,8 @@ def test_agreement_with_records_from_elsewhere(runs):
 
 
 def test_no_records_at_all_is_one_sentence(tmp_path):
-    with pytest.raises(InputError, match="no records of finished test runs for suite 's'"):
+    told = f"suite 's' in {tmp_path}/results/s/records.jsonl and {tmp_path}/records/s"
+    with pytest.raises(InputError, match=told):
         tables.gather(settings(tmp_path))
 
 

@@ -46,7 +46,7 @@ class Tables:
     finetuning: str | None = None
     seeds: list[int] | None = None
     against: str | None = None
-    committed: str = "results"
+    committed: str | None = "results"
     paper: Paper | None = None
     published: str = "results/published"
 
@@ -55,7 +55,9 @@ def tables(settings: Tables) -> None:
     """Rebuild the tables of one suite, or one table of a paper."""
     console = Console()
     if settings.paper is not None:
-        written = render_paper(settings.paper, Path(settings.published), Path(settings.output))
+        output = Path(settings.output)
+        committed = output if settings.committed is None else Path(settings.committed)
+        written = render_paper(settings.paper, Path(settings.published), committed, output)
         console.print(Markdown(written.read_text()))
     else:
         folder = Path(settings.output) / settings.suite["name"]
@@ -91,9 +93,11 @@ def _short(rows: pd.DataFrame, title: str, baseline: str) -> Table:
 def gather(settings: Tables) -> list[Record]:
     """Reportable records of a suite: the committed ones, renewed by those of later runs."""
     name = settings.suite["name"]
-    committed = Path(settings.committed) / name / "records.jsonl"
-    groups = [records.load_lines(committed)] if committed.exists() else []
-    searched = [str(committed)]
+    groups, searched = [], []
+    if settings.committed is not None:
+        committed = Path(settings.committed) / name / "records.jsonl"
+        searched.append(str(committed))
+        groups += [records.load_lines(committed)] if committed.exists() else []
     if settings.records is not None:
         searched.append(str(Path(settings.records) / name))
         groups.append(records.load_all(Path(settings.records) / name))
@@ -106,7 +110,7 @@ def gather(settings: Tables) -> list[Record]:
     if not found:
         raise InputError(
             f"there are no records of finished test runs for suite {name!r} in "
-            f"{' and '.join(searched)}",
+            f"{' and '.join(searched) or 'no folder at all'}",
             hint=f"make them with: python -m experiments.run suite={name} method=...",
         )
     return found
@@ -286,7 +290,7 @@ def complete(found: Sequence[Record], baseline: str) -> tuple[list[Record], list
 def _left_out(found: Sequence[Record], finetuning: str, what: str, row: str, seed: int) -> str:
     """A note that names the missing record, and the command that makes it."""
     method = row.partition(" (")[0]
-    extra = " ".join(f" {pair}" for pair in [f"finetuning={finetuning}", f"seed={seed}"])
+    extra = f" finetuning={finetuning} seed={seed}"
     if "selected" in row:
         extra += f" selection={row.partition('(')[2].split()[0]}"
     return (

@@ -51,9 +51,10 @@ class Paper:
     marks: dict[str, str] = field(default_factory=dict)
 
 
-def render_paper(paper: Paper, published: Path, output: Path) -> Path:
-    """Write results/paper/<name>.{md,csv,tex}; returns the Markdown."""
-    frame = compare(paper, read_published(paper, published), measured(paper, output / paper.suite))
+def render_paper(paper: Paper, published: Path, committed: Path, output: Path) -> Path:
+    """Write <output>/paper/<name>.{md,csv,tex} from records below `committed`; the Markdown."""
+    ours = measured(paper, committed / paper.suite)
+    frame = compare(paper, read_published(paper, published), ours)
     folder = output / "paper"
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(
