@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import merging
 from eval import statistics
 from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
+from merging.layers.stored import loaded_as
 from merging.progress import track
 
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff"}
@@ -63,10 +65,16 @@ def measure(
         for chunk in chunks:
             yield {k: v.to(device) for k, v in prepare(chunk).items()}
 
-    names = _reached(model, next(stream()), forward)
+    padded = _reached(model, next(stream()), forward)
+
+    def mask(batch: Batch, name: str) -> Tensor | None:
+        return batch["attention_mask"] if padded[name] else None
+
     moments = statistics.second_moments(
-        model, track(stream(), "second moments", batches), names, forward=forward, mask=_mask
+        model, track(stream(), "second moments", batches), padded, forward=forward, mask=mask
     )
+    stored = loaded_as(model, open_checkpoint(folder).keys())  # a merge knows names on disk
+    moments = {name: moments[own] for name, own in stored.items() if own in moments}
     output.parent.mkdir(parents=True, exist_ok=True)
     statistics.save(output, moments, {"checkpoint": checkpoint.name, "inputs": len(chunks)})
     return Measured(len(moments), batches * batch_size)
@@ -98,6 +106,7 @@ def _model(folder: Path, adapter: Path | None) -> nn.Module:
     """The model that a folder's config.json names, with an adapter merged in."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json, which says what the model is")
+    transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
         named = [getattr(transformers, n, None) for n in config.architectures or ()]
@@ -157,20 +166,18 @@ def _forward(model: nn.Module, images: bool) -> Callable[[nn.Module, Any], Any]:
     return lambda model, batch: model(**batch)
 
 
-def _mask(batch: Batch, name: str) -> Tensor | None:
-    """Padding does not count."""
-    return batch.get("attention_mask")
+def _reached(
+    model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Any], Any]
+) -> dict[str, bool]:
+    """Weight names of the linear layers that a batch passes through; True where padding would."""
+    seen: dict[str, bool] = {}
+    mask = batch.get("attention_mask")
 
+    def note(name: str, z: Tensor) -> None:
+        seen[name] = mask is not None and z.shape[:-1] == mask.shape
 
-def _reached(model: nn.Module, batch: Batch, forward: Callable[[nn.Module, Any], Any]) -> list[str]:
-    """Weight names of the linear layers that a batch passes through."""
-    seen: dict[str, None] = {}
-    layers = merging.linear_layers(model)
-    with (
-        torch.no_grad(),
-        statistics._observed(model, layers, lambda name, z: seen.setdefault(name)),
-    ):
+    with torch.no_grad(), statistics.observed(model, merging.linear_layers(model), note):
         forward(model, batch)
     if not seen:
         raise InputError("no linear layer of the model saw an input")
-    return list(seen)
+    return seen

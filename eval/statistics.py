@@ -52,7 +52,7 @@ def second_moments(
     plain = [name for name in layers if name not in fused]
     with (
         torch.no_grad(),
-        _observed(model, plain, moments.add),
+        observed(model, plain, moments.add),
         fused_experts(model, list(fused), moments.add_expert),
     ):
         for batch in batches:
@@ -149,7 +149,7 @@ class _Moments:
 
 
 @contextmanager
-def _observed(
+def observed(
     model: nn.Module, weights: Iterable[str], observe: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     """Call `observe(weight name, input)` whenever a layer is applied, in eval mode."""

@@ -126,5 +126,6 @@ class TrainedSuite(Suite):
             raise InputError(
                 f"task {task!r} has {available} training {self.examples}, statistics over "
                 f"{batches} x {batch_size} of them were asked for",
-                hint="ask for fewer batches",
+                hint=f"ask for at most statistics.batches={max(available // batch_size, 1)}"
+                + (f" statistics.batch_size={available}" if available < batch_size else ""),
             )

@@ -122,21 +122,22 @@ def help_text(config: str) -> str:
     about = re.sub(r"^# ?", "", header, flags=re.MULTILINE).strip()
     defaults, keys = re.match(r"((?: +- [^\n]*\n)*)(.*)", rest, flags=re.DOTALL).groups()
     keys = keys.partition("\nhydra:")[0].strip()
-    groups = re.findall(r"^ +- (\w+): (\S+)", defaults, flags=re.MULTILINE)
+    groups = re.findall(r"^ +- (\w+)(?:@([\w.]+))?: (\S+)", defaults, flags=re.MULTILINE)
     return "\n".join(
         [
             f"{about}\n",
             "Keys, as key=value, with their defaults (??? must be given):\n",
-            *(_choices(group, default) for group, default in groups),
+            *(_choices(*group) for group in groups),
             *(f"  {line}" for line in keys.splitlines()),
             f"\n{OPTIONS}",
         ]
     )
 
 
-def _choices(group: str, default: str) -> str:
+def _choices(group: str, place: str, default: str) -> str:
     names = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
-    line = f"{group}: {default} # {', '.join(names)}; the keys of its file as {group}.KEY"
+    key = place or group
+    line = f"{key}: {default} # {', '.join(names)}; the keys of its file as {key}.KEY"
     return textwrap.fill(line, 100, initial_indent="  ", subsequent_indent="      # ")
 
 

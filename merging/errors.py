@@ -22,3 +22,9 @@ def several(problems: Sequence[str], limit: int = 6) -> str:
     """A list of problems for a message: the first few, and how many more there are."""
     more = [f"and {len(problems) - limit} more of them"] if len(problems) > limit else []
     return "; ".join([*problems[:limit], *more])
+
+
+HOW_TO_MEASURE = (
+    "measure them with `python -m experiments.statistics`, of a suite or of a checkpoint of your "
+    "own, and give them to a merge as statistics.NAME=FILE"
+)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor, ViTModel
 
 from eval import own_inputs, tiny
@@ -62,7 +62,12 @@ def test_moments_of_texts_are_those_of_the_tokens_that_are_no_padding(call, text
 
 def test_a_merge_reads_them_and_without_them_says_how_to_measure(call, texts, tmp_path):
     base = tiny.encoder()
-    line = [f"base={base}", f"experts.a={base}", f"experts.b={base}", "method=regmean"]
+    state = load_file(base / "model.safetensors")
+    for name, sign in (("a", 1.0), ("b", 3.0)):
+        own = state | {QUERY: state[QUERY] + sign * torch.eye(len(state[QUERY]))}
+        save_file(own, tmp_path / f"{name}.safetensors")
+    line = [f"base={base}", "method=regmean"]
+    line += [f"experts.{name}={tmp_path}/{name}.safetensors" for name in "ab"]
     line += [f"output={tmp_path}/merged.safetensors"]
     code, _, err = call(merge, *line)
     assert code == 2 and "statistics.NAME=FILE" in err and "experiments.statistics" in err
@@ -70,12 +75,14 @@ def test_a_merge_reads_them_and_without_them_says_how_to_measure(call, texts, tm
     assert (
         call(statistics, f"checkpoint={base}", f"texts={texts}", f"output={moments}", *FEW)[0] == 0
     )
-    code, out, err = call(merge, *line, f"statistics.a={moments}", f"statistics.b={moments}")
+    code, _, err = call(merge, *line, f"statistics.a={moments}", f"statistics.b={moments}")
     assert code == 0, err
     merged = load_file(tmp_path / "merged.safetensors")
-    torch.testing.assert_close(
-        merged[QUERY], load_file(base / "model.safetensors")[QUERY], rtol=1e-3, atol=1e-4
-    )
+    # with the same moments for both, RegMean is the average, but for the direction (1, ..., 1)
+    # in which inputs that leave a layer norm never point: there the least change is none
+    d = len(state[QUERY])
+    expected = state[QUERY] + 2 * (torch.eye(d) - 1 / d)
+    torch.testing.assert_close(merged[QUERY], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_images_are_measured_as_the_model_sees_them(call, tmp_path):
@@ -97,8 +104,9 @@ def test_images_are_measured_as_the_model_sees_them(call, tmp_path):
     code, out, err = call(statistics, *line, *few)
     assert code == 0, err
     assert "over 4 inputs" in out
-    names = {n for n in load_file(output)}
-    assert {n for n in names if n.endswith("intermediate.dense.weight")}
+    moments = load_file(output)
+    assert set(moments) <= set(load_file(folder / "model.safetensors"))
+    assert sorted(len(C) for C in moments.values()) == [16, 16, 16, 16, 16, 16, 24]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from merging.engine.choices import (
     read_parts,
     weigh,
 )
-from merging.errors import InputError, several
+from merging.errors import HOW_TO_MEASURE, InputError, several
 from merging.experts import Expert, Source
 from merging.formats.checks import check_finite, problems
 from merging.formats.fit import fit, still_tied
@@ -263,7 +263,7 @@ def _check_statistics(
         if statistics is None or task not in statistics:
             raise InputError(
                 f"method {method.name!r} needs {method.needs} statistics of task {task!r}",
-                hint="collect them with: python -m experiments.statistics",
+                hint=HOW_TO_MEASURE,
             )
         missing = [name for name in layers if name not in statistics[task]]
         if missing:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +37,19 @@ def kinds(model: nn.Module, shapes: names.Shapes) -> Kinds:
 def matched(model: nn.Module, shapes: names.Shapes) -> set[str]:
     """The tensors of a checkpoint that the model has a parameter for."""
     return {name for name, _ in _mapped(model, modules.kinds(model), shapes)}
+
+
+def loaded_as(model: nn.Module, on_disk: Iterable[str]) -> dict[str, str]:
+    """{name on disk: name of the parameter} of the tensors that loading at most renames."""
+    state = {WRAPPERS.sub("", name): tensor for name, tensor in model.state_dict().items()}
+    rename, _ = _transformers_names(model, state)
+    prefixes, known = _prefixes(model), {}
+    for name in _in_loading_order(dict.fromkeys(on_disk, ())):
+        bare = WRAPPERS.sub("", name)
+        target, pattern = rename(bare)
+        if pattern is None:
+            known[name] = next((n for n in _variants(target, bare, prefixes) if n in state), "")
+    return {name: parameter for name, parameter in known.items() if parameter}
 
 
 def vocabulary_size(model: nn.Module) -> int | None:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from merging.errors import InputError
+from merging.errors import HOW_TO_MEASURE, InputError
 from merging.linalg import in_span_of_rows
 
 # What a method may ask for beside the deltas, by the name of a keyword. Everything else in a
@@ -206,7 +206,7 @@ class Method:
         if self.needs and context.get(_STATISTIC_ARGUMENT[self.needs]) is None:
             raise InputError(
                 f"method {self.name!r} needs {_STATISTIC_ARGUMENT[self.needs]}, none were given",
-                hint="collect them with: python -m experiments.statistics",
+                hint=HOW_TO_MEASURE,
             )
 
 
