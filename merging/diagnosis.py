@@ -11,8 +11,9 @@ All of it is read from the deltas D_t (T, d_out, d_in) of one layer and summed o
                 with D_t^T D_t in place of the inputs' second moment; 0 where the merge acts as the
                 expert does on what the expert has learnt, 1 where it does no more than the base.
                 Its mirror, |D_t^T (D_t - D)|^2, has D_t D_t^T in place of the second moment of the
-                gradients of the outputs. ACTMat minimises the first by construction: to compare
-                methods the mean of both is the fairer number.
+                gradients of the outputs. ACTMat minimises the first by construction; a large
+                second tells that a merge overshoots. Neither is accuracy: how far they predict it
+                is measured by `experiments.residuals`.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def ranking(self) -> list[tuple[str, float]]:
-        """(method, mean residual over both sides and all experts), best first."""
+        """(method, mean residual of the inputs' side over all experts), best first."""
         every = tuple(self.tasks)
         rows = [(m, mean_residual(r)) for (m, tasks), r in self.residuals.items() if tasks == every]
         return sorted(rows, key=lambda row: row[1])
@@ -124,8 +124,8 @@ def plan(
 
 
 def mean_residual(residuals: Mapping[str, tuple[float, float]]) -> float:
-    """Over both sides and all tasks."""
-    return sum(sum(sides) / 2 for sides in residuals.values()) / len(residuals)
+    """Of the inputs' side, over all tasks."""
+    return sum(inputs for inputs, _ in residuals.values()) / len(residuals)
 
 
 def _count(found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer]) -> None:

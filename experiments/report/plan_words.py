@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from merging.planning import Group, Plan, mean_residual
 
 MOST = 10  # lines of problems; the rest is counted
 TWINS = 0.95  # cosine of two task vectors above which two experts are nearly one
+OVERSHOOT = 2.0  # times the base's own distance, seen from the outputs
 UNRELATED = 0.7  # relative movement above which an expert was hardly trained from this base
 GIB = 2**30
 
@@ -96,16 +97,27 @@ def place(group: Group) -> str:
 def _ranking(plan: Plan) -> Iterator[str]:
     ranking = plan.ranking
     told = ", ".join(f"{method} {percent(share)}" for method, share in ranking)
-    yield f"What each merge leaves undone of the experts' changes, mean of both sides: {told}."
+    yield f"What each merge leaves undone of what the experts do to their own inputs: {told}."
     best, worst = ranking[0][0], ranking[-1][0]
     every = tuple(plan.tasks)
-    losses = {t: sum(r) / 2 for t, r in plan.residuals[best, every].items()}
+    losses = {t: inputs for t, (inputs, _) in plan.residuals[best, every].items()}
     hardest = max(losses, key=lambda task: losses[task])
-    other = sum(plan.residuals[worst, every][hardest]) / 2
+    other = plan.residuals[worst, every][hardest][0]
     yield (
         f"{hardest} loses most: {percent(losses[hardest])} of it is left undone by {best}, "
         f"{percent(other)} by {worst}."
     )
+    far = {m: _seen_from_outputs(plan.residuals[m, every]) for m, _ in ranking}
+    if over := {m: times for m, times in far.items() if times > OVERSHOOT}:
+        listed = ", ".join(f"{m} {times:.1f} times" for m, times in over.items())
+        yield (
+            "Seen from the outputs these merges are further from the experts than the base is: "
+            f"{listed}. They overshoot; a bounded method is the safer choice."
+        )
+
+
+def _seen_from_outputs(residuals: Mapping[str, tuple[float, float]]) -> float:
+    return sum(outputs for _, outputs in residuals.values()) / len(residuals)
 
 
 def _without(plan: Plan) -> Iterator[str]:
