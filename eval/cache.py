@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from merging.errors import InputError
-from merging.formats.writer import flush
+from merging.formats.disk import flush
 
 RECORD = "key.json"  # beside the content: the key in clear, each file's SHA-256, size and time
 VERIFY = "MODEL_MERGING_VERIFY"  # 1: compare checksums though sizes and times agree

@@ -22,7 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from eval.cache import digest
 from merging import apply, open_checkpoint
 from merging.errors import InputError
-from merging.formats.writer import flush
+from merging.formats.disk import flush
 from merging.progress import track
 
 log = logging.getLogger(__name__)

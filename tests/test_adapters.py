@@ -233,3 +233,9 @@ def test_names_in_memory_are_told_in_those_of_the_file(tmp_path):
     merged = merging.merge_state_dicts(base, {"a": open_checkpoint(folder)}, AVERAGE)
     moved = [name for name in base if not torch.equal(merged[name], base[name])]
     assert sorted(moved) == ["lm.model.square.weight", "lm.model.up.weight"]
+    # an adapter of the merge has the adapters' own names
+    save_file(base, tmp_path / "base.safetensors")
+    out = tmp_path / "out"
+    line = tmp_path / "base.safetensors", {"a": folder}, AVERAGE, out
+    merging.merge_checkpoints(*line, form="adapter")
+    assert load_file(out / "adapter_model.safetensors").keys() == renamed.keys()

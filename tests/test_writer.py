@@ -21,6 +21,7 @@ from torch import nn
 
 import merging
 from merging.errors import InputError
+from merging.formats import disk
 from merging.formats import writer as writer_module
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.safetensors import SAFETENSORS_DTYPES
@@ -332,9 +333,11 @@ def fill():
 def interrupted(n, happen, swap, *args, **options):
     """Run `write_whole` in which something happens at the n-th call."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer_module, "os", Os(n, happen))
+        system = Os(n, happen)
+        patch.setattr(writer_module, "os", system)
+        patch.setattr(disk, "os", system)
         if not swap:
-            patch.setattr(writer_module, "_swap", lambda *_: False)
+            patch.setattr(disk, "_swap", lambda *_: False)
         write_whole(*args, **options)
 
 
@@ -437,7 +440,9 @@ def test_a_merge_stopped_at_every_call_continues(fast):
         points += 1
         try:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(writer_module, "os", Os(points, fill))
+                system = Os(points, fill)
+                patch.setattr(writer_module, "os", system)
+                patch.setattr(disk, "os", system)
                 merge(fast / str(points))
             break
         except InputError:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import merging
 from experiments.bench.cost import Repeats, read_file, write_file
-from merging.formats.writer import remove
+from merging.formats.disk import remove
 
 RELATIVE_MOVE = 0.02
 _CHUNK = 1 << 24  # bytes written at a time

@@ -64,6 +64,8 @@ class AdapterFolder:
             raise InputError(f"{output} exists already", hint="remove it or allow overwriting")
         self.output, self.overwrite = output, overwrite
         self.rank, self.report = job.rank, report
+        # as the adapters say: peft reads names as a model has them in memory
+        self.own_names = {k: v for e in job.experts.values() for k, v in e.own_names.items()}
         self.settings = joint_settings(job.experts, job.base.path)
         self.order = [item.name for item in items if item.method]
         self.done = {name for i in items if not i.method for name in (i.name, *i.copies)}
@@ -89,12 +91,13 @@ class AdapterFolder:
         return merged
 
     def finish(self, extra: Files | None = None) -> None:
-        pairs = {name: self.factors[name][:2] for name in self.order if name in self.factors}
+        named = {name: self.own_names.get(name, name) for name in self.order}
+        pairs = {named[n]: self.factors[n][:2] for n in self.order if n in self.factors}
         write_adapter(
             self.output,
             pairs,
             self.settings,
-            dense=self.whole.tensors,
+            dense={named[name]: tensor for name, tensor in self.whole.tensors.items()},
             extra=extra,
             overwrite=self.overwrite,
         )

@@ -8,13 +8,10 @@ match the journal, so that it may follow a kill or a power cut without trusting 
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import math
 import os
 import re
-import shutil
 import time
 import zlib
 from collections.abc import Iterator, Mapping
@@ -28,12 +25,21 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.formats.disk import (
+    FULL,
+    check_space,
+    flush,
+    publish,
+    remove,
+    reserve,
+    write_at,
+    write_synced,
+)
 from merging.formats.safetensors import SAFETENSORS_DTYPES
 
 SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs only the tensor being written
 _CHUNK = 16 << 20
 INDEXED = ("model", "diffusion_pytorch_model")  # what libraries look for an index of
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -103,7 +109,7 @@ class Writer:
 
     def _start(self, headers: Mapping[str, bytes], key: str) -> None:
         if self._aside.exists() and not self.output.exists():
-            os.rename(self._aside, self.output)  # killed between the two steps of `_publish`
+            os.rename(self._aside, self.output)  # killed between the two steps of `publish`
         self._refuse_existing()
         layout = zlib.crc32(b"".join(headers.values()) + json.dumps(self._shards).encode())
         first = json.dumps({"key": key, "layout": layout})
@@ -111,18 +117,18 @@ class Writer:
         crcs = _read_journal(journal, first) if self._files.is_dir() else None
         if crcs is None:
             remove(self._work)
-            _check_space(self.output, sum(self._size.values()))
+            check_space(self.output, sum(self._size.values()))
             self._files.mkdir(parents=True)
         for stray in set(os.listdir(self._files)) - set(headers):
             remove(self._files / stray)
         for file, header in headers.items():
             self._open[file] = os.open(self._files / file, os.O_RDWR | os.O_CREAT, 0o644)
-            _reserve(self._open[file], self._size[file])
-            _pwrite(self._open[file], header, 0)
+            reserve(self._open[file], self._size[file])
+            write_at(self._open[file], header, 0)
         crcs = {name: crc for name, crc in (crcs or {}).items() if name in self._places}
         kept = {name: crc for name, crc in crcs.items() if self._stored_crc(name) == crc}
         lines = [first, *(json.dumps([name, crc]) for name, crc in kept.items())]
-        _write_synced(journal, "".join(line + "\n" for line in lines).encode())
+        write_synced(journal, "".join(line + "\n" for line in lines).encode())
         self._open["../journal"] = os.open(journal, os.O_WRONLY | os.O_APPEND)
         self.done = set(kept)
 
@@ -147,7 +153,7 @@ class Writer:
         data = _bytes(tensor)
         row_bytes = place.nbytes // count if count else 0
         with self._told():
-            _pwrite(self._open[place.file], data, place.offset + start * row_bytes)
+            write_at(self._open[place.file], data, place.offset + start * row_bytes)
             crc = zlib.crc32(data, crc if start else 0)
             self._pieces[name] = stop, crc
             if stop == count:
@@ -179,12 +185,12 @@ class Writer:
                     raise ValueError(f"the extra file {name!r} would leave the folder")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 data = content if isinstance(content, bytes) else Path(content).read_bytes()
-                _write_synced(target, data)
+                write_synced(target, data)
             self._sync(0)
             flush(self._files)
             self._refuse_existing()
             whole = self._files if self._folder else self._files / self.output.name
-            _publish(whole, self.output, self._aside)
+            publish(whole, self.output, self._aside)
             remove(self._work)
         self.close()
 
@@ -212,7 +218,7 @@ class Writer:
         try:
             yield
         except OSError as error:
-            full = error.errno in _FULL
+            full = error.errno in FULL
             reason = "the disk is full" if full else error.strerror or str(error)
             raise InputError(
                 f"cannot write {self.output}: {reason}",
@@ -264,15 +270,30 @@ def write_adapter(
             "nn.MultiheadAttention with different factors",
             hint="write the merged model as a dense checkpoint",
         )
+    tensors = {f"base_model.model.{name}": tensor for name, tensor in (dense or {}).items()}
+    for name, (a, b) in factors.items():
+        module = name.removesuffix(".weight")
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    settings = _adapter_settings(factors, config)
+    layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    shards = dict.fromkeys(tensors, "adapter_model.safetensors")
+    with Writer(output, layout, shards=shards, overwrite=overwrite) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+        content = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        writer.finish({**(extra or {}), "adapter_config.json": content.encode()})
+
+
+def _adapter_settings(
+    factors: Mapping[str, tuple[Tensor, Tensor]], config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """adapter_config.json, with what the factors determine: ranks, and the scale 1."""
     ranks = {name.removesuffix(".weight"): len(a) for name, (a, _) in factors.items()}
     rank = max(ranks.values())
     # peft reads a key as a regular expression that may match a module's last names alone
     others = {"^" + m.replace(".", r"\."): own for m, own in ranks.items() if own != rank}
-    tensors = {f"base_model.model.{name}": tensor for name, tensor in (dense or {}).items()}
-    for module, (a, b) in zip(ranks, factors.values(), strict=True):
-        tensors[f"base_model.model.{module}.lora_A.weight"] = a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = b
-    settings = dict(config) | {
+    return dict(config) | {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": rank,
@@ -284,13 +305,6 @@ def write_adapter(
         "bias": "none",
         "inference_mode": True,
     }
-    layout = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
-    shards = dict.fromkeys(tensors, "adapter_model.safetensors")
-    with Writer(output, layout, shards=shards, overwrite=overwrite) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor)
-        content = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        writer.finish({**(extra or {}), "adapter_config.json": content.encode()})
 
 
 def _layout(
@@ -331,32 +345,6 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
-def _pwrite(file: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(file, view, offset)
-        view, offset = view[written:], offset + written
-
-
-def _reserve(file: int, size: int) -> None:
-    """Give the file its final size, with its disk blocks where the file system can."""
-    try:
-        os.posix_fallocate(file, 0, size)
-    except (AttributeError, OSError) as error:
-        if getattr(error, "errno", None) in _FULL:
-            raise
-    os.ftruncate(file, size)
-
-
-def _check_space(output: Path, size: int) -> None:
-    free = shutil.disk_usage(output.parent).free
-    if free < size:
-        raise InputError(
-            f"{output} needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free",
-            hint="free some space or choose another output",
-        )
-
-
 def _read_journal(path: Path, first: str) -> dict[str, int] | None:
     """{tensor: CRC-32}, or None if the journal is absent or of something else."""
     try:
@@ -371,50 +359,3 @@ def _read_journal(path: Path, first: str) -> dict[str, int] | None:
             name, crc = json.loads(line)
             crcs[name] = crc
     return crcs
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    """Write a file whole: a reader sees the old content or the new."""
-    partial = path.with_name(path.name + ".new")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def flush(path: Path) -> None:
-    """Ask the system to put a file or folder on the disk now."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _publish(source: Path, output: Path, aside: Path) -> None:
-    """Rename into place, so that at every instant the old output or the new one is there.
-
-    Where the system cannot swap two folders in one step there is an instant without either;
-    the old one is `aside` then, and a rerun puts it back.
-    """
-    if not (output.exists() and _swap(source, output)):
-        if output.is_dir():
-            os.rename(output, aside)
-        os.replace(source, output)
-    flush(output.parent)
-
-
-def _swap(a: Path, b: Path) -> bool:
-    """Exchange two paths in one step; False where the system cannot (only Linux can)."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename) and not rename(here, os.fsencode(a), here, os.fsencode(b), exchange)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
