@@ -1,5 +1,6 @@
 """A method from outside the package is a method: its function and its file are all it takes."""
 
+import inspect
 import re
 import shutil
 import subprocess
@@ -60,3 +61,9 @@ def test_it_merges_like_any_other(registered):
     torch.testing.assert_close(merged["fc.weight"], torch.tensor([[0.25, 2.25], [2.25, 0.25]]))
     torch.testing.assert_close(merged["fc.bias"], torch.full((2,), 2.5))
     assert "norm_mean" in merging.methods() and "an example" in method.__doc__
+
+
+def test_the_example_of_the_documentation_is_this_one(registered):
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    shown = "".join(page.read_text() for page in pages if page.exists())
+    assert inspect.getsource(registered.norm_mean) in shown

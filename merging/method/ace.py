@@ -10,7 +10,12 @@ from merging.method.registry import register
 from merging.method.spectral import singular_triplets
 
 
-@register("ace", source="arXiv 2603.02945", breaks=("scale", "outputs", "inputs", "expert"))
+@register(
+    "ace",
+    source="arXiv 2603.02945",
+    formula="(sum_t E_t R_t)(sum_t R_t + 1 c^T)^-1, E_t = D_t centred, R_t = E_t^T E_t + eps I",
+    breaks=("scale", "outputs", "inputs", "expert"),
+)
 def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Tensor:
     """ACE-Merging, (T, d_out, d_in) -> (d_out, d_in) (arXiv 2603.02945 and its code).
 

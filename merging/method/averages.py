@@ -16,7 +16,7 @@ _CHUNK = 2**22  # entries per task that are held in float64 at a time
 
 
 @register(
-    "average", source="arXiv 2203.05482", rest="method",
+    "average", source="arXiv 2203.05482", formula="mean_t D_t", rest="method",
     row_space=True, column_space=True, elementwise=True,
 )  # fmt: skip
 def average(deltas: Tensor, *, weights: Tensor | None = None) -> Tensor:
@@ -28,8 +28,8 @@ def average(deltas: Tensor, *, weights: Tensor | None = None) -> Tensor:
 
 
 @register(
-    "task_arithmetic", source="arXiv 2212.04089", rest="method", alpha=0.3,
-    row_space=True, column_space=True, elementwise=True,
+    "task_arithmetic", source="arXiv 2212.04089", formula="alpha sum_t D_t", alpha=0.3,
+    rest="method", row_space=True, column_space=True, elementwise=True,
 )  # fmt: skip
 def task_arithmetic(deltas: Tensor) -> Tensor:
     """alpha sum_t D_t, (T, *shape) -> (*shape) (arXiv 2212.04089)."""
@@ -39,6 +39,7 @@ def task_arithmetic(deltas: Tensor) -> Tensor:
 @register(
     "fisher",
     source="arXiv 2111.09832",
+    formula="sum_t F_t D_t / sum_t F_t, entry by entry",
     breaks=("outputs", "inputs"),
     needs="fisher",
     rest="method",
@@ -62,6 +63,7 @@ def fisher(deltas: Tensor, *, fishers: Tensor, floor: float = 0.0) -> Tensor:
 @register(
     "data_free_fisher",
     source="arXiv 2111.09832 with F_t = D_t^2",
+    formula="sum_t D_t^3 / sum_t D_t^2, entry by entry",
     breaks=("outputs", "inputs"),
     rest="method",
     elementwise=True,
@@ -80,7 +82,13 @@ def _weighted_mean(deltas: Tensor, weights: Tensor) -> Tensor:
     return (weights * deltas).sum(0) / weights.sum(0)
 
 
-@register("model_stock", source="arXiv 2403.19522", rest="method", row_space=True)
+@register(
+    "model_stock",
+    source="arXiv 2403.19522",
+    formula="r mean_t D_t, r = T cos / (1 + (T - 1) cos), cos the mean between experts",
+    rest="method",
+    row_space=True,
+)
 def model_stock(deltas: Tensor) -> Tensor:
     """r mean_t D_t, r = T cos / (1 + (T - 1) cos), (T, *shape) -> (*shape) (2403.19522).
 

@@ -19,6 +19,7 @@ from merging.method.spectral import layer_rank, singular_triplets
 @register(
     "wudi",
     source="arXiv 2503.08099, algorithm 1",
+    formula="Adam from sum_t D_t on sum_t |(D - D_t) D_t^T|^2 / |D_t|^2",
     rest="base",
     breaks=("scale", "outputs", "inputs"),
 )
@@ -75,7 +76,12 @@ def optmerge(
     return D.to(deltas.dtype)
 
 
-@register("mats", source="arXiv 2312.04339, section 4", needs="covariance")
+@register(
+    "mats",
+    source="arXiv 2312.04339, section 4",
+    formula="regmean's equations by conjugate gradients from start sum_t D_t",
+    needs="covariance",
+)
 def mats(
     deltas: Tensor, *, covariances: Tensor, steps: int = 100, start: float = 0.3, tol: float = 1e-6
 ) -> Tensor:

@@ -85,7 +85,7 @@ def lines(
 @register(
     "consensus", source="arXiv 2405.07813", rest=_rest, elementwise=_elementwise,
     prepare=_prepared, breaks=("outputs", "inputs"),
-    formula="a merge S where at least `agree` tasks have |D_t| > lam |S - D_t|",
+    formula="a merge S where at least agree tasks have |D_t| > lam |S - D_t|",
 )  # fmt: skip
 def consensus(
     deltas: Tensor, *, of: str = "tsv_m", lam: float = 0.4, agree: int = 2, **context: Any

@@ -35,6 +35,7 @@ def _competition_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) 
 @register(
     "pcb",
     source="arXiv 2410.02396",
+    formula="the mean weighted by exp(T self) tanh(D_t sum_t D_t), self = |D_t|^2 normalised",
     breaks=("scale", "outputs", "inputs", "expert"),
     rest="method",
     alpha=1.2,

@@ -46,7 +46,8 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
 
 
 @register(
-    "ties", source="arXiv 2306.01708", breaks=("outputs", "inputs"), rest="method",
+    "ties", source="arXiv 2306.01708", rest="method", breaks=("outputs", "inputs"),
+    formula="the mean of the entries in the top share k that agree with the sign of their sum",
     elementwise=whole_model, prepare=_magnitude_thresholds,
 )  # fmt: skip
 def ties(
@@ -116,6 +117,7 @@ def _signs(deltas: Tensor) -> Tensor:
 @register(
     "dare",
     source="arXiv 2311.03099",
+    formula="alpha sum_t of D_t with a random share p of its entries dropped, the rest over 1 - p",
     breaks=("scale", "outputs", "inputs"),
     rest="method",
     alpha=0.3,
@@ -129,7 +131,11 @@ def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
 
 
 @register(
-    "dare_ties", source="arXiv 2311.03099", breaks=("scale", "outputs", "inputs"), rest="method"
+    "dare_ties",
+    source="arXiv 2311.03099",
+    formula="as dare, then the mean of the entries that agree with the sign of their sum",
+    breaks=("scale", "outputs", "inputs"),
+    rest="method",
 )
 def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "mean") -> Tensor:
     """DARE, then TIES' election and merge, (T, *shape) -> (*shape) (2311.03099, section 3.3).
@@ -142,6 +148,7 @@ def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "me
 @register(
     "della",
     source="arXiv 2406.11617",
+    formula="as dare_ties, an entry kept more probably the larger it is in its row",
     breaks=("scale", "outputs", "inputs"),
     rest="method",
     alpha=1.1,
@@ -231,6 +238,7 @@ def keep_largest(deltas: Tensor, count: int) -> Tensor:
 @register(
     "consensus_ta",
     source="arXiv 2405.07813",
+    formula="sum_t D_t where at least agree tasks have |D_t| > lam |sum D - D_t|",
     breaks=("outputs", "inputs"),
     rest="method",
     alpha=0.3,
@@ -249,6 +257,7 @@ def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
 @register(
     "consensus_ties",
     source="arXiv 2405.07813",
+    formula="consensus_ta with the TIES merge in place of the sum",
     breaks=("outputs", "inputs"),
     rest="method",
     alpha=0.3,

@@ -1,0 +1,114 @@
+"""merging/README.md: every method, from the registry and comparisons with its authors' code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+import merging
+from merging.method.registry import Method
+
+ROOT = Path(__file__).resolve().parents[2]
+PARITY = Path(__file__).with_name("parity.yaml")
+INTRODUCTION = """\
+# Methods
+
+Written by `python -m experiments.methods` from the registry; `help(merging.create("actmat"))` says
+the same of one of them. T experts differ from the base by D_t (d_out, d_in); every method makes one
+D of them, and the merged weight is W_0 + alpha D. Adding one takes a function, as in
+[tests/norm_mean.py](../tests/norm_mean.py), and a file in [configs/method](../configs/method).
+
+## What they compute
+
+"""
+ARGUMENTS = """
+## What they take
+
+Hyperparameters with their defaults; what of the training data a method sees (a statistic collected
+by `python -m experiments.statistics`); what decides the time of a layer; whether adapters are
+merged in their own rank, without ever forming a matrix (d_out, d_in).
+
+"""
+AGREEMENT = """
+## Beside their authors' code
+
+On the same tensors: 36 cases a method (192 x 64, 64 x 192, 96 x 96; two and eight tasks; Gaussian,
+decaying, low-rank, half-empty, identical and log-normal differences) and whole models of 12 blocks.
+Agreement is |ours - theirs| / |theirs| of the merged difference, the largest, with the same
+settings; what differs is what our defaults do otherwise, with the option that does as they do. The
+code of the methods marked "packed" merges attention's q, k and v as one matrix, as
+`split_qkv=false` does here; the ACTMat paper cuts them, as we do by default.
+
+"""
+RULES = """
+Rules that hold for all of them:
+
+- Equal magnitudes: masks of one tensor (TACT, Breadcrumbs, DELLA, SCE) keep exactly the share that
+  was asked for, the first in row-major order. TIES' trim, whose threshold belongs to a whole model,
+  keeps all that are as large as the last one kept, as its authors' code does.
+- What float32 cannot tell from rounding (a ridge, a cut or an effective rank below its resolution)
+  is set up and solved in float64, at any width.
+- Singular values below 2^-18 of the largest are rounding and take no part, unless rank=full.
+- Not here: K-FAC MaTS, since no suite measures the moments of output gradients; TALL's masks of
+  single tasks and what adapts at test time, since they make a model per task.
+"""
+
+
+def page() -> str:
+    """The page as Markdown."""
+    parity = OmegaConf.to_container(OmegaConf.load(PARITY))
+    methods = sorted(map(merging.create, merging.methods()), key=lambda m: (_file(m), m.name))
+    found = {m.name: {k: str(v) for k, v in parity[m.name].items()} for m in methods}
+    formulas = _table(
+        ["method", "formula", "source", "file"],
+        [[f"`{m.name}`", f"`{m.formula}`", m.source, _link(m)] for m in methods],
+    )
+    arguments = _table(
+        ["method", "hyperparameters", "data", "cost", "adapters in their rank"],
+        [
+            [f"`{m.name}`", _settings(m), m.data, found[m.name]["cost"], "yes" * m.row_space]
+            for m in methods
+        ],
+    )
+    agreement = _table(
+        ["method", "agreement", "what differs", "packed"],
+        [
+            [f"`{name}`", *(row.get(key, "") for key in ("agrees", "differs", "packed"))]
+            for name, row in found.items()
+        ],
+    )
+    parts = [INTRODUCTION, formulas, ARGUMENTS, arguments, AGREEMENT, agreement, RULES]
+    return "".join(parts)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    lines = [header, ["---"] * len(header), *cells]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _settings(method: Method) -> str:
+    values: dict[str, Any] = dict(method.hyperparameters)
+    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _file(method: Method) -> str:
+    return Path(inspect.getsourcefile(method.function) or "").name
+
+
+def _link(method: Method) -> str:
+    lines = Path(inspect.getsourcefile(method.function) or "").read_text().splitlines()
+    preset = re.compile(rf'\s*"{method.name}": \w+\(')  # in a table of presets
+    rows = [i for i, line in enumerate(lines, 1) if preset.match(line)]
+    line = rows[0] if rows else inspect.getsourcelines(method.function)[1]
+    return f"[{_file(method)}:{line}](method/{_file(method)}#L{line})"

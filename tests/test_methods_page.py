@@ -1,0 +1,44 @@
+"""merging/README.md is what the registry and the table of comparisons say."""
+
+import re
+
+import pytest
+from omegaconf import OmegaConf
+
+import merging
+from experiments.report import methods
+
+PARITY = OmegaConf.to_container(OmegaConf.load(methods.PARITY))
+
+
+def without_lines(page):
+    """The page without line numbers, which every edit of a method's file moves."""
+    return re.sub(r":\d+\]\((\S+)#L\d+\)", r"](\1)", page)
+
+
+def test_the_committed_page_is_the_generated_one():
+    committed = (methods.ROOT / "merging" / "README.md").read_text()
+    hint = "run: python -m experiments.methods"
+    assert without_lines(committed) == without_lines(methods.page()), hint
+
+
+def test_links_lead_to_the_methods():
+    links = re.findall(r"\| `(\w+)` .*\[(\w+\.py):(\d+)\]", methods.page())
+    assert {name for name, _, _ in links} == set(merging.methods())
+    for name, file, line in links:
+        text = (methods.ROOT / "merging" / "method" / file).read_text().splitlines()
+        function = merging.create(name).function.__name__
+        around = " ".join(text[int(line) - 1 : int(line) + 20])
+        assert f'"{name}"' in around or f"def {function}(" in around, name
+
+
+@pytest.mark.parametrize("name", merging.methods())
+def test_every_method_is_compared_and_the_options_named_exist(name):
+    row = PARITY[name]
+    assert set(row) <= {"agrees", "differs", "packed", "cost"} and row["cost"]
+    for option in re.findall(r"\b([a-z_]+)=", row.get("differs", "")):
+        assert option in merging.create(name).hyperparameters, option
+
+
+def test_nothing_else_is_compared():
+    assert set(PARITY) == set(merging.methods())
