@@ -1,6 +1,7 @@
 """The residual beside measured accuracy: a suite by hand, correlations, what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -56,3 +57,14 @@ def test_what_has_no_record_is_refused_by_name(settings):
         residuals.measure(replace(settings, methods=["tsv_m"]))
     with pytest.raises(InputError, match="no records at"):
         residuals.measure(replace(settings, records="nowhere"))
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("stem", sorted(RESULTS.glob("*/residuals_*.csv")), ids=lambda p: p.stem)
+def test_committed_pages_are_what_their_tables_give(stem, tmp_path):
+    (tmp_path / stem.name).write_bytes(stem.read_bytes())
+    residuals.render((tmp_path / stem.name).with_suffix(""))
+    committed = stem.with_suffix(".md").read_text()
+    assert (tmp_path / stem.name).with_suffix(".md").read_text() == committed

@@ -13,7 +13,9 @@ from merging.planning import Group, Plan, mean_residual
 
 METHODS_NOTE = (
     "Click a column to sort by it. These are no accuracies: ACTMat leaves least undone by "
-    "construction, and over 100 % seen from the outputs tells that a method overshoots."
+    "construction, and over 100 % seen from the outputs tells that a method overshoots. On eight "
+    "text tasks the rank correlation with what a merge kept was -0.3 for the inputs' side with "
+    "full fine-tuning, but +0.3 with LoRA, where the outputs' side predicted better (-0.6)."
 )
 
 
