@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -39,8 +39,7 @@ class Suite(Protocol):
 
     Implementations are frozen dataclasses whose fields are the keys of that file. Everything
     slow (data, experts, statistics) is cached by all it depends on; an unknown task is an
-    `InputError`. Two members are optional: `multi_task(finetuning=..., seed=...) -> Path`, one
-    model trained on all tasks at once, and `second_moments` (see `eval.regmean_pp.Sequential`).
+    `InputError`. What only some suites can do is typed below: `MultiTask`, `Measurable`, `OnDisk`.
     Two more, where a protocol asks for them: `rest`, the rule for all tensors that are no layer,
     whatever the method says of them; `unmeasured`, the layers through which no inputs are seen.
     Suites that train their experts inherit what is cached from `eval.trained.TrainedSuite`.
@@ -118,3 +117,54 @@ class Suite(Protocol):
     def sources(self) -> dict[str, str]:
         """What was downloaded for the latest work: {repository: resolved commit}."""
         return {}
+
+
+@runtime_checkable
+class MultiTask(Protocol):
+    """A suite that trains one model on all tasks at once."""
+
+    def multi_task(self, *, finetuning: Finetuning, seed: int) -> Path:
+        """Its checkpoint."""
+        ...
+
+
+@runtime_checkable
+class Measurable(Protocol):
+    """A suite that measures second moments through a model with any state."""
+
+    def second_moments(
+        self,
+        task: str,
+        state: Mapping[str, Tensor],
+        names: Iterable[str],
+        *,
+        batches: int,
+        batch_size: int,
+    ) -> dict[str, Tensor]:
+        """{weight name: (d_in, d_in)} of the named layers' inputs; not cached."""
+        ...
+
+
+@runtime_checkable
+class OnDisk(Protocol):
+    """A suite whose models are too large to hold: merged and judged from folder to folder."""
+
+    vocabulary: Literal["refuse", "common_rows"]
+
+    def checkpoint(self) -> Path:
+        """The base's model folder."""
+        ...
+
+    def companions(self) -> dict[str, bytes | Path]:
+        """What makes a model folder of a merge's weights: configuration, tokenizer."""
+        ...
+
+    def evaluate_checkpoint(
+        self,
+        path: Path,
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """As `Suite.evaluate`, of a checkpoint where it lies."""
+        ...

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
+from eval.cache import cache_root
+from eval.language.checkpoints import require_disk
 from eval.regmean_pp import merge_blocks
-from eval.suite import Suite, Unsupported
+from eval.suite import Measurable, MultiTask, OnDisk, Suite, Unsupported
 from eval.training import expert_state
 from experiments.report import records
 from experiments.report.records import Record
@@ -39,11 +42,17 @@ log = logging.getLogger(__name__)
 class Merge:
     """What a merge of all tasks gave and cost."""
 
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] | Path  # a path: of a model too large to hold several of
     rules: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     statistics_seconds: float = 0.0
     peak_bytes: int = 0
+    scratch: TemporaryDirectory[str] | None = None
+
+    def discard(self) -> None:
+        """Remove what was written for judging."""
+        if self.scratch is not None:
+            self.scratch.cleanup()
 
 
 def measure(settings: Experiment) -> Record:
@@ -64,10 +73,13 @@ def measure(settings: Experiment) -> Record:
         if key["method"] not in UNMERGED:
             method, selection = _select(settings, suite, key["tasks"])
             merge = merge_suite(settings, suite, key["tasks"], method)
-        record = _record(settings, suite, key, merge) | {
-            "data": _data_use(method, selection),
-            "selection": selection,
-        }
+        try:
+            record = _record(settings, suite, key, merge) | {
+                "data": _data_use(method, selection),
+                "selection": selection,
+            }
+        finally:
+            merge.discard()
         records.save(path, record)
     return record
 
@@ -228,8 +240,9 @@ def _select(
         return candidates[0], None
     tried = []
     for method in track(candidates, f"selecting {chosen.parameter} on {chosen.split}"):
-        state = merge_suite(settings, suite, tasks, method).state
-        tried.append(_mean_accuracy(_score(settings, suite, state, chosen.split, tasks)))
+        merge = merge_suite(settings, suite, tasks, method)
+        tried.append(_mean_accuracy(_score(settings, suite, merge.state, chosen.split, tasks)))
+        merge.discard()
     best = tried.index(max(tried))
     outcome = asdict(chosen) | {"accuracy": tried, "chosen": chosen.values[best]}
     return candidates[best], outcome
@@ -244,30 +257,59 @@ def merge_suite(
     paths = {task: suite.expert(task, **own) for task in tasks}
     if method.sequential:
         return _merge_sequentially(settings, suite, paths, method)
-    experts = {task: load_expert(path) for task, path in paths.items()}
     collected, seconds = {}, 0.0
     if method.needs:
         for task in track(tasks, f"{method.needs} statistics"):
-            path, spent = collect(settings, suite, task, method.needs)
-            collected[task] = load_file(path)
+            collected[task], spent = collect(settings, suite, task, method.needs)
             seconds += spent
     layers = suite.layers()
     if method.needs == "covariance":  # of what no module reads: averaged, the report says
         layers = {k: layer for k, layer in layers.items() if k not in suite.unmeasured}
+    options = {
+        "layers": layers,
+        "device": resolve_device(settings.device),
+        "split_qkv": settings.split_qkv,
+        "weights": settings.weights or None,
+        "weights_on": settings.weights_on,
+    }
+    if isinstance(suite, OnDisk):
+        return _merge_on_disk(suite, paths, method, collected, seconds, options)
     state = merging.merge_state_dicts(
         suite.base(),
-        experts,
+        {task: load_expert(path) for task, path in paths.items()},
         method,
-        layers=layers,
-        statistics=collected or None,
-        device=resolve_device(settings.device),
-        split_qkv=settings.split_qkv,
-        weights=settings.weights or None,
-        weights_on=settings.weights_on,
-        vocabulary=getattr(suite, "vocabulary", "refuse"),  # of language models only
+        statistics={task: load_file(path) for task, path in collected.items()} or None,
+        **options,
     )
     report = state.report
     return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
+
+
+def _merge_on_disk(
+    suite: OnDisk,
+    paths: Mapping[str, Path],
+    method: merging.Method,
+    statistics: Mapping[str, Path],
+    seconds: float,
+    options: Mapping[str, Any],
+) -> Merge:
+    """Stream the experts into a model folder, from which the suite judges them."""
+    base = suite.checkpoint()
+    require_disk(base)
+    scratch = TemporaryDirectory(dir=cache_root(), prefix="judged-")
+    output = Path(scratch.name) / "model"
+    report = merging.merge_checkpoints(
+        base,
+        paths,
+        method,
+        output,
+        statistics=statistics or None,
+        vocabulary=suite.vocabulary,
+        extra=suite.companions(),
+        **options,
+    )
+    summary = report.summary()
+    return Merge(output, summary, report.seconds, seconds, report.peak_bytes, scratch)
 
 
 def _merge_sequentially(
@@ -275,7 +317,7 @@ def _merge_sequentially(
 ) -> Merge:
     if settings.weights:
         raise InputError(f"method {method.name!r} merges block after block, without weights")
-    if not hasattr(suite, "second_moments"):
+    if not isinstance(suite, Measurable):
         raise Unsupported(
             f"suite {suite.name} cannot measure through a half-merged model, "
             f"which method {method.name!r} needs"
@@ -295,25 +337,32 @@ def _merge_sequentially(
 
 def _unmerged(
     settings: Experiment, suite: Suite, tasks: list[str]
-) -> Iterator[tuple[Mapping[str, Tensor], list[str]]]:
+) -> Iterator[tuple[Mapping[str, Tensor] | Path, list[str]]]:
     """States that no merge made, each with the tasks it is judged on."""
     name, own = settings.method["name"], {"finetuning": settings.finetuning, "seed": settings.seed}
+    whole = isinstance(suite, OnDisk)
     if name == "zero_shot":
-        yield suite.base(), tasks
+        yield suite.checkpoint() if whole else suite.base(), tasks
     elif name == "experts":
         for task in track(tasks, "evaluating experts"):
-            yield expert_state(suite.base(), suite.expert(task, **own)), [task]
-    elif not hasattr(suite, "multi_task"):
+            path = suite.expert(task, **own)
+            yield path if whole else expert_state(suite.base(), path), [task]
+    elif not isinstance(suite, MultiTask):
         raise Unsupported(f"suite {suite.name} has no model trained on all tasks at once")
     else:
         yield expert_state(suite.base(), suite.multi_task(**own)), tasks
 
 
 def _score(
-    settings: Experiment, suite: Suite, state: Mapping[str, Tensor], split: str, tasks: list[str]
+    settings: Experiment,
+    suite: Suite,
+    state: Mapping[str, Tensor] | Path,
+    split: str,
+    tasks: list[str],
 ) -> dict[str, Any]:
     """{task, or benchmark of a task: {accuracy, count, constant}}"""
-    scores = suite.evaluate(state, split, tasks, settings.limit)
+    judge = suite.evaluate_checkpoint if isinstance(state, Path) else suite.evaluate
+    scores = judge(state, split, tasks, settings.limit)
     return {column: score._asdict() for column, score in scores.items()}
 
 

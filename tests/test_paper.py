@@ -81,7 +81,8 @@ def tasks_of(table):
     """Names that the scores of the table's suite can have, from its files."""
     if (ROOT / f"configs/suite/{table.suite}.yaml").exists():
         suite = OmegaConf.load(ROOT / f"configs/suite/{table.suite}.yaml")
-        return set(suite.get("benchmarks") or suite.tasks)
+        chosen = (suite.get("protocols") or {}).get(table.protocol) or suite
+        return set(chosen.get("benchmarks") or suite.tasks)
     name, model, family = table.suite.split("_")  # a vision suite is named after all three
     assert (ROOT / f"configs/suite/{name}.yaml").exists()
     assert model == table.where["backbone"]

@@ -8,20 +8,21 @@ belongs to one expert.
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from eval import statistics, streamed_statistics
-from eval.cache import cache_root, cached
+from eval.cache import cached
+from eval.companions import companions, with_config
+from eval.data import hub
 from eval.language import checkpoints, judge
 from eval.suite import Finetuning, Score, Split, Statistic, Suite, Unsupported
 from merging.errors import InputError
@@ -95,15 +96,24 @@ def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 class CausalSuite(Suite):
     """Implements `eval.suite.Suite` with one score per benchmark instead of one per task.
 
-    model, experts: folders, files or hub names. Adapters are given as they are.
+    model, experts: folders, files or names on the hub (OWNER/NAME[@REVISION]). Adapters are given
+        as they are.
     benchmarks: per column the expert it belongs to and the fields of `judge.Benchmark`; `task`
         defaults to the column's name, `chat_template` to the suite's.
+    tokenizer: folder or hub name of the tokenizer that every model is judged with; null: its own,
+        which is the base's for a merge.
+    chat_template: wrap prompts in the tokenizer's chat template, or in that of a named model.
+    protocol, protocols: the chosen one of several, {name: what it sets of benchmarks, tokenizer,
+        chat_template and texts}; what is set beside `protocols` counts in each of them.
     backend, backend_options: of lm-eval's registry, e.g. vllm with {tensor_parallel_size: 4}.
+    batch_size: of the hf backend; "memory": as many sequences as the free memory holds.
     allow_code_execution: HumanEval and its like run what the model wrote. Use a sandbox.
     vocabulary: "refuse" embeddings of different sizes, or merge the rows all have and keep the
         base's others ("common_rows").
-    texts: per expert the arguments of `datasets.load_dataset` and the `field` to read, inputs
-        for methods that need second moments.
+    texts: per expert the arguments of `datasets.load_dataset`, the `field` to read, text or
+        messages, and whether to wrap it in the chat template of the model named `chat_template`:
+        inputs for methods that need second moments, at most `max_tokens` of each.
+    measured_through: second moments are those in each task's "expert", or all in the "base".
     moment_memory: bytes that running sums of second moments may take.
     samples: folder for every prompt and answer of an evaluation; null keeps none.
     """
@@ -112,19 +122,28 @@ class CausalSuite(Suite):
     family: str
     model: str
     experts: Mapping[str, str]
-    benchmarks: Mapping[str, Mapping[str, Any]]
+    benchmarks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    tokenizer: str | None = None
+    chat_template: bool | str = False
+    protocol: str | None = None
+    protocols: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     backend: str = "hf"
     backend_options: Mapping[str, Any] = field(default_factory=dict)
     batch_size: int | str = "auto"
-    chat_template: bool = False
     allow_code_execution: bool = False
     vocabulary: Literal["refuse", "common_rows"] = "refuse"
     texts: Mapping[str, Mapping[str, Any]] | None = None
+    measured_through: Literal["expert", "base"] = "expert"
     max_tokens: int = 2048
     moment_memory: int = 8 << 30
     samples: str | None = None
     device: str = "cpu"
     metric: str = "pass@1 or accuracy (lm-eval)"
+
+    def __post_init__(self) -> None:
+        if self.protocol is not None and self.protocol not in self.protocols:
+            known = ", ".join(self.protocols)
+            raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -145,6 +164,32 @@ class CausalSuite(Suite):
         """Names and SHA-256 of the checkpoints; nothing depends on `seed`."""
         digests = {role: checkpoints.file_digests(path) for role, path in self._checked.items()}
         return {"suite": self.name, "model": self.model, "experts": digests}
+
+    def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
+        """Benchmarks with all their settings, tokenizer, backend, and the rule for vocabularies."""
+        own = {
+            "name": self.protocol,
+            "benchmarks": {column: asdict(b) for column, b in self._benchmarks.items()},
+            "tokenizer": self._set("tokenizer"),
+            "backend": self.backend,
+            "backend_options": dict(self.backend_options),
+            "vocabulary": self.vocabulary,
+            "metric": self.metric,
+        }
+        measured = {"texts": self._texts, "tokens": self.max_tokens, "in": self.measured_through}
+        return own | ({"statistics": measured} if statistics else {})
+
+    def sources(self) -> dict[str, str]:
+        """{repository: commit} of all that was taken from the hub so far."""
+        return dict(sorted(self._commits.items()))
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Benchmarks, room for their answers, chat templates and code, without any weight."""
+        said, context = self._context
+        judge.require_room(self._benchmarks, self._manager, context, said)
+        for column in self._benchmarks:
+            self._template(column)
+        judge.require_resources(self._benchmarks.values())
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         self._require(task)
@@ -176,7 +221,7 @@ class CausalSuite(Suite):
                 hint="use a method without data, or one that needs second moments",
             )
         about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
-        own = dict((self.texts or {}).get(task) or {})
+        own = dict(self._texts.get(task) or {})
         if not own:
             raise InputError(
                 f"suite {self.name!r} has no texts for the second moments of {task!r}",
@@ -184,11 +229,12 @@ class CausalSuite(Suite):
                 "field: text}",
             )
         key = {"about": about, "texts": own, "size": [batches, batch_size, self.max_tokens]}
+        key |= {} if self.measured_through == "expert" else {"in": self.measured_through}
 
         def build(folder: Path) -> None:
             path = folder / "covariance.safetensors"
-            given = self._texts(own, batches * batch_size)
-            cost = self._moments(self._checked[task], given, batch_size, path, about)
+            given = self._read_texts(own, batches * batch_size)
+            cost = self._moments(task, given, batch_size, path, about)
             (folder / "cost.json").write_text(json.dumps(cost._asdict()))
 
         return cached("statistics", key, build, resumable=True) / "covariance.safetensors"
@@ -201,28 +247,59 @@ class CausalSuite(Suite):
         limit: int | None = None,
     ) -> dict[str, Score]:
         """Scores of the benchmarks that belong to the given tasks, and "name@k" of those with k."""
-        if split != "test":
-            raise InputError(f"the benchmarks of suite {self.name!r} have no {split} split")
+        self._require_test(split)
+        with checkpoints.scratch() as folder:
+            checkpoints.write(state, folder / "model", like=self._checked["base"])
+            return self.evaluate_checkpoint(folder / "model", split, tasks, limit)
+
+    # --- checkpoints, judged where they lie ---------------------------------------------------
+
+    def checkpoint(self) -> Path:
+        """The base's folder."""
+        return self._checked["base"]
+
+    def companions(self) -> dict[str, bytes | Path]:
+        """What a merge needs beside its weights to be a model folder: the base's."""
+        return with_config(companions(self._checked["base"]), self._changes)
+
+    def evaluate_checkpoint(
+        self,
+        path: Path,
+        split: Split,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
+    ) -> dict[str, Score]:
+        """As `evaluate`, of a checkpoint on disk; it is loaded by the backend and by nobody else.
+
+        An adapter, or a file without a configuration, is first written out as a whole model.
+        """
+        self._require_test(split)
+        if not (path / "config.json").is_file():
+            with checkpoints.scratch() as folder:
+                checkpoints.dense(path, folder / "model", base=self._checked["base"])
+                return self.evaluate_checkpoint(folder / "model", split, tasks, limit)
         chosen = {
             column: benchmark
             for column, benchmark in self._benchmarks.items()
-            if self.benchmarks[column]["expert"] in (tasks or self.tasks)
+            if self._columns[column]["expert"] in (tasks or self.tasks)
         }
-        manager = self._manager
-        with self._lm(state) as lm:
-            found = {
-                column: judge.judge(
-                    lm,
-                    column,
-                    benchmark,
-                    manager,
-                    limit=limit,
-                    allow_code_execution=self.allow_code_execution,
-                )
-                for column, benchmark in chosen.items()
-            }
+        lm = self._lm(path)
+        found = {
+            column: judge.judge(
+                lm,
+                column,
+                benchmark,
+                self._manager,
+                limit=limit,
+                template=self._template(column),
+                allow_code_execution=self.allow_code_execution,
+            )
+            for column, benchmark in chosen.items()
+        }
+        for judgement in found.values():
+            self._commits.update(judgement.sources)
         if self.samples:
-            judge.keep(found, Path(self.samples) / self.name / judge.fingerprint(state))
+            judge.keep(found, Path(self.samples) / self.name / checkpoints.stamp(path))
         return {column: s for judgement in found.values() for column, s in judgement.scores.items()}
 
     # --- checks -------------------------------------------------------------------------------
@@ -233,11 +310,33 @@ class CausalSuite(Suite):
                 f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
             )
 
+    def _require_test(self, split: Split) -> None:
+        if split != "test":
+            raise InputError(f"the benchmarks of suite {self.name!r} have no {split} split")
+
+    def _set(self, name: str) -> Any:
+        """What the suite sets, or its protocol where the suite itself does not."""
+        return getattr(self, name) or self.protocols.get(self.protocol or "", {}).get(name)
+
+    def _both(self, name: str) -> dict[str, dict[str, Any]]:
+        """Settings per key: the protocol's, overridden by the suite's own."""
+        chosen = dict(self.protocols.get(self.protocol or "", {}).get(name) or {})
+        own = dict(getattr(self, name) or {})
+        return {k: dict(chosen.get(k) or {}) | dict(own.get(k) or {}) for k in {**chosen, **own}}
+
+    @property
+    def _texts(self) -> dict[str, dict[str, Any]]:
+        return self._both("texts")
+
+    @cached_property
+    def _columns(self) -> dict[str, dict[str, Any]]:
+        return self._both("benchmarks")
+
     @cached_property
     def _benchmarks(self) -> dict[str, judge.Benchmark]:
         found = {}
-        for column, given in self.benchmarks.items():
-            own = {"task": column, "chat_template": self.chat_template} | dict(given)
+        for column, given in self._columns.items():
+            own = {"task": column, "chat_template": self._set("chat_template") or False} | given
             if (expert := own.pop("expert", None)) not in self.experts:
                 raise InputError(
                     f"benchmark {column!r} belongs to expert {expert!r}, which suite "
@@ -260,47 +359,97 @@ class CausalSuite(Suite):
         )
 
     @cached_property
+    def _config(self) -> dict[str, Any]:
+        """The base's `config.json`, which alone is fetched for it."""
+        folder = checkpoints.part(self.model, ("config.json",))
+        return json.loads((folder / "config.json").read_text())
+
+    @property
+    def _context(self) -> tuple[str, int]:
+        """Where the length of the context is set, and that length in tokens."""
+        for name in ("max_length", "max_model_len"):
+            if name in self.backend_options:
+                return f"suite.backend_options.{name}", int(self.backend_options[name])
+        return "the model's own", int(self._config.get("max_position_embeddings", 2048))
+
+    @cached_property
+    def _changes(self) -> dict[str, Any]:
+        """What the base's config.json must say otherwise for a merge."""
+        return {}
+
+    @cached_property
+    def _commits(self) -> dict[str, str]:
+        return {}
+
+    def _fetched(self, name: str) -> Path:
+        path = checkpoints.local(name)
+        if commit := hub.commit(path):
+            self._commits[name.partition("@")[0]] = commit
+        return path
+
+    @cached_property
     def _checked(self) -> dict[str, Path]:
         """Where base and experts are, everything having been checked that can be before a merge:
         benchmarks, shards and indices, tokenizers, what adapters belong to."""
-        _ = self._manager
-        base = checkpoints.local(self.model)
-        experts = {task: checkpoints.local(name) for task, name in self.experts.items()}
-        checkpoints.require_mergeable(base, experts, vocabulary=self.vocabulary, name=self.model)
-        if any(b.chat_template for b in self._benchmarks.values()):
-            checkpoints.require_chat_template(base)
+        self.check(self.tasks)
+        base = self._fetched(self.model)
+        experts = {task: self._fetched(name) for task, name in self.experts.items()}
+        told = checkpoints.require_mergeable(
+            base, experts, vocabulary=self.vocabulary, name=self.model
+        )
+        self._changes.update(told)
         return {"base": base} | experts
+
+    def _template(self, column: str) -> str | None:
+        """The chat template of a benchmark; None where it has none, or the judged model's own.
+
+        Raises InputError where there is no template to be had.
+        """
+        asked = self._benchmarks[column].chat_template
+        if not asked:
+            return None
+        named = asked if isinstance(asked, str) else self._set("tokenizer")
+        found = checkpoints.chat_template(named or self.model)
+        return found if named else None
 
     # --- model --------------------------------------------------------------------------------
 
-    @contextmanager
-    def _lm(self, state: Mapping[str, Tensor]) -> Iterator[LM]:
-        """lm-eval's model of a state dict, by way of a checkpoint folder that every backend
-        reads, and that is removed afterwards."""
-        cache_root().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_root(), prefix="judged-") as scratch:
-            folder = Path(scratch) / "model"
-            checkpoints.write(state, folder, like=self._checked["base"])
-            arguments = {"pretrained": str(folder)} | dict(self.backend_options)
-            yield judge.load_lm(
-                self.backend, arguments, batch_size=self.batch_size, device=self.device
-            )
+    def _lm(self, folder: Path) -> LM:
+        """lm-eval's model of a checkpoint folder."""
+        arguments = {"pretrained": str(folder)} | dict(self.backend_options)
+        if named := self._set("tokenizer"):
+            arguments |= {"tokenizer": str(checkpoints.part(named, checkpoints.TOKENIZER))}
+        size = self.batch_size
+        if size == "memory":
+            size = self._rows(folder) if self.backend == "hf" else "auto"
+        return judge.load_lm(self.backend, arguments, batch_size=size, device=self.device)
 
-    def _texts(self, given: dict[str, Any], count: int) -> list[str]:
-        from datasets import load_dataset
+    def _rows(self, folder: Path) -> int:
+        """Sequences of a batch, by the memory that is free now."""
+        if self.device.startswith("cuda"):
+            free = torch.cuda.mem_get_info(self.device)[0]
+        else:
+            free = psutil.virtual_memory().available
+        weights = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        config = json.loads((folder / "config.json").read_text())
+        return judge.rows_that_fit(config, context=self._context[1], weights=weights, free=free)
 
-        column = given.pop("field", "text")
+    def _read_texts(self, given: dict[str, Any], count: int) -> list[str]:
+        import datasets
+
+        column, template = given.pop("field", "text"), given.pop("chat_template", None)
         try:
-            texts = load_dataset(**given)[column][:count]
+            with judge.noted(self._commits):
+                texts = datasets.load_dataset(**given)[column][:count]
         except Exception as error:  # datasets has a dozen kinds for "not there"
             raise InputError(f"texts {given} cannot be loaded: {error}") from error
         if len(texts) < count:
             raise InputError(f"texts {given} are {len(texts)}, {count} were asked for")
-        return texts
+        return [checkpoints.wrapped(text, template) for text in texts] if template else texts
 
     def _moments(
         self,
-        expert: Path,
+        task: str,
         texts: Sequence[str],
         batch_size: int,
         path: Path,
@@ -309,13 +458,15 @@ class CausalSuite(Suite):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         folder = self._checked["base"]
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        named = self._set("tokenizer")
+        words = checkpoints.part(named, checkpoints.TOKENIZER) if named else folder
+        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", trust_remote_code=False
         ).to(self.device)
-        source = open_checkpoint(expert)
-        with torch.no_grad():
-            checkpoints.load_into(model, source)
+        if self.measured_through == "expert":
+            with torch.no_grad():
+                checkpoints.load_into(model, open_checkpoint(self._checked[task]))
         texts = [tokenizer(text)["input_ids"][: self.max_tokens] for text in texts]
         examples = [Example(tokens, len(tokens)) for tokens in texts if tokens]
         return streamed_statistics.collect(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
-from contextlib import ExitStack, closing
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eval.cache import cached, digest, file_sha256
+import merging
+from eval.cache import cache_root, cached, digest, file_sha256
 from eval.companions import companions
 from eval.data import hub
 from eval.tokenizers import require_same_tokenizers
@@ -24,9 +27,16 @@ from merging.formats.checks import model_name, problems
 from merging.formats.fit import fit, still_tied
 from merging.formats.writer import Writer
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 # What a merge and lm-eval read of a repository; never its code.
 FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model")
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json",
+    "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "config.json",
+)  # fmt: skip
 WRAPPER = "transformer."  # before each name in the ACTMat authors' pickled language models
 
 
@@ -43,6 +53,76 @@ def local(name: str) -> Path:
     if name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise InputError(f"checkpoint {name} does not exist")
     return hub.folder(repository, revision or None, FILES)
+
+
+def part(name: str, files: Sequence[str]) -> Path:
+    """Where some small files of a checkpoint are; of a hub name no others are fetched."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    repository, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1:
+        raise InputError(f"checkpoint {name} does not exist")
+    return hub.folder(repository, revision or None, files)
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in the cache for a model that is judged, removed afterwards."""
+    cache_root().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache_root(), prefix="judged-") as folder:
+        yield Path(folder)
+
+
+def require_disk(base: Path) -> None:
+    """InputError where the cache's disk cannot hold another model of the base's size."""
+    size = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    cache_root().mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(cache_root()).free) < size:
+        raise InputError(
+            f"a merge of {size / 1e9:.1f} GB is judged from {cache_root()}, whose disk has "
+            f"{free / 1e9:.1f} GB left",
+            hint="free some, or point MODEL_MERGING_CACHE elsewhere",
+        )
+
+
+def dense(expert: Path, output: Path, *, base: Path) -> None:
+    """Write an adapter, or a bare weight file, as a model folder: the base moved by it alone."""
+    merging.merge_checkpoints(
+        base, {"expert": expert}, merging.create("average"), output, extra=companions(base)
+    )
+
+
+def stamp(path: Path) -> str:
+    """16 hex digits of a checkpoint's content: a folder name for its samples."""
+    return digest(file_digests(path))
+
+
+@functools.cache
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(part(name, TOKENIZER), trust_remote_code=False)
+
+
+def chat_template(name: str) -> str:
+    """The chat template that a model's tokenizer brings; InputError where it brings none."""
+    if not (found := _tokenizer(name).chat_template):
+        raise InputError(
+            f"the tokenizer of {name} has no chat template",
+            hint="name a model that has one: suite.tokenizer=OWNER/NAME, or "
+            "suite.chat_template=false",
+        )
+    return found
+
+
+def wrapped(text: str | Sequence[Mapping[str, str]], name: str) -> str:
+    """A text of the user, or messages, as the chat template of a model's tokenizer puts it."""
+    chat_template(name)
+    messages = [{"role": "user", "content": text}] if isinstance(text, str) else list(text)
+    return _tokenizer(name).apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
 
 
 def unwrapped(path: Path, base: Mapping[str, Tensor], suite: str) -> Path:
@@ -139,17 +219,6 @@ def require_mergeable(
         untied = set(source.tied) - set(still_tied(source, opened))
     require_same_tokenizers(base, experts)
     return {"tie_word_embeddings": False} if untied else {}
-
-
-def require_chat_template(folder: Path) -> None:
-    """InputError unless the tokenizer of a folder brings a chat template."""
-    from transformers import AutoTokenizer
-
-    if not AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template:
-        raise InputError(
-            f"the tokenizer of {folder} has no chat template",
-            hint="use suite.chat_template=false, or add a chat_template.jinja to the folder",
-        )
 
 
 def require_same(state: Mapping[str, Tensor], base: Mapping[str, Tensor], suite: str) -> None:

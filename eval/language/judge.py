@@ -1,8 +1,9 @@
 """lm-eval as the judge of language models: tasks checked before any work, pass@k, one Score each.
 
-A benchmark is an lm-eval task with the protocol around it. Sampled benchmarks are lm-eval's own
-evaluation repeated with seeds 0, 1, ..., so any task can be given k attempts, and an attempt's
-score is lm-eval's own.
+A benchmark is an lm-eval task with the protocol around it. Of a sampled benchmark all attempts are
+asked of the model in one call, n answers a prompt, and lm-eval's own evaluation is then run on the
+first answers, the second ones, ...: any task can be given k attempts, and an attempt's score is
+lm-eval's own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,13 +30,14 @@ from torch.utils import collect_env
 
 from eval.suite import Score
 from merging.errors import InputError
-from merging.progress import track
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's
+ANSWER = 256  # tokens that lm-eval lets a model write where nobody says how many
 LOCAL_TASKS = Path(__file__).parents[2] / "configs" / "lm_tasks"
 
 
@@ -47,7 +50,7 @@ class Benchmark:
         has several filters; null: the task's first.
     attempts: answers per example; k: report pass@k for each of these, pass@1 as the score.
     fewshot: number of examples in the prompt; null: the task's own.
-    chat_template: wrap the prompt in the tokenizer's chat template.
+    chat_template: wrap the prompt in the tokenizer's chat template, or in that of a named model.
     generation: overrides of the task's generation arguments (temperature, max_gen_toks, ...).
     """
 
@@ -56,7 +59,7 @@ class Benchmark:
     attempts: int = 1
     k: tuple[int, ...] = (1,)
     fewshot: int | None = None
-    chat_template: bool = False
+    chat_template: bool | str = False
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,15 +75,21 @@ class Benchmark:
                 hint="set generation.do_sample, temperature and top_p, or attempts to 1",
             )
 
+    @property
+    def answer(self) -> int | None:
+        """Tokens that an answer may have, where the generation arguments say so."""
+        return next((self.generation[k] for k in LENGTHS if k in self.generation), None)
+
 
 class Judgement(NamedTuple):
     """What lm-eval found. `scores`: the benchmark's name, and "name@k" for each k beyond 1;
     `about`: task versions, hash of the prompts and targets, lm-eval's version; `samples`: every
-    prompt and answer, as lm-eval logs them."""
+    prompt and answer, as lm-eval logs them; `sources`: the data sets' commits on the hub."""
 
     scores: dict[str, Score]
     about: dict[str, Any]
     samples: list[dict[str, Any]]
+    sources: dict[str, str]
 
 
 def task_manager(
@@ -121,22 +130,72 @@ def task_manager(
     return manager
 
 
+def require_room(
+    benchmarks: Mapping[str, Benchmark], manager: TaskManager, context: int, said: str
+) -> None:
+    """InputError for a benchmark whose answers leave no room for a prompt in the model's context.
+
+    context: tokens. said: where it comes from, for the message. Reads task files only.
+    """
+    for column, benchmark in benchmarks.items():
+        answer = benchmark.answer or _written(benchmark.task, manager)
+        if answer >= context:
+            raise InputError(
+                f"benchmark {column!r} may write {answer} tokens, which leaves no room for a "
+                f"prompt in a context of {context} ({said})",
+                hint=f"set generation.max_gen_toks of {column} below it, or a larger "
+                "suite.backend_options.max_length",
+            )
+
+
+def require_resources(benchmarks: Iterable[Benchmark]) -> None:
+    """InputError where a benchmark needs what no package brings: IFEval counts sentences."""
+    if not any("ifeval" in benchmark.task for benchmark in benchmarks):
+        return
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if not nltk.download("punkt_tab", quiet=True):
+            raise InputError(
+                "IFEval counts sentences with NLTK's punkt_tab, which is not on this machine and "
+                "could not be downloaded",
+                hint="where there is a network: python -m nltk.downloader punkt_tab",
+            ) from None
+
+
+def _written(name: str, manager: TaskManager) -> int:
+    """The most tokens that a task or a task of a group writes, by its own file; 0 for choices."""
+    found = 0
+    for entry in _entries(name, manager):
+        config = entry.cfg or {}
+        if config.get("output_type") == "generate_until":
+            own = config.get("generation_kwargs") or {}
+            found = max(found, next((own[k] for k in LENGTHS if k in own), ANSWER))
+    return found
+
+
 def _unsafe(name: str, manager: TaskManager) -> str | None:
     """The first task under a name (a task, group or tag) that executes generated code."""
+    unsafe = (e.name for e in _entries(name, manager) if (e.cfg or {}).get("unsafe_code"))
+    return next(unsafe, None)
+
+
+def _entries(name: str, manager: TaskManager) -> Iterator[Any]:
+    """Everything that lm-eval's index has under the name of a task, group or tag."""
     pending, seen = [name], set()
     while pending:
         entry = manager.task_index.get(pending.pop())
         if entry is None or entry.name in seen:
             continue
         seen.add(entry.name)
+        yield entry
         config = entry.cfg or {}
-        if config.get("unsafe_code"):
-            return entry.name
         if isinstance(config.get("task"), list):
             pending += [t["task"] if isinstance(t, dict) else t for t in config["task"]]
         if entry.kind.name == "TAG":
             pending += entry.tags
-    return None
 
 
 def load_lm(
@@ -209,24 +268,134 @@ def judge(
     *,
     split: str | None = None,
     limit: int | None = None,
+    template: str | None = None,
     allow_code_execution: bool = False,
 ) -> Judgement:
     """Run one benchmark on one model.
 
     name: the column of the table. split: evaluate on this split of the task's data instead of
-    the task's own. limit: at most so many examples.
+    the task's own. limit: at most so many examples. template: text of the chat template, where
+    it is not the tokenizer's own.
     """
-    passes = range(benchmark.attempts)
-    progress = track(passes, f"{name}: attempts") if benchmark.attempts > 1 else passes
-    runs = [
-        _run(lm, benchmark, manager, split, limit, allow_code_execution, seed) for seed in progress
-    ]
+    runs, sources = [], {}
+    once = _asked_once(lm, name, benchmark.attempts)
+    with _templated(lm, template), noted(sources), once as answers:
+        for attempt in range(benchmark.attempts):
+            answers.attempt = attempt
+            runs.append(_run(lm, benchmark, manager, split, limit, allow_code_execution, attempt))
     metric = _metric(benchmark, runs[0])
     return Judgement(
         scores=dict(_scores(name, benchmark, runs, metric)),
         about=_about(benchmark, runs[0], metric),
         samples=[sample | {"attempt": i} for i, run in enumerate(runs) for sample in _samples(run)],
+        sources=sources,
     )
+
+
+@contextmanager
+def noted(sources: dict[str, str]) -> Iterator[None]:
+    """Note {datasets/<repository>: commit} of what lm-eval loads from the hub."""
+    import datasets
+
+    load = datasets.load_dataset
+
+    def noting(path: str, *args: Any, **given: Any) -> Any:
+        found = load(path, *args, **given)
+        for part in found.values() if isinstance(found, dict) else [found]:
+            for file in getattr(part, "cache_files", ()):  # .../<version>/<commit>/<split>.arrow
+                if re.fullmatch("[0-9a-f]{40}", commit := Path(file["filename"]).parent.name):
+                    sources[f"datasets/{path}"] = commit
+        return found
+
+    datasets.load_dataset = noting
+    try:
+        yield
+    finally:
+        datasets.load_dataset = load
+
+
+@contextmanager
+def _templated(lm: LM, template: str | None) -> Iterator[None]:
+    """Give a model's tokenizer another chat template."""
+    if template is None:
+        yield
+        return
+    tokenizer = lm.tokenizer
+    before = tokenizer.chat_template, getattr(lm, "hf_chat_template", None)
+    tokenizer.chat_template = template
+    if hasattr(lm, "hf_chat_template"):  # what lm-eval's vllm backend passes on
+        lm.hf_chat_template = template
+    try:
+        yield
+    finally:
+        tokenizer.chat_template = before[0]
+        if hasattr(lm, "hf_chat_template"):
+            lm.hf_chat_template = before[1]
+
+
+class _Answers:
+    """Stands where a model's `generate_until` is: asks for every attempt in the first call, and
+    hands out those of one attempt at a time."""
+
+    def __init__(self, lm: LM, name: str, attempts: int) -> None:
+        self.lm, self.name, self.attempts, self.attempt = lm, name, attempts, 0
+        self.ask = lm.generate_until
+        self.given: list[list[str]] = []
+
+    def __call__(self, requests: Sequence[Any], **options: Any) -> list[str]:
+        if self.attempt == 0:
+            self._require_room(requests)
+            n = self.attempts
+            answers = self.ask([request for request in requests for _ in range(n)], **options)
+            self.given = [answers[i * n : (i + 1) * n] for i in range(len(requests))]
+        return [own[self.attempt] for own in self.given]
+
+    def _require_room(self, requests: Sequence[Any]) -> None:
+        """lm-eval cuts prompts that are too long, without a word."""
+        context, tokenizer = (
+            getattr(self.lm, "max_length", None),
+            getattr(self.lm, "tokenizer", None),
+        )
+        if context is None or tokenizer is None:
+            return
+        cut = 0
+        for prompt, generation in (request.args for request in requests):
+            answer = next((generation[k] for k in LENGTHS if k in generation), ANSWER)
+            cut += len(tokenizer(prompt)["input_ids"]) > context - answer
+        if cut:
+            raise InputError(
+                f"{cut} prompts of benchmark {self.name!r} do not fit into a context of {context} "
+                "tokens beside the longest answer: they would be cut",
+                hint="set a larger suite.backend_options.max_length, or a smaller max_gen_toks",
+            )
+
+
+@contextmanager
+def _asked_once(lm: LM, name: str, attempts: int) -> Iterator[_Answers]:
+    answers = _Answers(lm, name, attempts)
+    lm.generate_until = answers
+    try:
+        yield answers
+    finally:
+        del lm.generate_until
+
+
+def rows_that_fit(
+    config: Mapping[str, Any], *, context: int, weights: int, free: int, width: int = 2
+) -> int:
+    """How many sequences a batch may have, 1 to 64, by memory instead of by trial.
+
+    config: a decoder's, as `config.json` has it. context: tokens of a sequence. weights, free:
+    bytes of the model, and of memory before it is loaded. width: bytes of a number.
+    A sequence takes keys and values for every token and layer, and logits, float32 and twice,
+    for at most 1,024 of them; a fifth of what is left stays free.
+    """
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    kept = 2 * (config.get("num_key_value_heads") or heads) * head * width
+    row = context * config["num_hidden_layers"] * kept
+    row += 2 * 4 * min(context, 1024) * config["vocab_size"]
+    return max(1, min(64, int(0.8 * (free - weights)) // row))
 
 
 def _run(
@@ -253,7 +422,7 @@ def _run(
             task_manager=manager,
             num_fewshot=benchmark.fewshot,
             limit=limit,
-            apply_chat_template=benchmark.chat_template,
+            apply_chat_template=bool(benchmark.chat_template),
             gen_kwargs=dict(benchmark.generation) or None,
             bootstrap_iters=0,  # standard errors come from seeds, not from a bootstrap
             random_seed=seed,
