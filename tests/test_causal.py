@@ -448,7 +448,7 @@ def test_the_published_suites_are_as_published(name):
     made = instantiate(OmegaConf.load(f"configs/suite/{name}.yaml"))
     assert not made.allow_code_execution
     benchmarks = made._benchmarks
-    assert {made.benchmarks[column]["expert"] for column in benchmarks} == set(made.tasks)
+    assert {made._columns[column]["expert"] for column in benchmarks} == set(made.tasks)
     if name == "olmo3_7b":
         humaneval, aime, ifeval = (benchmarks[c] for c in ("humaneval", "aime25", "ifeval"))
         assert (humaneval.attempts, list(humaneval.k)) == (20, [1, 10])
