@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from merging.errors import InputError
 from merging.formats.json_files import read_json
 from merging.formats.readers import READERS
 
+log = logging.getLogger(__name__)
 # What is left behind: weights of every library, what training keeps, what people put beside.
 _WEIGHTS = {*READERS, ".h5", ".msgpack", ".onnx", ".ot", ".npz", ".npy", ".tflite", ".pb", ".gguf"}
 _LEFT = {
@@ -39,12 +42,27 @@ def companions(path: Path) -> dict[str, bytes | Path]:
     path: the folder, or a weight file in it. All of its top level but weights and what training
     or people leave there, and the folders that libraries make of their own accord.
     """
+    if path.suffix == ".gguf":
+        return _of_gguf(path)
     folder = home(path)
     if folder is None:
         return {}
     inner = [folder / name for name in (*_FOLDERS, *modules(folder)) if (folder / name).is_dir()]
     files = [file for place in (folder, *inner) for file in sorted(place.iterdir())]
     return {file.relative_to(folder).as_posix(): file for file in files if _belongs(file)}
+
+
+def _of_gguf(path: Path) -> dict[str, bytes | Path]:
+    """Configuration and tokenizer that a GGUF file holds, as transformers writes them."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        try:
+            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        except Exception as error:  # of the library, given a vocabulary it does not know
+            log.warning("%s: its tokenizer is left out: %s", path, type(error).__name__)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}
 
 
 def _belongs(file: Path) -> bool:

@@ -119,6 +119,7 @@ def dequantised(
                 used.update(found.used)
                 kinds[found.kind] = None
                 weights[found.name] = found.slot
+    kinds |= {kind: None for slot in slots.values() if (kind := getattr(slot, "quantised", ""))}
     if kinds:
         used |= {name for name in slots if name.rpartition(".")[2] in _INPUTS}
     made = {name for name, slot in weights.items() if slots.get(name) is not slot}

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from merging.errors import InputError
+from merging.formats.gguf import gguf_slots
 from merging.formats.pickles import pickled_slots
 from merging.formats.safetensors import safetensors_slots
 from merging.formats.slots import Slot
@@ -21,6 +22,7 @@ READERS: dict[str, Reader] = {
     ".pt": pickled_slots,
     ".pth": pickled_slots,
     ".ckpt": pickled_slots,
+    ".gguf": gguf_slots,
 }
 
 
