@@ -313,6 +313,38 @@ def test_a_convolution_is_merged_as_the_matrix_of_its_patches():
     check(states, merged, {"conv.weight": flat, "up.weight": flat_turned})
 
 
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+SHORT = {"vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 4}
+PACKED = [
+    ("Falcon", {**SMALL, "num_kv_heads": 2, "new_decoder_architecture": True},
+     Layer((16, 8, 8), groups=2)),
+    ("Falcon", {**SMALL, "multi_query": True}, Layer((32, 8, 8))),
+    ("Falcon", {**SMALL, "multi_query": False}, Layer(3, groups=4)),
+    ("Bloom", {**SMALL, "n_layer": 1, "n_head": 4}, Layer(3, groups=4)),
+    ("GPTBigCode", SHORT, Layer((32, 8, 8))),
+    ("GPTBigCode", {**SHORT, "multi_query": False}, Layer(3, groups=4)),
+    ("CodeGen", {**SHORT, "rotary_dim": 4}, Layer(3, groups=4)),
+    ("Mpt", {"vocab_size": 64, "d_model": 32, "n_layers": 1, "n_heads": 4}, Layer(3)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "config", "layer"), PACKED)
+def test_packed_rows_are_cut_as_the_attention_reads_them(family, config, layer):
+    with torch.device("meta"):
+        model = getattr(tf, f"{family}ForCausalLM")(getattr(tf, f"{family}Config")(**config))
+    packed = {n: x for n, x in linear_layers(model).items() if x.blocks > 1}
+    assert list(packed.values()) == [layer]
+    assert layer.fits(tuple(model.get_parameter(next(iter(packed))).shape))
+
+
+def test_a_mamba_blocks_projection_is_no_attentions():
+    config = tf.Mamba2Config(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_heads=8,
+                             head_dim=8, state_size=16, n_groups=2)  # fmt: skip
+    with torch.device("meta"):
+        layers = linear_layers(tf.Mamba2ForCausalLM(config))
+    assert layers["backbone.layers.0.mixer.in_proj.weight"] == Layer()
+
+
 LAYOUTS = [
     (Layer((3, 2, 1)), (6, 4)),
     (Layer((2, 1), transposed=True), (4, 3)),

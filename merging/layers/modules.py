@@ -24,7 +24,8 @@ _TABLES = ("Embed", "Codebook", "Quantizer")
 # Modules with one matrix that is applied as nn.Linear applies its own: routers, quantised layers.
 _MATRIX_OWNERS = ("Linear", "Router", "Gate", "TopK", "Projection", "Dense")
 # Attention classes whose packed rows are one q, k, v (groups of q for grouped k, v) after another.
-_BY_HEAD = ("GPTNeoX", "Bloom", "Falcon", "Persimmon", "Fuyu")
+_BY_HEAD = ("GPTNeoX", "Bloom", "Falcon", "Persimmon", "Fuyu", "GPTBigCode")
+_SHARDS = {"CodeGenAttention": 4}  # q, v, k one after another for each of so many devices
 _PACKED = frozenset(
     {"qkv", "qkv_proj", "query_key_value", "Wqkv", "c_attn", "in_proj", "qkv_layer"}
 )
@@ -149,7 +150,9 @@ def _packed(
     if last not in _PACKED:
         return Layer(parts=names.packed_parts(last, shape))
     rows = shape[0]
-    heads, grouped, width = _head_counts(parent, rows)
+    heads, grouped, width = _head_counts(parent, shape[1])
+    if rows == 3 * shape[1] and (shards := _SHARDS.get(type(parent).__name__)):
+        return Layer(3, groups=shards)
     if heads and grouped and width and rows == (heads + 2 * grouped) * width:
         if any(word in type(parent).__name__ for word in _BY_HEAD):
             share = heads // grouped
@@ -159,17 +162,15 @@ def _packed(
     return Layer(parts=3 if rows == 3 * shape[1] else 1)
 
 
-def _head_counts(attention: nn.Module | None, rows: int) -> tuple[int, int, int]:
+def _head_counts(attention: nn.Module | None, d_in: int) -> tuple[int, int, int]:
     """Heads, heads of k and v, and the width of one, as an attention module states them; or 0."""
     sources = [attention, getattr(attention, "config", None)]
     heads = _stated(sources, "num_heads", "num_attention_heads", "n_heads", "n_head")
-    grouped = (
-        _stated(sources, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads") or heads
+    grouped = _stated(
+        sources, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_n_heads", "kv_heads"
     )
-    if heads and rows == (heads + 2 * heads) * (rows // (3 * heads)) and grouped == heads:
-        return heads, heads, rows // (3 * heads)
     width = _stated(sources, "head_dim", "head_size")
-    return heads, grouped, width or (rows // (heads + 2 * grouped) if heads else 0)
+    return heads, grouped or heads, width or (d_in // heads if heads else 0)
 
 
 def _stated(sources: list[Any], *attributes: str) -> int:
