@@ -174,7 +174,7 @@ class _Mergekit:
     def _spherical(self, models: dict[str, Any]) -> dict[str, Any]:
         """slerp and karcher, which mergekit applies to the weights, not to differences."""
         order = list(models)
-        method: dict[str, Any] = {"name": self.method}
+        method: dict[str, Any] = {"name": self.method, "of": "weights"}
         parts: list[dict[str, Any]] = []
         if self.method == "karcher":
             method["steps"] = int(self.parameters.get("max_iter", 10))
@@ -188,7 +188,7 @@ class _Mergekit:
         base = self.base or order[0]
         # experts are stacked in the order of their names
         names = {model: f"m{i}_{name}" for i, (model, name) in enumerate(_names(order).items())}
-        found = self._recipe(base, names, method) | {"origin": "zero"}
+        found = self._recipe(base, names, method)
         return found | ({"parts": parts} if parts else {})
 
     def _filtered(self, key: str) -> tuple[Any, list[dict[str, Any]]]:
@@ -203,7 +203,7 @@ class _Mergekit:
             if not isinstance(entry, dict) or set(entry) - {"filter", "value"}:
                 self._refuse(f"{key} should be a list of filter and value")
             if "filter" in entry:
-                part = {"match": f"*{entry['filter']}*", "method": self.method}
+                part = {"match": f"*{entry['filter']}*", "method": self.method, "of": "weights"}
                 parts.append(part | {key: entry["value"]})
             elif plain is None:
                 plain = entry["value"]

@@ -139,7 +139,6 @@ def test_weights_of_adapters_in_their_own_rank(base, tmp_path):
         ({"parts": [{"match": "*", "method": "ties", "rank": 3}]}, "has no hyperparameter 'rank'"),
         ({"parts": [{"match": "mlp", "method": "regmean"}]}, "needs covariance statistics"),
         ({"dtype": "int8"}, "dtype is 'int8', expected float32"),
-        ({"origin": "moon"}, "origin is 'moon'"),
     ],
 )
 def test_bad_choices_are_told_early(base, experts, options, told):
@@ -324,13 +323,3 @@ def test_an_adapter_of_a_rank_is_the_nearest_one(base, tmp_path):
             merge_checkpoints(
                 tmp_path / "base.safetensors", paths, create("tsv_m"), tmp_path / "no", **options
             )
-
-
-def test_methods_may_merge_the_weights_themselves(base, experts):
-    two = {t: experts[t] for t in "ab"}
-    found = merged(base, two, create("slerp", t=0.3), origin="zero", layers=[])
-    for name in base:
-        a, b = two["a"][name].double().flatten(), two["b"][name].double().flatten()
-        angle = torch.acos(a @ b / (a.norm() * b.norm()))
-        plain = (torch.sin(0.7 * angle) * a + torch.sin(0.3 * angle) * b) / angle.sin()
-        torch.testing.assert_close(found[name].double().flatten(), plain, rtol=1e-4, atol=1e-5)

@@ -287,8 +287,8 @@ def test_karcher_is_the_mean_on_the_sphere_of_weights(call, files, tmp_path):
     code, _, err = call(f"recipe={recipe}", f"output={tmp_path}/out.safetensors")
     assert code == 0, err
     expected = by_hand(
-        files, create("karcher", steps=20), tmp_path / "hand.safetensors", base="math",
-        split_qkv=False, origin="zero",
+        files, create("karcher", steps=20, of="weights"), tmp_path / "hand.safetensors",
+        base="math", split_qkv=False,
     )  # fmt: skip
     for name, tensor in load_file(tmp_path / "out.safetensors").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)

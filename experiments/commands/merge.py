@@ -44,7 +44,6 @@ class MergeCheckpoints:
     weights: dict[str, float] = field(default_factory=dict)
     weights_on: str | None = None
     parts: list[dict[str, Any]] = field(default_factory=list)
-    origin: str = "base"
     statistics: dict[str, str] = field(default_factory=dict)
     architecture: str | None = None
     split_qkv: bool = True
@@ -158,7 +157,6 @@ def _everywhere(settings: MergeCheckpoints) -> dict[str, Any]:
     return {
         "weights": settings.weights or None,
         "weights_on": settings.weights_on,
-        "origin": settings.origin,
         "dtype": settings.dtype,
     }
 
@@ -227,8 +225,7 @@ Made with {", ".join(f"{name} {version}" for name, version in versions().items()
 
 def _choices(settings: MergeCheckpoints) -> str:
     """What differs from a merge of all experts alike by one method, a line each."""
-    lines = [f"- methods merge the weights themselves (origin: {settings.origin})"]
-    lines = lines if settings.origin != "base" else []
+    lines = []
     if settings.weights:
         on = f" on {settings.weights_on}" if settings.weights_on else ""
         lines.append(f"- weights{on}: `{json.dumps(settings.weights, sort_keys=True)}`")

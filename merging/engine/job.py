@@ -33,7 +33,6 @@ from merging.triangles import unpack
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Vocabulary = Literal["refuse", "common_rows"]
 Form = Literal["dense", "adapter"]
-Origin = Literal["base", "zero"]
 
 
 class Options(TypedDict, total=False):
@@ -60,8 +59,6 @@ class Options(TypedDict, total=False):
     # or "head" are merged as layers are. A list as a hyperparameter's value is interpolated from
     # the first block to the last, here and in the merge's own method
     parts: Sequence[Mapping[str, Any]]
-    # what methods merge: "base", the differences from it; "zero", the weights themselves
-    origin: Origin
     dtype: str | torch.dtype | None  # of the output's floating-point tensors; None: the base's
 
 
@@ -90,16 +87,10 @@ class Job:
     vocabulary: Vocabulary = "refuse"
     task_weights: tuple[float, ...] | None = None  # (T,)
     parts: tuple[Part, ...] = ()
-    origin: Origin = "base"
     dtype: torch.dtype | None = None
     form: Form = "dense"
     rank: int | None = None
     shard_bytes: int | None = None
-
-    def start(self, name: str, rows: slice | None = None) -> Tensor:
-        """What the experts' differences are from."""
-        W0 = self.base.read(name, rows)
-        return W0 if self.origin == "base" else torch.zeros_like(W0)
 
     def output_dtype(self, name: str) -> torch.dtype:
         """Of a merged tensor."""
@@ -136,7 +127,7 @@ class Job:
                 [part.match for part in self.parts],
                 sorted((name, *astuple(layer)) for name, layer in self.layers.items()),
                 {task: _stamp(tensors) for task, tensors in sorted(used.items())},
-                (self.vocabulary, self.task_weights, self.origin, self.dtype),
+                (self.vocabulary, self.task_weights, self.dtype),
             )
         )
 
@@ -196,11 +187,10 @@ def prepare(
 
 def _read(options: FileOptions) -> dict[str, Any]:
     """The options of a `Job`, checked and in its own terms."""
-    known = {"vocabulary", "origin", "form", "statistics"}
+    known = {"vocabulary", "form", "statistics"}
     check_choices(
         vocabulary=(options.get("vocabulary"), Vocabulary),
         form=(options.get("form"), Form),
-        origin=(options.get("origin"), Origin),
         weights_on=(options.get("weights_on"), WeightsOn),
     )
     device, size, rank = (options.get(k) for k in ("device", "shard_size", "rank"))
@@ -233,12 +223,6 @@ def _check_forms(job: Job) -> None:
                 f"expert {task!r} ({expert.path}) is a dense checkpoint, "
                 "only a merge of adapters can be written as an adapter",
                 hint="use form=dense",
-            )
-        if job.origin == "zero" and expert.is_adapter:
-            raise InputError(
-                f"expert {task!r} ({expert.path}) is an adapter, which has no weights of its own "
-                "to merge without a base",
-                hint="use origin=base",
             )
 
 

@@ -85,7 +85,7 @@ def contexts(job: Job, items: Sequence[Item]) -> Contexts:
     def stream(method: Method) -> Iterator[tuple[str, Tensor]]:
         own = [item for item in items if item.method is method]
         for item in track(own, "first pass"):
-            deltas = read_deltas(job.start(item.name), job.experts, item.name)
+            deltas = read_deltas(job.base.read(item.name), job.experts, item.name)
             for block in cut(deltas, item.layer) if item.layer else [deltas]:
                 yield item.name, block
 

@@ -80,7 +80,7 @@ class Entries:
     windows = True
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.start(piece.item.name, piece.rows)
+        W0 = job.base.read(piece.item.name, piece.rows)
         return Loaded(W0, read_values(job.experts, piece.item.name, piece.rows, W0))
 
     def merge(
@@ -116,7 +116,7 @@ class Dense:
     windows = False
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.start(piece.item.name, piece.rows)
+        W0 = job.base.read(piece.item.name, piece.rows)
         return Loaded(W0, read_deltas(W0, job.experts, piece.item.name, piece.rows))
 
     def merge(
