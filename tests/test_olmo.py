@@ -37,6 +37,21 @@ def stocked(hub, tmp_path, monkeypatch):
     return hub
 
 
+@pytest.fixture
+def index(monkeypatch):
+    """lm-eval's index of 14,000 tasks, which takes ten seconds to read, read once."""
+    import lm_eval.tasks
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", _manager)
+
+
+@functools.cache
+def _manager(include_path, include_defaults=True):
+    from lm_eval.tasks.manager import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
+
+
 def suite(**changes):
     config = OmegaConf.load("configs/suite/olmo3_7b.yaml")
     config.update({"allow_code_execution": True} | changes)
@@ -63,11 +78,7 @@ def test_room_for_a_prompt_is_checked_before_anything_is_fetched(stocked):
     suite().check(["math"])
 
 
-def test_every_published_protocol_leaves_room_for_prompts(monkeypatch):
-    import lm_eval.tasks
-
-    once = functools.cache(lm_eval.tasks.TaskManager)  # 14,000 tasks take ten seconds to read
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", once)
+def test_every_published_protocol_leaves_room_for_prompts(index, monkeypatch):
     monkeypatch.setattr(causal.CausalSuite, "_template", lambda self, column: None)
     monkeypatch.setattr(judge, "require_resources", lambda benchmarks: None)
     for path in (
@@ -269,6 +280,43 @@ def test_without_permission_to_run_code_nothing_is_fetched(stocked, tmp_path):
     assert not stocked.requests
 
 
+GENERATED = {"ifeval": "instruction", "gsm8k": "math", "humaneval_plus": "coding",
+             "mbpp_plus": "coding"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama_8b", "llama_3b", "gemma_2b", "gemma_9b"])
+def test_mergebench_prints_its_columns(name, stocked, index, tmp_path, monkeypatch):
+    """All columns of the first, the mathematical one of the others."""
+    language.add_mergebench(stocked, tmp_path / "more")
+    monkeypatch.setenv("HF_TOKEN", stocked.token)
+    for repository in stocked.repositories.values():
+        repository.gated = False
+    line = [f"suite=mergebench_{name}", f"records={tmp_path}/records", "device=cpu", "limit=2",
+            "suite.allow_code_execution=true", f"suite.samples={tmp_path}/samples",
+            "suite.backend_options={dtype: float32, max_length: 2048}"]  # fmt: skip
+    line += [f"+suite.benchmarks.{c}.generation={{max_gen_toks: 4}}" for c in GENERATED]
+    line += [] if name == "llama_8b" else ["tasks=[math]"]
+    code, out, err = stocked.run("experiments.run", *line, "method=average")
+    assert code == 0, err
+    columns = ["gsm8k", "mean"]
+    if name == "llama_8b":
+        columns += [*GENERATED, "arc_fr", "arc_es", "arc_de", "arc_ru", "toxigen"]
+    assert all(column in out for column in columns)
+    assert max(stocked.downloads.values()) == 1
+    stocked.requests.clear()
+    assert stocked.run("experiments.run", *line, "method=average")[:2] == (0, out)
+    assert not stocked.downloads
+
+
+def test_a_gated_base_is_one_sentence(stocked, index, tmp_path):
+    language.add_mergebench(stocked, tmp_path / "more")
+    line = ["suite=mergebench_gemma_2b", "suite.allow_code_execution=true", "method=average"]
+    code, _, err = stocked.run("experiments.run", *line, f"records={tmp_path}/records")
+    assert code == 2
+    assert "google/gemma-2-2b-it is gated: its licence has to be accepted" in err
+    assert not any("safetensors" in file for _, file in stocked.downloads)
+
+
 def test_mergebench_is_judged_by_each_models_own_folder(stocked, tmp_path):
     for seed, name in enumerate(("instruction", "math", "multilingual", "coding", "safety"), 1):
         hub_name = f"MergeBench/Llama-3.2-3B-Instruct_{name}"
@@ -288,7 +336,3 @@ def test_mergebench_is_judged_by_each_models_own_folder(stocked, tmp_path):
     prompts = " ".join(str(arguments) for arguments in kept(tmp_path, "ifeval"))
     assert "<s> instruction the" in prompts  # the expert, with its own template
     assert "<s> base the" in prompts  # the base and the merge
-    stocked.repositories["models", "meta-llama/Llama-3.2-3B-Instruct"].gated = True
-    code, _, err = stocked.run("experiments.run", *line, "method=average", "force=true",
-                               "suite.model=meta-llama/Llama-3.2-3B-Instruct@x")  # fmt: skip
-    assert code == 2
