@@ -16,8 +16,11 @@ RUN := .venv/bin/python -m experiments
 
 # Made anew only when pyproject.toml asks for something else.
 .venv/.ready: pyproject.toml
+	@echo "setting up .venv: torch, transformers, lm-eval and what else pyproject.toml names; minutes, once"
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --editable ".[test]"
+	.venv/bin/python -m pip install --progress-bar off --editable ".[all,test]" \
+		| grep --line-buffered -E "^(Collecting|Installing|Successfully)" | cut -c1-100
+	@.venv/bin/python -c "import torch, hydra" # grep hides whether pip failed
 	touch $@
 
 reproduce: .venv/.ready
@@ -27,6 +30,7 @@ reproduce: .venv/.ready
 test: .venv/.ready
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	.venv/bin/mypy
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS)
 
 sweep: .venv/.ready
@@ -42,5 +46,5 @@ bench-gpu: .venv/.ready
 	$(RUN).bench.gpu
 
 clean:
-	rm -rf .venv runs .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv build runs .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,11 +31,11 @@ import os
 import platform
 import tempfile
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from eval.cache import digest
@@ -122,13 +122,19 @@ def _write_atomically(path: Path, text: str) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Versions of what computes, as far as it is installed."""
+    found = {"python": platform.python_version()}
     packages = {"torch": "torch", "transformers": "transformers", "merging": "model-merging"}
-    return {"python": platform.python_version()} | {k: version(v) for k, v in packages.items()}
+    for name, package in packages.items():
+        with suppress(PackageNotFoundError):
+            found[name] = version(package)
+    return found
 
 
 def machine(device: str) -> dict[str, Any]:
     """The hardware, without anything that names the computer or its user."""
+    import psutil
+
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

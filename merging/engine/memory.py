@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
 import torch
 
 from merging.engine.job import Job
@@ -46,4 +46,7 @@ def _peak(devices: Sequence[str]) -> int:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     except (OSError, TypeError):
-        return psutil.Process().memory_info().rss
+        import resource  # not Linux
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
