@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,14 +104,21 @@ def weighted_modules(folder: Path | None) -> list[str]:
 
 
 def with_config(
-    files: dict[str, bytes | Path], changes: dict[str, Any], *, drop: tuple[str, ...] = ()
+    files: dict[str, bytes | Path],
+    changes: dict[str, Any],
+    *,
+    drop: tuple[str, ...] = (),
+    add: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes | Path]:
-    """The files with another config.json: keys `drop` gone, `changes` made where a key is."""
+    """The files with another config.json: keys `drop` gone, `changes` made where a key is.
+
+    add: what it says in any case.
+    """
     config = files.get("config.json")
     if not isinstance(config, Path):
         return files
     content = read_json(config)
-    changed = {k: changes.get(k, v) for k, v in content.items() if k not in drop}
+    changed = {k: changes.get(k, v) for k, v in content.items() if k not in drop} | (add or {})
     if changed == content:
         return files
     return files | {"config.json": (json.dumps(changed, indent=2) + "\n").encode()}

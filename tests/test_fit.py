@@ -205,6 +205,15 @@ def test_a_head_stored_as_a_copy_on_one_side():
         merging.merge_state_dicts(base, own, AVERAGE)
 
 
+def test_a_base_that_unties_and_an_expert_that_ties():
+    shapes = {"model.embed_tokens.weight": (9, 4), "model.layers.0.up.weight": (4, 4)}
+    base = draw(0, shapes | {"lm_head.weight": (9, 4)})
+    a = draw(1, shapes)
+    merged = merging.merge_state_dicts(base, {"a": a}, AVERAGE)
+    check_average(merged, base, [a | {"lm_head.weight": a["model.embed_tokens.weight"]}])
+    assert "ties 'lm_head.weight' to its embedding" in merged.report.notes[0]
+
+
 @pytest.mark.parametrize(
     ("name", "table"),
     [

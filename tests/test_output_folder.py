@@ -65,6 +65,8 @@ def test_changes_of_a_config(tmp_path):
         drop=("quantization_config",),
     )
     assert json.loads(files["config.json"]) == {"tie_word_embeddings": False}
+    files = with_config(companions(tmp_path), {}, add={"tie": False})
+    assert json.loads(files["config.json"])["tie"] is False
     assert with_config({}, {"a": 1}) == {}
 
 
@@ -264,3 +266,19 @@ def test_experts_may_have_any_name(name):
     key = override.partition("=")[0].removeprefix("++experts.")
     assert merge.plain_names({key: "/path"}) == {name: "/path"}
     assert key.isidentifier() and key.isascii()
+
+
+def test_folders_that_hold_models_in_folders_say_so(tmp_path):
+    put(tmp_path, "model_index.json", content="{}")
+    for part in ("unet", "vae"):
+        (tmp_path / part).mkdir()
+        save_file({"w": torch.ones(1)}, tmp_path / part / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(InputError) as caught:
+        merging.open_checkpoint(tmp_path)
+    assert caught.value.hint == "give the one that is meant: unet, vae in this folder"
+
+
+def test_the_configuration_that_a_merged_adapter_leaves_behind(tmp_path):
+    put(tmp_path, "adapter_config.json", content="{}")
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    assert merging.open_checkpoint(tmp_path).keys() == ["w"]

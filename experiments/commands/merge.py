@@ -117,8 +117,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     for part in parts:
         inner = {task: path / part for task, path in experts.items()}
         require_mergeable(base / part, inner, vocabulary="refuse", name=settings.base)
-    if settings.dtype:
-        changes |= {"dtype": settings.dtype, "torch_dtype": settings.dtype}
+    dtypes = dict.fromkeys(("dtype", "torch_dtype"), settings.dtype) if settings.dtype else {}
 
     def extra() -> dict[str, bytes | Path]:
         if output.suffix == ".safetensors":
@@ -126,7 +125,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         card = {"README.md": model_card(settings, method).encode()}
         if settings.form != "dense":
             return card
-        files = with_config(companions(base), changes, drop=("quantization_config",))
+        files = with_config(companions(base), dtypes, drop=("quantization_config",), add=changes)
         for part in parts:
             files |= merged_module(settings, method, part)
         return files | card

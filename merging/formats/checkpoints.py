@@ -18,13 +18,15 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.experts import Dense
 from merging.formats.adapter import Adapter
-from merging.formats.folders import indexed_slots, weight_file
+from merging.formats.folders import WEIGHT_FILES, indexed_slots, weight_file
 from merging.formats.json_files import read_json
 from merging.formats.lora_files import is_lora, open_lora
 from merging.formats.peft import open_peft
 from merging.formats.quantised import dequantised
 from merging.formats.readers import file_slots
 from merging.formats.slots import Slot
+
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 class StateDict(Dense):
@@ -176,7 +178,12 @@ def _adapter_folder(path: Path) -> Path | None:
     """The folder of a peft adapter that a path is, or is the weight file of."""
     folder = path if path.is_dir() else path.parent
     named = path.is_dir() or path.stem == "adapter_model"
-    return folder if named and (folder / "adapter_config.json").exists() else None
+    if not named or not (folder / "adapter_config.json").exists():
+        return None
+    held = any((folder / name).is_file() for name in ADAPTERS)
+    # merging an adapter into its model leaves the configuration behind
+    whole = not held and any((folder / name).is_file() for name in WEIGHT_FILES)
+    return None if whole else folder
 
 
 def _quantisation(folder: Path) -> dict[str, Any]:
@@ -188,7 +195,7 @@ def _quantisation(folder: Path) -> dict[str, Any]:
 
 def _open_adapter(folder: Path) -> Adapter:
     config = folder / "adapter_config.json"
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in ADAPTERS:
         if (folder / name).is_file():
             source = Checkpoint(folder / name, file_slots(folder / name))
             return open_peft(folder, read_json(config), source)

@@ -119,16 +119,32 @@ def _fit_dense(expert: Source, base: Source) -> Expert:
     more = [n for n in more if not _copy_of_any(n, there, expert)]
     kept, lacking = apart(lost, names)
     left, surplus = apart(more, there)
-    if there and all(a == b for a, b in there.items()):  # a head of its own, where the base ties
+    identity = bool(there) and all(a == b for a, b in there.items())
+    if identity:  # a head of its own, where the base ties
         surplus += [name for name in left if name.endswith("lm_head.weight")]
         left = [name for name in left if not name.endswith("lm_head.weight")]
+    tied = _tied_heads(kept, names, base) if identity else {}
+    names, kept = names | tied, [name for name in kept if name not in tied]
     notes = [f"is quantised ({expert.quantised}), and its rounding counts as a difference"]
     notes = notes if expert.quantised and not base.quantised else []
     if kept:
         notes.append(f"has nothing of {_parts(kept)}: there the base's values count for it")
+    if tied:
+        notes.append(f"ties {listed(list(tied))} to its embedding, where the base does not")
     if left:
         notes.append(f"has {_parts(left)}, which the base has not: left out")
     return Fitted(expert, names, lacking, surplus, notes, partial=bool(kept))
+
+
+def _tied_heads(lacking: Sequence[str], names: Mapping[str, str], base: Source) -> dict[str, str]:
+    """{head that a whole model lacks: the expert's table that it is then tied to}."""
+    tables = [name for name in names if "embed_tokens" in name or name.endswith("wte.weight")]
+    return {
+        head: names[table]
+        for head in lacking
+        for table in tables[:1]
+        if head.endswith("lm_head.weight") and base.shape(head) == base.shape(table)
+    }
 
 
 def _differing_buffer(name: str, other: str, base: Source, expert: Source) -> bool:

@@ -35,9 +35,17 @@ def weight_file(folder: Path) -> Path:
         listed = ", ".join(p.name for p in found) or "none"
         raise InputError(
             f"{folder} should hold model.safetensors, an index or exactly one weight file, "
-            f"it has: {listed}"
+            f"it has: {listed}",
+            hint=_where_weights_are(folder),
         )
     return found[0]
+
+
+def _where_weights_are(folder: Path) -> str:
+    """A hint for a folder of several models, as a pipeline of diffusers is."""
+    inner = [p.name for p in sorted(folder.iterdir()) if p.is_dir()]
+    held = [n for n in inner if any(f.suffix in READERS for f in (folder / n).iterdir())]
+    return f"give the one that is meant: {', '.join(held[:8])} in this folder" if held else ""
 
 
 def indexed_slots(index: Path) -> dict[str, Slot]:
