@@ -48,6 +48,7 @@ COMMANDS = {
     "regimes": Place("regimes", "experiments.commands.regimes"),
     "bench": Place("bench", "experiments.bench.command"),
     "bench.gpu": Place("bench_gpu", "experiments.bench.gpu"),
+    "bench.peers": Place("bench_peers", "experiments.bench.peers"),
     "bench.scale": Place("bench_scale", "experiments.bench.scale"),
 }
 

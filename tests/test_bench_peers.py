@@ -1,0 +1,56 @@
+"""The comparison of whole commands, with a program in mergekit's place that is our own."""
+
+import csv
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from experiments.bench import peers
+from merging.errors import InputError
+
+SMALL = peers.Peers(hidden=64, intermediate=96, blocks=1, vocabulary=50, repeats=1)
+
+
+def test_both_programs_run_on_one_recipe_and_are_compared(tmp_path):
+    program = tmp_path / "mergekit-yaml"  # takes mergekit's arguments, merges as we do
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nrecipe, output = sys.argv[1:3]\n"
+        "sys.argv = ['merge', f'recipe={recipe}', f'output={output}', 'overwrite=true']\n"
+        "from experiments.merge import main\nmain()\n"
+    )
+    program.chmod(0o755)
+    peers.bench_peers(
+        replace(
+            SMALL, mergekit=str(program), methods=["task_arithmetic"], output=str(tmp_path / "out"),
+            folder=str(tmp_path),
+        )
+    )  # fmt: skip
+    rows = list(csv.DictReader((tmp_path / "out" / "peers.csv").open()))
+    assert [row["program"] for row in rows] == ["mergekit", "ours"]
+    assert [float(row["largest_difference"]) for row in rows] == [0.0, 0.0]
+    assert all(float(row["seconds"]) > 0 and int(row["peak_bytes"]) > 1e8 for row in rows)
+    assert "| task_arithmetic |" in (tmp_path / "out" / "peers.md").read_text()
+
+
+def test_the_model_is_that_of_the_settings_and_differences_are_of_the_movement(tmp_path):
+    paths = peers.models(tmp_path, SMALL)
+    state = {}
+    for file in sorted(paths["base"].glob("*.safetensors")):
+        state |= load_file(file)
+    assert state["model.layers.0.mlp.down_proj.weight"].shape == (64, 96)
+    assert {t.dtype for t in state.values()} == {torch.bfloat16}
+    # of code's movement, what lies between it and math's
+    far = peers.largest_difference(paths["code"], paths["math"], paths["base"])
+    assert 1.2 < far < 1.6  # two independent moves of one length: the root of 2
+    assert peers.largest_difference(paths["code"], paths["code"], paths["base"]) == 0
+
+
+def test_a_missing_program_and_an_unknown_method_are_told():
+    with pytest.raises(InputError, match="is not there") as told:
+        peers.bench_peers(replace(SMALL, mergekit="/nowhere/mergekit-yaml"))
+    assert "pip install mergekit" in told.value.hint
+    with pytest.raises(InputError, match="unknown method 'passthrough'"):
+        peers.bench_peers(replace(SMALL, mergekit=sys.executable, methods=["passthrough"]))
