@@ -270,6 +270,3 @@ def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
         breaks=entry.breaks,
         whole_model=entry.prepare,
     )
-
-
-method = register  # the older name
