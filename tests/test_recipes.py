@@ -1,5 +1,6 @@
 """Recipes, ours and mergekit's, give what the same choices give by hand; the rest is refused."""
 
+import re
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import merging
 from experiments import cli, merge, recipes
 from merging import InputError, create, merge_checkpoints
+from merging.formats.writer import write_adapter
 
 BAD_INPUT = 2
 SHAPES = {
@@ -322,8 +324,45 @@ def test_what_mergekit_has_and_we_have_not_is_refused(call, files, tmp_path, sai
         recipes.read(recipe)
 
 
+def test_the_readmes_recipe(call, files, tmp_path):
+    text = (cli.CONFIGS.parent / "README.md").read_text()
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    for task in ("base", "math", "code"):
+        recipe = recipe.replace("PATH", str(files[task]), 1)
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    code, out, err = call("recipe=recipe.yaml", f"output={tmp_path}/out.safetensors")
+    assert code == 0, err
+    assert "task_arithmetic" in out and out.splitlines()[-1].startswith("written to")
+    expected = by_hand(
+        files, create("tsv_m"), tmp_path / "hand.safetensors", dtype="bfloat16",
+        weights={"math": 0.7, "code": 0.5},
+        parts=[
+            {"match": "norm", "method": "average"},
+            {"match": "*.mlp.*", "method": "task_arithmetic", "alpha": [0.2, 0.5]},
+        ],
+    )  # fmt: skip
+    same(load_file(tmp_path / "out.safetensors"), expected)
+
+
+def test_adapters_become_one_of_the_rank_that_was_asked_for(call, files, tmp_path):
+    name = UP.format(1)
+    for task in ("a", "b"):
+        g = torch.Generator().manual_seed(ord(task))
+        factors = torch.randn(3, 8, generator=g), torch.randn(12, 3, generator=g)
+        write_adapter(tmp_path / task, {name: factors}, {})
+    line = [f"base={files['base']}", f"experts.a={tmp_path}/a", f"experts.b={tmp_path}/b"]
+    code, out, err = call(*line, "method=tsv_m", "form=adapter", "rank=2", "output=merged")
+    assert code == 0, err
+    merged = merging.open_checkpoint(tmp_path / "merged")
+    assert merged.rank(name) == 2
+    assert call(*line, "method=tsv_m", "form=adapter", "output=whole")[0] == 0
+    whole = merging.open_checkpoint(tmp_path / "whole").delta(name)
+    s = torch.linalg.svdvals(whole.double()).square()
+    kept = s[:2].sum() / s.sum()
+    assert f"the adapter's rank keeps {kept:.1%} of the merge's squared norm" in out
+
+
 def test_the_commands_of_the_configuration_are_those_tested_here():
     header = (cli.CONFIGS / "merge.yaml").read_text().partition("defaults:")[0]
     for piece in ("weights.math=0.7 weights.code=-0.3", "form=adapter rank=16", "recipe=FILE.yaml"):
         assert piece in header
-    assert merging.methods()
