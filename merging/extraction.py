@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from merging.engine.routes import read_deltas as differences
-from merging.errors import InputError
+from merging.errors import InputError, several
 from merging.experts import Source
 from merging.factors import Factors
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.checks import problems
+from merging.formats.fit import fit
 from merging.formats.writer import write_adapter
 from merging.layers import Layer, Layers, resolve_layers
 from merging.linalg import eigh, gram, product, solving_dtype
@@ -65,11 +66,13 @@ def extract(
             raise InputError(f"expert {expert} is an adapter already")
         if source.partial:
             raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
-        if found := problems(source, {"expert": tuned}):
-            raise InputError("; ".join(found[:9]), hint="nothing was extracted")
         shapes = {name: source.shape(name) for name in source.keys()}
-        adapted = _adaptable(resolve_layers(layers, shapes, base))
-        extraction, factors = _factor(source, tuned, adapted, rank, energy)
+        resolved = resolve_layers(layers, shapes, base)
+        fitted = fit(source, {"expert": tuned}, resolved)
+        if found := problems(source, fitted):
+            raise InputError(several(found), hint="nothing was extracted")
+        adapted = _adaptable(resolved)
+        extraction, factors = _factor(source, fitted["expert"], adapted, rank, energy)
         if not factors:
             raise InputError(f"no layer of {expert} differs from {base}: there is nothing to adapt")
         transposed = {adapted[name].transposed for name in factors}

@@ -112,6 +112,6 @@ def test_an_expert_may_be_an_opened_file(net, adapter, tmp_path):
     save_file(expected, tmp_path / "dense.safetensors")
     base, method = net.state_dict(), merging.create("average")
     experts = {"a": open_checkpoint(tmp_path / "dense.safetensors"), "b": open_checkpoint(path)}
-    merged = merging.merge_state_dicts(base, experts, method)
+    merged = merging.merge_state_dicts(base, experts, method, layers=net)
     states = {"a": load_file(tmp_path / "dense.safetensors"), "b": expected}
-    close(merged, merging.merge_state_dicts(base, states, method))
+    close(merged, merging.merge_state_dicts(base, states, method, layers=net))
