@@ -101,6 +101,14 @@ class Suite(Protocol):
         """
         return {}
 
+    def require(self, task: str) -> str:
+        """The task, or an InputError that names those there are."""
+        if task not in self.tasks:
+            raise InputError(
+                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
+            )
+        return task
+
     def check(self, tasks: Sequence[str]) -> None:
         """InputError for what can be told of these tasks before anything is downloaded."""
 

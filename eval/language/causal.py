@@ -192,7 +192,7 @@ class CausalSuite(Suite):
         judge.require_resources(self._benchmarks.values())
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        self._require(task)
+        self.require(task)
         path = self._checked[task]
         stored = "lora" if (path / "adapter_config.json").exists() else "full"
         if stored != finetuning:
@@ -214,7 +214,7 @@ class CausalSuite(Suite):
     ) -> Path:
         """Packed second moments of every layer over all tokens of the task's texts, and beside
         them `cost.json` with the bytes, seconds and passes they took."""
-        self._require(task)
+        self.require(task)
         if kind != "covariance":
             raise Unsupported(
                 f"suite {self.name!r} has no {kind} statistics",
@@ -303,12 +303,6 @@ class CausalSuite(Suite):
         return {column: s for judgement in found.values() for column, s in judgement.scores.items()}
 
     # --- checks -------------------------------------------------------------------------------
-
-    def _require(self, task: str) -> None:
-        if task not in self.experts:
-            raise InputError(
-                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
-            )
 
     def _require_test(self, split: Split) -> None:
         if split != "test":

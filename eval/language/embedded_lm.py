@@ -248,10 +248,7 @@ class EmbeddedLM(TrainedSuite):
         return judge.task_manager(judge.Benchmark(name) for name in self.lm_tasks.values())
 
     def _benchmark(self, task: str) -> judge.Benchmark:
-        if task not in self.lm_tasks:
-            raise InputError(
-                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
-            )
+        self.require(task)
         return judge.Benchmark(self.lm_tasks[task])
 
     @cached_property

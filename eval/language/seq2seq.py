@@ -218,7 +218,7 @@ class Seq2SeqSuite(TrainedSuite):
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """The checkpoint that was given, else one made here: `model.safetensors` or an adapter."""
-        self._require(task)
+        self.require(task)
         if given := (self.experts or {}).get(task):
             path = self._fetched(given)
             return checkpoints.unwrapped(path, self._base, self.name)
@@ -232,7 +232,7 @@ class Seq2SeqSuite(TrainedSuite):
         limit: int | None = None,
     ) -> dict[str, Score]:
         """Accuracy of rank classification."""
-        chosen = [self._require(task) for task in tasks or self.tasks]
+        chosen = [self.require(task) for task in tasks or self.tasks]
         self._load(state)
         with training.autocast(self.device, self.precision):
             return {
@@ -261,13 +261,6 @@ class Seq2SeqSuite(TrainedSuite):
         """Whether an answer's score is the mean over its tokens."""
         return self.protocol != "paper"
 
-    def _require(self, task: str) -> str:
-        if task not in self.tasks:
-            raise InputError(
-                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
-            )
-        return task
-
     def _questions(self, task: str) -> Questions:
         if task not in prompts.TASKS and task not in tiny.TOPICS:
             raise InputError(
@@ -289,7 +282,7 @@ class Seq2SeqSuite(TrainedSuite):
     def _splits(self, task: str) -> Splits:
         """The tokenised questions of a task, read when they are first asked for."""
         if task not in self._read:
-            own = self._questions(self._require(task))
+            own = self._questions(self.require(task))
             told = {"files": checkpoints.tokenizer_digests(self._folder), "length": self.max_tokens}
             self._read[task], commit = questions.tokenised(own, told, self._encode)
             if commit and own.source:
@@ -370,7 +363,7 @@ class Seq2SeqSuite(TrainedSuite):
         return {"version": VERSION}
 
     def _available(self, task: str) -> int:
-        return len(self._splits(self._require(task))["train"])
+        return len(self._splits(self.require(task))["train"])
 
     def _finetune(
         self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path

@@ -287,10 +287,7 @@ class TextSuite(TrainedSuite):
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def _pairs(self, task: str, split: str) -> Pairs:
-        if task not in self.corpora:
-            raise InputError(
-                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
-            )
+        self.require(task)
         return self._texts[task][split]
 
     @cached_property
