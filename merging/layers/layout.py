@@ -65,12 +65,12 @@ def cut(stack: Tensor, layer: Layer) -> list[Tensor]:
 
 def _parts(rows: Tensor, layer: Layer) -> list[Tensor]:
     """(..., d_out, d_in) -> (..., d_out / parts, d_in) each."""
-    equal = isinstance(layer.parts, int)
-    if layer.groups == 1:
-        return list(rows.chunk(layer.parts, -2) if equal else rows.split(layer.parts, -2))
-    grouped = rows.unflatten(-2, (layer.groups, -1))
-    parts = grouped.chunk(layer.parts, -2) if equal else grouped.split(layer.parts, -2)
-    return [part.flatten(-3, -2) for part in parts]
+    grouped = rows.unflatten(-2, (layer.groups, -1)) if layer.groups > 1 else rows
+    if isinstance(layer.parts, int):
+        parts = grouped.chunk(layer.parts, -2)
+    else:
+        parts = grouped.split(layer.parts, -2)
+    return [part.flatten(-3, -2) for part in parts] if layer.groups > 1 else list(parts)
 
 
 def join(blocks: list[Tensor], layer: Layer) -> Tensor:
