@@ -261,6 +261,16 @@ def test_a_name_is_judged_by_its_last_part_and_its_place():
     assert choice.layers | choice.reasons == BARE
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("hidden", "width"), [(32, 24), (16, 16), (32, 16)])
+def test_the_orientation_of_bare_fused_experts_is_told_by_the_pair(hidden, width, turned):
+    into, back = (2 * width, hidden), (hidden, width)
+    shapes = {"mlp.experts.gate_up_proj": into, "mlp.experts.down_proj": back}
+    shapes = {n: (4, *(s[::-1] if turned else s)) for n, s in shapes.items()}
+    found = choose_layers(None, shapes | {"mlp.experts.gate_up_proj_bias": (4, 2 * width)})
+    assert found.layers == dict.fromkeys(shapes, Layer(transposed=turned, experts=4))
+
+
 def test_convolutions_by_shape_alone():
     shapes = {
         "input_blocks.1.0.in_layers.2.weight": (16, 8, 3, 3),
