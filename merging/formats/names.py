@@ -16,7 +16,7 @@ _WRAPPED = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrappe
 _BUFFER = re.compile(
     r"""(^|.*\.)( position_ids | token_type_ids | (original_)?inv_freq | cached_(cos|sin)
       | (cos|sin)_cached | masked_bias | relative_position_index | relative_coords_table
-      | \w*mask | tril | triu | num_batches_tracked | _float_tensor
+      | \w*mask | tril | triu | num_batches_tracked | final_logits_bias | _float_tensor
       | total_(ops|params) )$""",
     re.VERBOSE,
 )
