@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,7 +28,8 @@ from merging.progress import track
 
 Put = Callable[[Piece, Tensor | Factors], None]
 Contexts = Mapping[int, Mapping[str, Any]]  # of each method, by its id
-Question, Answer = TypeVar("Question"), TypeVar("Answer")
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 
 def merge(
@@ -125,7 +126,8 @@ def behind(write: Callable[..., None], waiting: int = 2) -> Iterator[Callable[..
 
     waiting: so many calls may be outstanding before the next one waits.
     """
-    outstanding, lock = deque(), threading.Lock()
+    outstanding: deque[Future[None]] = deque()
+    lock = threading.Lock()
     with ThreadPoolExecutor(1) as pool:
 
         def put(*arguments: Any) -> None:

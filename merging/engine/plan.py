@@ -108,7 +108,8 @@ def _choices(
     job: Job, names: Sequence[str], places: Mapping[str, float]
 ) -> dict[str, tuple[Method, Layer | None]]:
     """Each tensor's method, by parts and depth, and its layout if it is merged as a layer."""
-    parts, made = assign(job.parts, names), {}
+    parts = assign(job.parts, names)
+    made: dict[tuple[int, float], Method] = {}
     choices = {}
     for name in names:
         part = parts.get(name)
@@ -175,7 +176,8 @@ def pieces(job: Job, item: Item) -> Iterator[Piece]:
 
 def share(items: Sequence[Item], workers: int) -> list[list[Item]]:
     """Items dealt out largest first, each to the worker with the least work so far."""
-    shares, loads = [[] for _ in range(workers)], [0] * workers
+    shares: list[list[Item]] = [[] for _ in range(workers)]
+    loads = [0] * workers
     for item in sorted(items, key=lambda item: item.numel, reverse=True):
         least = loads.index(min(loads))
         shares[least].append(item)
@@ -197,7 +199,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     return after | {name: block / last for name, block in blocks.items()}
 
 
-def _copies(tied: dict[str, str]) -> dict[str, tuple[str, ...]]:
+def _copies(tied: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
     """{first name: the other names of the same memory}"""
     copies: dict[str, tuple[str, ...]] = {}
     for name, first in tied.items():

@@ -41,7 +41,9 @@ class Memory:
     """Keeps the merged tensors."""
 
     def __init__(self, base: Source) -> None:
-        self.base, self.done, self.tensors = base, set(), {}
+        self.base = base
+        self.done: set[str] = set()
+        self.tensors: dict[str, Tensor] = {}
 
     def write(self, name: str, merged: Tensor, rows: slice | None = None) -> None:
         if rows is None:
