@@ -59,6 +59,16 @@ def test_it_runs_tabulates_and_starts_again_from_records(settings, tmp_path, cap
     assert (tmp_path / "out" / "both_sides.md").read_text() == page
 
 
+def test_records_of_other_tables_are_taken_over(settings, tmp_path, monkeypatch):
+    regimes.regimes(settings)
+    table = tmp_path / "out" / "both_sides" / "records.jsonl"
+    kept = table.rename(tmp_path / "other.jsonl")
+    settings.records, settings.known = str(tmp_path / "elsewhere"), [str(kept)]
+    monkeypatch.setattr(measurement, "merge_suite", None)  # nothing is merged again
+    regimes.regimes(settings)
+    assert table.read_text() == kept.read_text()
+
+
 def frame(**rows):
     """{row: accuracies of two tasks by seed, in two regimes}"""
     lines = [

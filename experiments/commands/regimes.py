@@ -48,6 +48,7 @@ class Regimes:
     seeds: list[int] = field(default_factory=lambda: [0])
     split: str = "validation"
     limit: int | None = None
+    known: list[str] = field(default_factory=list)
     run: bool = True
     records: str = "runs/records"
     output: str = "results"
@@ -59,6 +60,7 @@ def regimes(settings: Regimes) -> None:
     check(settings)
     console, folder = Console(), Path(settings.output) / "both_sides"
     if settings.run:
+        _adopt(settings.known, Path(settings.records))
         runs = list(_runs(settings))
         found = [measure(run) for run in track(runs, "regimes")]
         folder.mkdir(parents=True, exist_ok=True)
@@ -82,6 +84,16 @@ def check(settings: Regimes) -> None:
         merging.create(**method)
     if unknown := sorted(set(settings.rivals) - set(settings.methods)):
         raise InputError(f"rival {unknown[0]!r} is not among the methods")
+
+
+def _adopt(known: Sequence[str], folder: Path) -> None:
+    """Put finished records, of other tables, where a run with the same key looks for its own."""
+    for path in known:
+        for record in records.load_lines(Path(path)):
+            own = records.record_path(folder, record["key"])
+            if not own.exists():
+                own.parent.mkdir(parents=True, exist_ok=True)
+                records.save(own, record)
 
 
 def _runs(settings: Regimes) -> Iterator[Experiment]:
