@@ -138,7 +138,7 @@ def to_frame(
         suite, tasks = record["key"]["suite"], record["key"]["tasks"]
         whole[suite] = max(whole.get(suite, 0), len(tasks))
     lines = []
-    for record, (title, regime) in itertools.product(found, titles.items()):
+    for (title, regime), record in itertools.product(titles.items(), found):
         key = record["key"]
         label = labels.get((key["method"], tuple(sorted(key["hyperparameters"].items()))))
         judged = len(key["tasks"]) == whole[key["suite"]]

@@ -141,7 +141,8 @@ def page(table: pd.DataFrame, rivals: Sequence[str]) -> str:
             f"Rivals are {', '.join(f'`{rival}`' for rival in rivals)}. Mean accuracy in percent; "
             "in brackets the difference to the best rival of the regime ± its standard error, "
             "paired over tasks and seeds. A win or a loss is a difference of more than two "
-            "standard errors.",
+            "standard errors; a tie says that these examples cannot tell two methods apart, not "
+            "that they are equal.",
             "",
             markdown(header, lines),
             "![Differences to the best rival](both_sides/differences.png)",
