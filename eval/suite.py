@@ -42,6 +42,8 @@ class Suite(Protocol):
     `InputError`. What only some suites can do is typed below: `MultiTask`, `Measurable`, `OnDisk`.
     Two more, where a protocol asks for them: `rest`, the rule for all tensors that are no layer,
     whatever the method says of them; `unmeasured`, the layers through which no inputs are seen.
+    For `experiments.paper`: `requirements(tasks, *, finetuning, inputs, validation)`, a list of
+    `eval.requirements.Requirement`, and `footprint(tasks, images)`, bytes of disk and memory.
     Suites that train their experts inherit what is cached from `eval.trained.TrainedSuite`.
     """
 

@@ -40,6 +40,7 @@ COMMANDS = {
     "extract": Place("extract", "experiments.commands.extract"),
     "run": Place("experiment", "experiments.commands.run"),
     "tables": Place("tables", "experiments.commands.tables"),
+    "paper": Place("reproduce", "experiments.commands.paper"),
     "finetune": Place("finetune", "experiments.commands.finetune"),
     "statistics": Place("statistics", "experiments.commands.statistics"),
     "analyse": Place("analyse", "experiments.commands.analyse"),

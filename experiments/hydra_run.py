@@ -165,6 +165,15 @@ def read_settings(schema: type[Settings], composed: DictConfig) -> Settings:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
 
 
+def composed(command: Command[Settings], overrides: Sequence[str]) -> Settings:
+    """The checked settings of a command line of another command, composed inside this one."""
+    loader = _hydra(command.config, command, None).config_loader
+    whole = loader.load_configuration(command.config, list(overrides), RunMode.RUN)
+    settings = read_settings(command.settings, whole)
+    command.check(settings, whole.hydra)
+    return settings
+
+
 def _refuse_options(options: Any) -> None:
     """Refuse the options of Hydra that read something other than this project's configuration."""
     if options.experimental_rerun:

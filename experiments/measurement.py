@@ -84,6 +84,13 @@ def measure(settings: Experiment) -> Record:
     return record
 
 
+def is_done(settings: Experiment) -> bool:
+    """Whether there is a record of this run; costs no download."""
+    if settings.force:
+        return False
+    return records.record_path(Path(settings.records), _key(settings, check(settings))).exists()
+
+
 def references(settings: Experiment) -> dict[str, Record]:
     """Records of zero_shot and experts under the same settings, measured when absent."""
     return {name: _reference(settings, name) for name in REFERENCES}
@@ -194,7 +201,9 @@ def _given(**parts: Any) -> dict[str, Any]:
 def _methods(settings: Experiment) -> list[merging.Method]:
     """The method with each value of the selection, or as it stands."""
     chosen = settings.selection
-    candidates = [{chosen.parameter: value} for value in chosen.values] or [{}]
+    candidates: list[dict[str, Any]] = [{}]
+    if chosen.parameter is not None:
+        candidates = [{chosen.parameter: value} for value in chosen.values]
     return [merging.create(**dict(settings.method) | candidate) for candidate in candidates]
 
 

@@ -29,6 +29,21 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     HUB.repositories = before
 
 
+@pytest.fixture
+def vision(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub with everything that the vision suites fetch, and small models of their names."""
+    import open_clip
+
+    from experiments import suites
+    from tests.fixtures import hub_vision, shrunk
+
+    for name, configuration in shrunk.configurations().items():
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, configuration)
+    hub_vision.fill(hub)
+    suites._suite.cache_clear()
+    return hub
+
+
 @pytest.fixture(scope="module")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty cache for all that a test file trains, so that nothing is found or left behind."""

@@ -13,23 +13,11 @@ from eval.vision import models
 from experiments import hydra_run, settings, suites
 from experiments.settings import Experiment
 from merging.errors import InputError
-from tests.fixtures import hub_vision, shrunk
+from tests.fixtures import hub_vision
+from tests.fixtures.hub_vision import EIGHT
 from tests.test_configs import composed
 
-EIGHT = ["sun397", "cars", "resisc45", "eurosat", "svhn", "gtsrb", "mnist", "dtd"]
 SMALL = ["suite.workers=0", "device=cpu"]
-
-
-@pytest.fixture
-def vision(hub, monkeypatch):
-    """The hub with everything that the vision suites fetch, and small models of their names."""
-    import open_clip
-
-    for name, configuration in shrunk.configurations().items():
-        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, configuration)
-    hub_vision.fill(hub)
-    suites._suite.cache_clear()
-    return hub
 
 
 @pytest.fixture

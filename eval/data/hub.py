@@ -60,14 +60,6 @@ def information(repository: str, revision: str | None = None, kind: Kind = "mode
         )
 
 
-def may_download(repository: str, name: str, revision: str | None, kind: Kind = "model") -> None:
-    """InputError where a file cannot be had: a licence, a token, a name. Reads one header."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-
-    with refusals(repository, revision, name):
-        get_hf_file_metadata(hf_hub_url(repository, name, revision=revision, repo_type=kind))
-
-
 def commit(path: Path) -> str | None:
     """The commit that a file or folder of the hub's cache belongs to."""
     parts = path.parts

@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from eval.cache import cache_root, cached
 from eval.data import hub, images
+from eval.requirements import Requirement, of_rows
 from merging.errors import InputError
 from merging.progress import track
 
@@ -92,6 +93,15 @@ class ImageSet:
     def on_hub(self) -> bool:
         """Whether it comes from the hub: neither made of packages nor a folder on this machine."""
         return self.source == self.path and not Path(self.path).expanduser().is_dir()
+
+    def requirement(self, what: str, parts: Sequence[Part]) -> Requirement:
+        """Whether the splits behind these parts are here, or can be had."""
+        if not self.on_hub:
+            return Requirement(what, self.source)
+        splits = [self.test if part == "test" else self.train for part in parts]
+        if self.validation is not None:
+            splits += [self.validation] * ("validation" in parts)
+        return of_rows(what, self.path, self.config, self.revision, splits)
 
     def commit(self) -> str | None:
         """The hub's commit that was loaded; None where it comes from elsewhere."""
@@ -221,7 +231,7 @@ def pixels(data: ImageSet, part: Part, preprocess: PreprocessCfg, workers: int =
     key = {"version": VERSION, "data": data.identity(), "part": part, "preprocess": geometry}
 
     def build(folder: Path) -> None:
-        shape = (len(rows), 3, *_size(preprocess))
+        shape = (len(rows), 3, *image_size(preprocess))
         images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
         chunks = _Crops(data, part, preprocess, len(rows))
         used = workers if len(rows) > 20 * CHUNK else 0
@@ -280,7 +290,8 @@ def sample(size: int, count: int | None) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
 
 
-def _size(preprocess: PreprocessCfg) -> tuple[int, int]:
+def image_size(preprocess: PreprocessCfg) -> tuple[int, int]:
+    """Height and width of what the model takes."""
     size = preprocess.size
     return (size, size) if isinstance(size, int) else tuple(size)
 

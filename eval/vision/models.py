@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from eval.cache import cached
 from eval.data import hub
+from eval.requirements import Requirement, of_file, of_folder
 from merging.errors import InputError
 from merging.experts import Source
 from merging.formats.checkpoints import Adapter, open_checkpoint
@@ -126,6 +127,19 @@ class Published:
     @property
     def _patterns(self) -> list[str]:
         return [self.local] if isinstance(self.local, str) else list(self.local)
+
+    def requirement(self, what: str) -> Requirement:
+        """Whether it is here, or can be had; reads a header at most."""
+        if (found := self.here()) is not None:
+            return Requirement(what, str(found))
+        if self.hub and self.file:
+            return of_file(what, self.hub, self.file, self.revision)
+        if self.hub:
+            return of_folder(what, self.hub, self.revision)
+        try:
+            return Requirement(what, str(self.path()))
+        except InputError as error:
+            return Requirement(what, self._patterns[0], problem=error.message, hint=error.hint)
 
     def name(self) -> str:
         """Its address in a word, for records."""

@@ -7,6 +7,7 @@ logits = scale * cos(image, class), and only the tower is fine-tuned and merged.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,13 +27,16 @@ from eval import statistics, training
 from eval.cache import cached, digest
 from eval.data import hub
 from eval.language.checkpoints import require_same
+from eval.requirements import Requirement
 from eval.suite import Finetuning, Score, Split, Statistic
 from eval.trained import TrainedSuite
 from eval.vision import models
 from eval.vision.data import (
     ImageSet,
+    Part,
     cropped,
     epochs,
+    image_size,
     normalise,
     pixels,
     sample,
@@ -202,6 +206,35 @@ class VisionSuite(TrainedSuite):
         loaded = [images for task, images in self._sets.items() if task in self._used]
         commits = {f"datasets/{images.path}": images.commit() for images in loaded}
         return dict(sorted((self._commits | {k: v for k, v in commits.items() if v}).items()))
+
+    def requirements(
+        self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
+    ) -> list[Requirement]:
+        """What is read from elsewhere; `inputs`: training images too, for statistics."""
+        if self.clip is None:
+            return []
+        found = [self._place(self.clip).requirement("CLIP")]
+        if self.base_tower is not None:
+            found.append(self._place(self.base_tower).requirement("base"))
+        for task in tasks:
+            parts: list[Part] = ["test"] + ["validation"] * validation
+            if (published := self._published(task, finetuning)) is not None:
+                found.append(published.requirement(f"expert {task}"))
+            if inputs or published is None:
+                parts.append("train")
+            if self.heads is not None:
+                found.append(self._place(self.heads, task).requirement(f"head {task}"))
+            found.append(self._sets[task].requirement(f"images {task}", parts))
+        return found
+
+    def footprint(self, tasks: Sequence[str], images: int) -> dict[str, int]:
+        """Bytes that a run takes: `disk` for decoded images and converted towers, `memory`."""
+        tower = 4 * sum(t.numel() for t in models.build_meta(self.architecture).values())
+        pixels = 3 * math.prod(image_size(self._preprocessing))
+        return {
+            "disk": images * pixels + (len(tasks) + 1) * tower,
+            "memory": (len(tasks) + 3) * tower + (1 << 30),
+        }
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """`model.safetensors` with the tower's state dict, or a PEFT adapter folder."""

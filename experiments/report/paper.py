@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -20,6 +20,35 @@ from experiments.settings import UNMERGED
 from merging.errors import InputError
 
 NOT_MEASURED = "Methods without a line of ours were not measured here."
+ERRORS = "±: the standard error that the size of our test sets leaves to our figure."
+LATER = "later: what the same authors' result files say after the paper, where it differs."
+
+
+@dataclass
+class Later:
+    """Where later figures of the same rows are, and what they call our rows."""
+
+    published: str
+    methods: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Cost:
+    """What a table takes, by estimate: said before it starts.
+
+    gpu_minutes, cpu_minutes: of one row, on one GPU and on a few cores; null: no sensible time.
+    once_minutes: before the first row: decoding, heads, statistics. images: that are decoded.
+    gpu_gb: memory of the GPU that is needed; 0: it runs without one. memory_gb: of main memory.
+    note: what else there is to know.
+    """
+
+    gpu_minutes: float | None = None
+    cpu_minutes: float | None = None
+    once_minutes: float = 0.0
+    images: int = 0
+    gpu_gb: float = 0.0
+    memory_gb: float = 0.0
+    note: str = ""
 
 
 @dataclass
@@ -35,6 +64,10 @@ class Paper:
     columns: our task -> {column: value} that picks its published figures, where names differ.
     unit: "percent", of accuracies, or "seconds" to merge, statistics included.
     marks: task (or "mean") -> why its published figures are not to be trusted.
+    later: where the authors corrected figures, `published`, and `methods` as above; shown where
+        they differ.
+    settings: overrides of `experiments.run` that all rows share. runs: the overrides of each row,
+        or of several ("method=average,actmat"). cost: what they take.
     """
 
     name: str
@@ -49,12 +82,23 @@ class Paper:
     columns: dict[str, dict[str, str]] = field(default_factory=dict)
     unit: str = "percent"
     marks: dict[str, str] = field(default_factory=dict)
+    later: Later | None = None
+    settings: list[str] = field(default_factory=list)
+    runs: list[str] = field(default_factory=list)
+    cost: Cost = field(default_factory=Cost)
 
 
-def render_paper(paper: Paper, published: Path, committed: Path, output: Path) -> Path:
-    """Write <output>/paper/<name>.{md,csv,tex} from records below `committed`; the Markdown."""
-    ours = measured(paper, committed / paper.suite)
-    frame = compare(paper, read_published(paper, published), ours)
+def render_paper(
+    paper: Paper, published: Path, source: Path | Sequence[Record], output: Path
+) -> Path:
+    """Write <output>/paper/<name>.{md,csv,tex}; returns the Markdown.
+
+    source: our records, or the folder that holds them, committed, as <suite>/records.jsonl.
+    """
+    found = committed(paper, source / paper.suite) if isinstance(source, Path) else source
+    figures, ours = read_published(paper, published), summarised(paper, found)
+    frame = compare(paper, figures, ours, errors(paper, found))
+    frame = with_later(paper, frame, published)
     folder = output / "paper"
     folder.mkdir(parents=True, exist_ok=True)
     frame.to_csv(
@@ -67,6 +111,8 @@ def render_paper(paper: Paper, published: Path, committed: Path, output: Path) -
     text += "the method saw beside the checkpoints.\n\n"
     text += markdown(*table)
     notes += [NOT_MEASURED] * bool(frame.ours.isna().any())
+    notes += [ERRORS] * bool(frame.standard_error.notna().any())
+    notes += [LATER] * any(line[2] == "later" for line in table[1])
     text += "".join(f"\n{note}\n" for note in notes)
     path = folder / f"{paper.name}.md"
     path.write_text(
@@ -126,19 +172,28 @@ def _pick(table: pd.DataFrame, where: Mapping[str, str], path: Path) -> pd.DataF
 
 def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
     """{row: {task or "mean": figure}}, means over seeds, from the committed records."""
+    return summarised(paper, committed(paper, folder))
+
+
+def committed(paper: Paper, folder: Path) -> list[Record]:
+    """The records of a suite's folder that a table is about."""
     path = folder / "records.jsonl"
     found = records.load_lines(path) if path.exists() else []
-    found = [
+    return [
         r
         for r in found
         if r["key"]["finetuning"] == paper.finetuning
         and paper.protocol in (None, r["key"].get("protocol", {}).get("name"))
     ]
+
+
+def summarised(paper: Paper, found: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """{row: {task or "mean": figure}}, means over seeds; InputError for other checkpoints."""
     for record in found:
         if record["family"] != paper.family:
             raise InputError(
-                f"{path} holds records of checkpoint family {record['family']!r}, "
-                f"the published figures are of {paper.family!r}",
+                f"records of suite {record['key']['suite']} are of checkpoint family "
+                f"{record['family']!r}, the published figures are of {paper.family!r}",
                 hint="figures of different checkpoints are never compared",
             )
     if not found:
@@ -150,6 +205,40 @@ def measured(paper: Paper, folder: Path) -> dict[str, dict[str, float]]:
     }
 
 
+def errors(paper: Paper, found: Sequence[Record]) -> dict[str, dict[str, float]]:
+    """{row: {task or "mean": standard error in points that the test set's size leaves}}.
+
+    A share p of n examples has sqrt(p (1 - p) / n); the tasks of a mean are independent. Seeds
+    share the test set and so make it no smaller. Rows whose sizes are not known are left out.
+    """
+    if not found or paper.unit != "percent":
+        return {}
+    made = {}
+    for row, record in zip(to_frame(found).row, found, strict=True):
+        scores = record["scores"]
+        if not all(score.get("count") for score in scores.values()):
+            continue
+        variance = {t: s["accuracy"] * (1 - s["accuracy"]) / s["count"] for t, s in scores.items()}
+        own = {task: 100 * math.sqrt(value) for task, value in variance.items()}
+        columns = [task for task in paper.columns or scores if task in variance]
+        total = sum(variance[task] for task in columns)
+        made[row] = own | {"mean": 100 * math.sqrt(total) / max(1, len(columns))}
+    return made
+
+
+def with_later(paper: Paper, frame: pd.DataFrame, folder: Path) -> pd.DataFrame:
+    """A column `later` with the authors' corrected figures; NaN where there is none."""
+    if paper.later is None:
+        return frame.assign(later=math.nan)
+    own = replace(paper, published=paper.later.published, methods=paper.later.methods)
+    table = read_published(own, folder)
+    rows = {theirs: row for row, theirs in own.methods.items()}
+    names = table.method.map(lambda theirs: rows.get(theirs, theirs))
+    values = dict(zip(zip(names, table.task, strict=True), table.value, strict=True))
+    pairs = zip(frame.method, frame.task, strict=True)
+    return frame.assign(later=[values.get(pair, math.nan) for pair in pairs])
+
+
 def _figures(record: Record, unit: str) -> dict[str, float]:
     if unit == "seconds":
         return {"mean": record["seconds"]["merge"] + record["seconds"]["statistics"]}
@@ -158,7 +247,10 @@ def _figures(record: Record, unit: str) -> dict[str, float]:
 
 
 def compare(
-    paper: Paper, published: pd.DataFrame, ours: Mapping[str, Mapping[str, float]]
+    paper: Paper,
+    published: pd.DataFrame,
+    ours: Mapping[str, Mapping[str, float]],
+    standard_errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> pd.DataFrame:
     """One line per method and task: data, paper, ours, difference; NaN where not measured.
 
@@ -169,11 +261,14 @@ def compare(
     row = table.method.map(lambda theirs: rows.get(theirs, theirs))
     if tasks := set(table.task) - {"mean"}:
         ours = {name: own | {"mean": _mean(own, tasks)} for name, own in ours.items()}
-    pairs = zip(row, table.task, strict=True)
+    pairs = list(zip(row, table.task, strict=True))
     table["ours"] = [ours.get(r, {}).get(task, math.nan) for r, task in pairs]
     table["difference"] = table.ours - table.paper
+    known = standard_errors or {}
+    table["standard_error"] = [known.get(r, {}).get(task, math.nan) for r, task in pairs]
     table = table.assign(method=row, data=row.map(data_use))
-    return table[["method", "data", "task", "paper", "ours", "difference", "source"]]
+    columns = ["method", "data", "task", "paper", "ours", "difference", "standard_error", "source"]
+    return table[columns]
 
 
 def _mean(figures: Mapping[str, float], tasks: set[str]) -> float:
@@ -204,11 +299,13 @@ def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], lis
     lines = []
     for method in order:
         part = frame[frame.method == method].set_index("task")
-        shown = ["paper", "ours", "difference"] if part.ours.notna().any() else ["paper"]
-        for kind in shown:
-            sign = "+" if kind == "difference" else ""
-            values = [part[kind].get(task, math.nan) for task in tasks]
-            text = ["–" if pd.isna(value) else f"{value:{sign}.1f}" for value in values]
+        shown = {"paper": [_figure(part, "paper", task) for task in tasks]}
+        if "later" in part and ((part.later - part.paper).abs() >= 0.05).any():
+            shown["later"] = [_figure(part, "later", task) for task in tasks]
+        if part.ours.notna().any():
+            shown["ours"] = [_figure(part, "ours", task) for task in tasks]
+            shown["difference"] = [_difference(part, task) for task in tasks]
+        for kind, text in shown.items():
             if kind != "ours":
                 text = [
                     x + " ‡" * (t in marks and x != "–") for x, t in zip(text, tasks, strict=True)
@@ -216,3 +313,17 @@ def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], lis
             first = [method, part.data.iloc[0]] if kind == "paper" else ["", ""]
             lines.append([*first, kind, *text])
     return ["method", "data", "", *tasks], lines
+
+
+def _figure(part: pd.DataFrame, kind: str, task: str) -> str:
+    value = part[kind].get(task, math.nan)
+    return "–" if pd.isna(value) else f"{value:.1f}"
+
+
+def _difference(part: pd.DataFrame, task: str) -> str:
+    value, error = part.difference.get(task, math.nan), math.nan
+    if "standard_error" in part:
+        error = part.standard_error.get(task, math.nan)
+    if pd.isna(value):
+        return "–"
+    return f"{value:+.1f}" + ("" if pd.isna(error) else f" ± {error:.1f}")
