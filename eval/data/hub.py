@@ -87,7 +87,10 @@ def _refusal(error: Exception, repository: str, revision: str | None, name: str)
             hint=f"accept it at {constants.ENDPOINT}/{repository}, then {login}",
         )
     if isinstance(error, RevisionNotFoundError):
-        return InputError(f"{repository} has no revision {revision!r} on the hub")
+        return InputError(
+            f"{repository} has no revision {revision!r} on the hub",
+            hint=f"its branches and tags: {constants.ENDPOINT}/{repository}/tree/main",
+        )
     if isinstance(error, RepositoryNotFoundError):
         return InputError(
             f"the hub has no repository {repository}, or it is private",
@@ -104,7 +107,10 @@ def _refusal(error: Exception, repository: str, revision: str | None, name: str)
             hint="download it where there is a network; HF_HOME names the folder to copy",
         )
     if isinstance(error, EntryNotFoundError):
-        return InputError(f"{repository} has no file {name or 'of those asked for'} on the hub")
+        return InputError(
+            f"{repository} has no file {name or 'of those asked for'} on the hub",
+            hint=f"what it has: {constants.ENDPOINT}/{repository}/tree/{revision or 'main'}",
+        )
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status in (401, 403):
         return InputError(
