@@ -5,9 +5,10 @@ Only headers are read, so that a table can say what it will take before anything
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
@@ -50,6 +51,18 @@ def of_folder(
         return _refused(what, repository, error)
     names = [s.rfilename for s in listed if any(fnmatch(s.rfilename, p) for p in patterns)]
     return _of_files(what, repository, names, revision, "model")
+
+
+def of_checkpoints(named: Mapping[str, str], patterns: Sequence[str]) -> list[Requirement]:
+    """Of checkpoints as language suites name them, {what: path here, or OWNER/NAME[@REVISION]}."""
+    found = []
+    for what, name in named.items():
+        repository, _, revision = name.partition("@")
+        if repository.count("/") != 1 or Path(name).expanduser().exists():
+            found.append(Requirement(what, name))
+        else:
+            found.append(of_folder(what, repository, revision or None, patterns))
+    return found
 
 
 def of_rows(

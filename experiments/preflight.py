@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.cache import cache_root
-from eval.requirements import Requirement
+from eval.language.checkpoints import FILES
+from eval.requirements import Requirement, of_checkpoints
 from eval.suite import Suite
 from experiments.measurement import is_done
 from experiments.report.paper import Cost, Paper
@@ -49,13 +50,18 @@ class Survey:
 
 def survey(paper: Paper, named: Sequence[tuple[str, Experiment]]) -> Survey:
     """Everything a table needs that is not done yet: files, disk, memory, a GPU, time."""
-    found = Survey([Row(name, settings, is_done(settings)) for name, settings in named])
+    suite = _suite(named[0][1])
+    tasks = list(named[0][1].tasks or suite.tasks)
+    own = hasattr(suite, "requirements")
+    checkpoints = [] if own else of_checkpoints(_checkpoints(suite), FILES)
+    # such a suite's runs are known by the checksums of its checkpoints, which must be here for that
+    unknown = any(r.files or r.problem for r in checkpoints)
+    found = Survey([Row(name, run, not unknown and is_done(run)) for name, run in named])
     left = [row.settings for row in found.rows if not row.done]
     if not left:
         return found
-    suite = _suite(left[0])
-    tasks = list(left[0].tasks or suite.tasks)
-    if hasattr(suite, "requirements"):
+    found.requirements = checkpoints
+    if own:
         found.requirements = suite.requirements(
             tasks,
             finetuning=left[0].finetuning,
@@ -66,6 +72,13 @@ def survey(paper: Paper, named: Sequence[tuple[str, Experiment]]) -> Survey:
     _measure_room(found, suite, tasks, paper.cost)
     found.minutes = _minutes(paper.cost, len(left), resolve_device(left[0].device))
     return found
+
+
+def _checkpoints(suite: Suite) -> dict[str, str]:
+    """What a language suite names: its base and experts."""
+    experts = getattr(suite, "experts", None) or {}
+    named = {"base": suite.model} if hasattr(suite, "model") else {}
+    return named | {f"expert {task}": name for task, name in experts.items()}
 
 
 def _suite(settings: Experiment) -> Suite:

@@ -125,6 +125,23 @@ def test_a_damaged_entry_is_named(monkeypatch, damage):
     assert str(entry) in caught.value.hint
 
 
+def test_checksums_are_compared_only_when_asked_or_when_size_or_time_differ(monkeypatch):
+    entry = cached("kind", {"x": 1}, write())
+    file = entry / "file.txt"
+    before = file.stat()
+    file.write_text("x" * before.st_size)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # damage that a stamp cannot show
+    monkeypatch.setattr(cache, "_verified", set())
+    monkeypatch.setattr(cache, "file_sha256", lambda path: pytest.fail("a whole file was read"))
+    cached("kind", {"x": 1}, write())
+    monkeypatch.undo()
+    monkeypatch.setattr(cache, "_verified", set())
+    monkeypatch.setenv("MODEL_MERGING_CACHE", str(entry.parents[1]))
+    monkeypatch.setenv(cache.VERIFY, "1")
+    with pytest.raises(InputError, match="file.txt"):
+        cached("kind", {"x": 1}, write())
+
+
 def test_a_full_disk_is_said_and_leaves_no_entry():
     def build(folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

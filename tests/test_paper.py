@@ -183,6 +183,37 @@ def test_what_was_not_measured_is_said(table, tmp_path):
     assert "nan" not in text
 
 
+def test_a_difference_comes_with_what_the_test_sets_size_leaves(table, tmp_path):
+    made = record("actmat", {"a": 82, "b": 60})
+    for score, count in zip(made["scores"].values(), (100, 400), strict=True):
+        score["count"] = count
+    text = rendered(table, tmp_path, made).read_text()
+    variances = [0.82 * 0.18 / 100, 0.6 * 0.4 / 400]
+    first, second = (100 * v**0.5 for v in variances)
+    mean = 100 * sum(variances) ** 0.5 / 2
+    assert f"+2.0 ± {first:.1f} | +0.0 ± {second:.1f} ‡ | +1.0 ± {mean:.1f}" in text
+    assert paper.ERRORS in text
+
+
+def test_what_the_authors_corrected_stands_beside_it(table, tmp_path):
+    (tmp_path / "later.csv").write_text(
+        "suite,method,task,metric,value,source\n"
+        "s,actmat,A,accuracy,0.81,there\n"
+        "s,actmat,b,accuracy,0.60,there\n"
+    )
+    later = replace(table, later=paper.Later("later.csv"))
+    text = paper.render_paper(later, tmp_path, tmp_path).read_text()
+    assert "|  |  | later | 81.0 | 60.0 ‡ | 70.5 |" in text
+    assert paper.LATER in text
+    (tmp_path / "later.csv").write_text((tmp_path / "p.csv").read_text())
+    assert paper.LATER not in paper.render_paper(later, tmp_path, tmp_path).read_text()
+
+
+def test_rows_that_nobody_published_are_shown_alone(table, tmp_path):
+    text = rendered(table, tmp_path, record("bounded", {"a": 82, "b": 60})).read_text()
+    assert "| bounded | none | ours | 82.0 | 60.0 | 71.0 |" in text
+
+
 def test_a_mean_over_other_columns_is_no_mean(table, tmp_path):
     text = rendered(table, tmp_path, record("actmat", {"a": 82})).read_text()
     assert "|  |  | ours | 82.0 | – | – |" in text

@@ -6,6 +6,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -280,6 +281,41 @@ def test_text_head_is_the_mean_over_templates(places):
             each = model.encode_text(tokenizer([t.format(name) for t in templates]))
         mean = (each / each.norm(dim=-1, keepdim=True)).mean(0)
         torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=0)
+
+
+def test_heads_are_built_where_asked_and_show_how_far_they_are(places, monkeypatch):
+    whole_clip(places / "clip.safetensors")
+    shown, devices = [], []
+    build = open_clip.build_zero_shot_classifier
+
+    def classifier(model, *arguments, device, **named):
+        devices.append((device, next(model.parameters()).device.type))
+        return build(model, *arguments, device=device, **named)
+
+    monkeypatch.setattr(models.open_clip, "build_zero_shot_classifier", classifier)
+    monkeypatch.setattr(models, "track", lambda items, label: shown.append(label) or items)
+    names = [str(i) for i in range(12)]
+    head = models.text_head(
+        places / "clip.safetensors", NAME, names, ["{}"], device="cpu", label="digits"
+    )
+    assert shown == ["building the head of digits"]
+    assert devices == [("cpu", "cpu")] * 2  # ten classes at a time
+    assert head.shape[0] == 12
+
+
+def test_a_published_heads_rows_are_put_into_the_order_of_our_classes(tmp_path):
+    built = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    order = torch.tensor([3, 0, 4, 1, 2])
+    near = F.normalize(built + 0.01 * torch.randn(5, 8, generator=torch.manual_seed(1)), dim=-1)
+    save_file({"weight": 100 * near[order]}, tmp_path / "head.safetensors")
+    found = models.published_head(tmp_path / "head.safetensors", built, "shapes")
+    torch.testing.assert_close(found, near)
+    save_file({"weight": -near}, tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="belongs to other classes than those of shapes"):
+        models.published_head(tmp_path / "other.safetensors", built, "shapes")
+    save_file({"weight": near[:4]}, tmp_path / "small.safetensors")
+    with pytest.raises(InputError, match="is no head of shapes"):
+        models.published_head(tmp_path / "small.safetensors", built, "shapes")
 
 
 def test_head_needs_the_text_tower(places):

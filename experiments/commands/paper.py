@@ -85,6 +85,13 @@ def rows(settings: Reproduce) -> list[tuple[str, Experiment]]:
                     f"table {paper.name} is about suite {paper.suite}, "
                     f"its runs are of {run.suite['name']}"
                 )
+            if run.suite["family"] != paper.family:
+                raise InputError(
+                    f"table {paper.name} is about checkpoints of {paper.family!r}, "
+                    f"its runs are of {run.suite['family']!r}",
+                    hint="figures of different checkpoints are never compared; checkpoints of "
+                    f"theirs that you have are named with suite.family={paper.family!r}",
+                )
             found.append((" ".join(own).replace("method=", "", 1), run))
     return found
 

@@ -252,7 +252,8 @@ def compare(
     ours: Mapping[str, Mapping[str, float]],
     standard_errors: Mapping[str, Mapping[str, float]] | None = None,
 ) -> pd.DataFrame:
-    """One line per method and task: data, paper, ours, difference; NaN where not measured.
+    """One line per method and task: data, paper, ours, difference; NaN where not measured, or not
+    published.
 
     The mean of ours is over the published columns, where there are any.
     """
@@ -261,6 +262,10 @@ def compare(
     row = table.method.map(lambda theirs: rows.get(theirs, theirs))
     if tasks := set(table.task) - {"mean"}:
         ours = {name: own | {"mean": _mean(own, tasks)} for name, own in ours.items()}
+    columns = list(dict.fromkeys(table.task))
+    own = [(name, task) for name in ours if name not in set(row) for task in columns]
+    table = pd.concat([table, pd.DataFrame(own, columns=["method", "task"])], ignore_index=True)
+    row = pd.concat([row, pd.Series([name for name, _ in own], dtype=object)], ignore_index=True)
     pairs = list(zip(row, table.task, strict=True))
     table["ours"] = [ours.get(r, {}).get(task, math.nan) for r, task in pairs]
     table["difference"] = table.ours - table.paper
@@ -299,18 +304,21 @@ def cells(frame: pd.DataFrame, marks: Mapping[str, str]) -> tuple[list[str], lis
     lines = []
     for method in order:
         part = frame[frame.method == method].set_index("task")
-        shown = {"paper": [_figure(part, "paper", task) for task in tasks]}
+        shown = {}
+        if part.paper.notna().any():
+            shown["paper"] = [_figure(part, "paper", task) for task in tasks]
         if "later" in part and ((part.later - part.paper).abs() >= 0.05).any():
             shown["later"] = [_figure(part, "later", task) for task in tasks]
         if part.ours.notna().any():
             shown["ours"] = [_figure(part, "ours", task) for task in tasks]
+        if part.difference.notna().any():
             shown["difference"] = [_difference(part, task) for task in tasks]
         for kind, text in shown.items():
             if kind != "ours":
                 text = [
                     x + " ‡" * (t in marks and x != "–") for x, t in zip(text, tasks, strict=True)
                 ]
-            first = [method, part.data.iloc[0]] if kind == "paper" else ["", ""]
+            first = [method, part.data.iloc[0]] if kind == next(iter(shown)) else ["", ""]
             lines.append([*first, kind, *text])
     return ["method", "data", "", *tasks], lines
 
