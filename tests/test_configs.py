@@ -10,6 +10,7 @@ import merging
 from experiments import hydra_run
 from experiments.commands.finetune import Finetune
 from experiments.commands.merge import MergeCheckpoints
+from experiments.commands.paper import Reproduce
 from experiments.commands.statistics import Collect
 from experiments.commands.tables import Tables
 from experiments.settings import UNMERGED, Experiment, Selection, Statistics
@@ -116,6 +117,7 @@ def test_the_sweep_over_tasks_names_tasks_of_its_suite():
         ("finetune", Finetune, []),
         ("statistics", Collect, []),
         ("tables", Tables, []),
+        ("reproduce", Reproduce, ["paper=olmo3_7b"]),
         ("merge", MergeCheckpoints, ["base=a", "output=b", "+experts.x=c"]),
     ],
 )
