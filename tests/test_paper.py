@@ -202,11 +202,11 @@ def test_what_the_authors_corrected_stands_beside_it(table, tmp_path):
         "s,actmat,b,accuracy,0.60,there\n"
     )
     later = replace(table, later=paper.Later("later.csv"))
-    text = paper.render_paper(later, tmp_path, tmp_path).read_text()
+    text = paper.render_paper(later, tmp_path, tmp_path, tmp_path).read_text()
     assert "|  |  | later | 81.0 | 60.0 ‡ | 70.5 |" in text
     assert paper.LATER in text
     (tmp_path / "later.csv").write_text((tmp_path / "p.csv").read_text())
-    assert paper.LATER not in paper.render_paper(later, tmp_path, tmp_path).read_text()
+    assert paper.LATER not in paper.render_paper(later, tmp_path, tmp_path, tmp_path).read_text()
 
 
 def test_rows_that_nobody_published_are_shown_alone(table, tmp_path):
