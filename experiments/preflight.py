@@ -78,7 +78,7 @@ def _checkpoints(suite: Suite) -> dict[str, str]:
     """What a language suite names: its base and experts."""
     experts = getattr(suite, "experts", None) or {}
     named = {"base": suite.model} if hasattr(suite, "model") else {}
-    return named | {f"expert {task}": name for task, name in experts.items()}
+    return named | {f"expert {task}": name for task, name in experts.items() if name}
 
 
 def _suite(settings: Experiment) -> Suite:

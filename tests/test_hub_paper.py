@@ -6,12 +6,16 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
+from eval import tiny_lm
+from eval.language import prompts
 from experiments import preflight, suites
 from experiments.commands import paper
 from experiments.report import records
-from tests.fixtures import hub_vision
+from tests.fixtures import hub_vision, language
 from tests.fixtures.hub_vision import EIGHT
 from tests.images import image_folder
 from tests.test_configs import CONFIGS, names
@@ -190,3 +194,33 @@ def test_every_table_says_time_and_disk(name):
         cost = text.partition("# Cost:")[2].partition("#\n")[0]
         assert re.search(r"\d GB", cost)
         assert "hour" in cost
+
+
+@pytest.mark.parametrize("name", ["language7_t5_base_full", "language7_t5_large_lora"])
+def test_a_t5_table_with_the_authors_experts(make, hub, tmp_path, name):
+    """Whole models under the names that their wrapper gives them, in full and LoRA tables."""
+    language.add_language7(hub, tmp_path / "sets")
+    cloze = language.cloze_folder(tmp_path / "cloze")
+    size = "large" if "large" in name else "base"
+    base = load_file(tiny_lm.model("t5_relu_tied") / "model.safetensors")
+    files = {}
+    for seed, task in enumerate(prompts.TASKS):
+        generator = torch.Generator().manual_seed(seed)
+        state = {
+            f"transformer.{k}": v + 0.02 * torch.randn(v.shape, generator=generator)
+            for k, v in base.items()
+        }
+        files[task] = tmp_path / f"{task}.pt"
+        torch.save(state, files[task])
+    arguments = [name, f"suite.family=ACTMat T5-{size}", f"suite.data.story_cloze={cloze}"]
+    arguments += [f"suite.experts.{task}={file}" for task, file in files.items()]
+    arguments += ["statistics.batches=1", "statistics.batch_size=8", "selection.values=[0.3]"]
+    arguments += ["tasks=[qasc,wsc]"] if size == "large" else []
+    out = make(*arguments)
+    assert "difference" in out
+    frame = pd.read_csv(make.results / f"{name}.csv")
+    ours = frame[frame.task == "qasc"].set_index("method").ours
+    assert ours[["actmat", "tsv_m", "task_arithmetic (alpha selected)"]].notna().all()
+    assert set(hub.downloads.values()) == {1}
+    hub.requests.clear()
+    assert "to do" not in make(*arguments)
