@@ -263,7 +263,13 @@ def compare(
     if tasks := set(table.task) - {"mean"}:
         ours = {name: own | {"mean": _mean(own, tasks)} for name, own in ours.items()}
     columns = list(dict.fromkeys(table.task))
-    own = [(name, task) for name in ours if name not in set(row) for task in columns]
+    published_pairs = set(zip(row, table.task, strict=True))
+    own = [
+        (name, task)
+        for name, figures in ours.items()
+        for task in columns
+        if (name, task) not in published_pairs and not math.isnan(figures.get(task, math.nan))
+    ]
     table = pd.concat([table, pd.DataFrame(own, columns=["method", "task"])], ignore_index=True)
     row = pd.concat([row, pd.Series([name for name, _ in own], dtype=object)], ignore_index=True)
     pairs = list(zip(row, table.task, strict=True))
