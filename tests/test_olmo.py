@@ -336,3 +336,20 @@ def test_mergebench_is_judged_by_each_models_own_folder(stocked, tmp_path):
     prompts = " ".join(str(arguments) for arguments in kept(tmp_path, "ifeval"))
     assert "<s> instruction the" in prompts  # the expert, with its own template
     assert "<s> base the" in prompts  # the base and the merge
+
+
+def test_the_papers_table_says_what_it_takes_then_prints(stocked, tmp_path):
+    """The preflight names four checkpoints and fetches nothing; then a row, whole to the table."""
+    line = [own for own in QUICK if own != "suite=olmo3_7b"] + ["suite.samples=null"]
+    line += [f"records={tmp_path}/records", f"output={tmp_path}/results", "tasks=[if]"]
+    line += ["paper.cost.gpu_gb=0", "paper.cost.memory_gb=0"]
+    code, out, err = stocked.run("experiments.paper", "olmo3_7b", *line, "--dry-run")
+    assert code == 0, err
+    assert "allenai/Olmo-3-7B-RL-Zero-Code" in out
+    assert "to do  regmean" in out
+    assert not [file for _, file in stocked.downloads if "safetensors" in file]
+    row = "paper.runs=['method=average']"
+    code, out, err = stocked.run("experiments.paper", "olmo3_7b", *line, row)
+    assert code == 0, err
+    assert "difference" in out
+    assert "ifeval" in (tmp_path / "results/paper/olmo3_7b.md").read_text()
