@@ -1,5 +1,6 @@
 """Regimes side by side: the runs, the paired statistics by hand, the page and its verdict."""
 
+import shutil
 from pathlib import Path
 
 import pandas as pd
@@ -61,7 +62,7 @@ def test_it_runs_tabulates_and_starts_again_from_records(settings, tmp_path, cap
 
 def test_records_of_other_tables_are_taken_over(settings, tmp_path, monkeypatch):
     regimes.regimes(settings)
-    table = tmp_path / "out" / "both_sides" / "records.jsonl"
+    table = tmp_path / "out" / "both_sides" / "regimes.jsonl"
     kept = table.rename(tmp_path / "other.jsonl")
     settings.records, settings.known = str(tmp_path / "elsewhere"), [str(kept)]
     monkeypatch.setattr(measurement, "merge_suite", None)  # nothing is merged again
@@ -109,6 +110,15 @@ def test_the_verdict_says_what_the_numbers_say():
     worse = {k: v for k, v in ROWS.items() if k in ("tsv_m", "actmat")}
     page = both_sides.page(both_sides.compare(frame(**worse), ["actmat", "tsv_m"]), [])
     assert "**No method is at least as good as the best rival in every regime.**" in page
+
+
+def test_the_committed_page_is_what_the_committed_records_give(tmp_path):
+    (tmp_path / "both_sides").mkdir()
+    for name in ("both_sides/regimes.jsonl", "both_sides/table.csv", "both_sides.md"):
+        shutil.copy(ROOT / "results" / name, tmp_path / name)
+    written = regimes.render(composed(), tmp_path / "both_sides")
+    for name in (written.name, "both_sides/table.csv"):
+        assert (tmp_path / name).read_text() == (ROOT / "results" / name).read_text()
 
 
 def test_missing_records_are_told(settings, tmp_path):

@@ -1,6 +1,6 @@
 """`python -m experiments.regimes`: methods in the regimes that merges meet, side by side.
 
-A regime is a suite, a fine-tuning and a choice of tasks. Writes results/both_sides/: records.jsonl,
+A regime is a suite, a fine-tuning and a choice of tasks. Writes results/both_sides/: regimes.jsonl,
 table.csv and a figure, and results/both_sides.md around them. Each difference is to the best rival
 of the same regime, paired over tasks and seeds.
 """
@@ -64,7 +64,7 @@ def regimes(settings: Regimes) -> None:
         runs = list(_runs(settings))
         found = [measure(run) for run in track(runs, "regimes")]
         folder.mkdir(parents=True, exist_ok=True)
-        records.save_lines(folder / "records.jsonl", found)
+        records.save_lines(folder / "regimes.jsonl", found)
     written = render(settings, folder)
     console.print(Markdown(written.read_text()))
     console.print(f"written to {written} and {folder}")
@@ -116,7 +116,7 @@ def _runs(settings: Regimes) -> Iterator[Experiment]:
 
 def render(settings: Regimes, folder: Path) -> Path:
     """The page, its table and its figure from the records; returns the page."""
-    path = folder / "records.jsonl"
+    path = folder / "regimes.jsonl"
     if not path.exists():
         raise InputError(f"{path} does not exist", "run this without run=false first")
     frame = to_frame(records.load_lines(path), settings.regimes, settings.methods)
