@@ -5,6 +5,7 @@ import gzip
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -338,18 +339,27 @@ def test_mergebench_is_judged_by_each_models_own_folder(stocked, tmp_path):
     assert "<s> base the" in prompts  # the base and the merge
 
 
-def test_the_papers_table_says_what_it_takes_then_prints(stocked, tmp_path):
-    """The preflight names four checkpoints and fetches nothing; then a row, whole to the table."""
-    line = [own for own in QUICK if own != "suite=olmo3_7b"] + ["suite.samples=null"]
-    line += [f"records={tmp_path}/records", f"output={tmp_path}/results", "tasks=[if]"]
-    line += ["paper.cost.gpu_gb=0", "paper.cost.memory_gb=0"]
-    code, out, err = stocked.run("experiments.paper", "olmo3_7b", *line, "--dry-run")
+def test_the_papers_table_is_one_command(stocked, tmp_path):
+    own = [argument for argument in QUICK if not argument.startswith(("suite=", "device="))]
+    line = ["olmo3_7b", f"records={tmp_path}/records", f"output={tmp_path}/results", "device=cpu",
+            "suite.samples=null", "statistics.batches=1", "statistics.batch_size=4",
+            "tasks=[if]", *own]  # fmt: skip
+    roomy = ["paper.cost.gpu_gb=0", "paper.cost.memory_gb=0"]
+    code, out, err = stocked.run("experiments.paper", *line, *roomy, "--dry-run")
     assert code == 0, err
-    assert "allenai/Olmo-3-7B-RL-Zero-Code" in out
+    assert "allenai/Olmo-3-7B-RL-Zero-Math" in out
     assert "to do  regmean" in out
-    assert not [file for _, file in stocked.downloads if "safetensors" in file]
-    row = "paper.runs=['method=average']"
-    code, out, err = stocked.run("experiments.paper", "olmo3_7b", *line, row)
+    assert not any("safetensors" in file for _, file in stocked.downloads)
+    code, out, err = stocked.run("experiments.paper", *line, *roomy)
     assert code == 0, err
     assert "difference" in out
-    assert "ifeval" in (tmp_path / "results/paper/olmo3_7b.md").read_text()
+    table = pd.read_csv(tmp_path / "results/paper/olmo3_7b.csv")
+    ours = table[table.task == "ifeval"].set_index("method").ours
+    for row in ("actmat", "regmean", "tsv_m", "task_arithmetic (alpha=0.4)", "experts"):
+        assert ours[ours.index.str.startswith(row)].notna().any(), row
+    assert max(stocked.downloads.values()) == 1
+    stocked.requests.clear()
+    code, out, err = stocked.run("experiments.paper", *line, *roomy)
+    assert code == 0, err
+    assert "difference" in out
+    assert not stocked.downloads
