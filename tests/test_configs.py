@@ -1,5 +1,7 @@
 """Every file under configs composes, says the defaults that the code has, and names real things."""
 
+import importlib
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 import merging
-from experiments import hydra_run
+from experiments import cli, hydra_run
 from experiments.commands.finetune import Finetune
 from experiments.commands.merge import MergeCheckpoints
 from experiments.commands.paper import Reproduce
@@ -129,3 +131,25 @@ def test_every_command_composes(config, schema, overrides):
 def test_every_paper_table_composes(paper):
     settings = hydra_run.read_settings(Tables, composed("tables", f"paper={paper}"))
     assert (CONFIGS.parent / settings.published / settings.paper.published).exists()
+
+
+GIVEN = {
+    "merge": ["base=a", "output=b"],
+    "plan": ["base=a"],
+    "extract": ["base=a", "expert=b", "output=c"],
+}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_defaults_of_every_dataclass_are_those_of_its_file(name):
+    """A default that is empty leaves the choice to the file alone."""
+    place = cli.COMMANDS[name]
+    schema = importlib.import_module(place.module).COMMAND.settings
+    settings = hydra_run.read_settings(schema, composed(place.config, *GIVEN.get(name, [])))
+    file = OmegaConf.load(CONFIGS / f"{place.config}.yaml")
+    for own in fields(schema):
+        if own.name in file and OmegaConf.is_interpolation(file, own.name):
+            continue
+        default = own.default if own.default_factory is MISSING else own.default_factory()
+        if default is not MISSING and default not in ([], {}, ""):
+            assert getattr(settings, own.name) == default, own.name

@@ -52,7 +52,7 @@ class Analyse:
     suite: dict[str, Any]
     finetuning: str = "full"
     seed: int = 0
-    tasks: Any = None
+    tasks: Any = 4
     layers: str = ""
     record: int | None = 1
     snapshots: int = 6

@@ -48,8 +48,8 @@ class Factorial:
 
     suite: dict[str, Any]
     finetuning: str = "full"
-    seeds: list[int] = field(default_factory=lambda: [0])
-    limit: int | None = 150
+    seeds: list[int] = field(default_factory=list)
+    limit: int | None = 100
     cells: list[dict[str, list[str]]] = field(default_factory=list)
     beside: list[str] = field(default_factory=list)
     baseline: str = "actmat"

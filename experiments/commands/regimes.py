@@ -47,7 +47,7 @@ class Regimes:
     rivals: list[str] = field(default_factory=list)
     seeds: list[int] = field(default_factory=lambda: [0])
     split: str = "validation"
-    limit: int | None = None
+    limit: int | None = 100
     known: list[str] = field(default_factory=list)
     run: bool = True
     records: str = "runs/records"
