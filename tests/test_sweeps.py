@@ -78,3 +78,33 @@ def test_other_launchers_run_the_same_jobs(sweep, launcher):
     # the jobs shared the reference runs between them, whichever came first
     assert set(finished(sweep)) == {"zero_shot", "experts", "average", "actmat"}
     assert len(list(sweep.records.glob("*.json"))) == 4
+
+
+LAUNCHERS = {
+    "joblib": ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"],
+    "submitit": ["hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_commands_that_train_and_measure_run_in_other_processes(tmp_path, launcher):
+    """Their settings are found there: each job reads, trains or measures, and says where."""
+    environment = os.environ | {"MODEL_MERGING_CACHE": str(tmp_path / "cache")}
+
+    def start(command, *overrides):
+        line = [sys.executable, "-m", f"experiments.{command}", "-m", "suite=tiny_text"]
+        line += ["task=animals,meals", *LAUNCHERS[launcher], *overrides]
+        line += [f"hydra.sweep.dir={tmp_path}/{command}"]
+        return subprocess.Popen(
+            line, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    few = ["statistics.batches=2", "statistics.batch_size=4"]
+    processes = [start("finetune"), start("statistics", *few)]
+    for process in processes:
+        _, err = process.communicate()
+        assert process.returncode == 0, err
+    assert len(list((tmp_path / "cache/experts").glob("[0-9a-f]*/model.safetensors"))) == 2
+    assert len(list((tmp_path / "cache/statistics").glob("*/covariance.safetensors"))) == 2
+    assert not list((tmp_path / "finetune").glob("[0-9]*"))  # folders of runs do not pile up
