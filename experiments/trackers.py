@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from filelock import FileLock
 from eval.cache import digest
 from experiments.report.records import Record
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 # (record, reference records by method name, settings of configs/tracker/<name>.yaml)
 Tracker = Callable[[Record, Mapping[str, Record], Mapping[str, Any]], None]
@@ -80,11 +82,12 @@ def to_csv(record: Record, references: Mapping[str, Record], settings: Mapping[s
             with path.open(newline="") as file:
                 lines = [old for old in csv.DictReader(file) if old["run"] != line["run"]]
         lines.append(line)
-        with path.open("w", newline="") as file:
-            header = dict.fromkeys(column for row in lines for column in row)
-            writer = csv.DictWriter(file, header, restval="", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        text = io.StringIO(newline="")
+        header = dict.fromkeys(column for row in lines for column in row)
+        writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
+        write_synced(path, text.getvalue().encode())
 
 
 def to_wandb(record: Record, references: Mapping[str, Record], settings: Mapping[str, Any]) -> None:

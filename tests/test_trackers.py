@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import struct
 import time
 from types import SimpleNamespace
@@ -161,6 +162,32 @@ def test_csv_has_one_line_per_run_however_often_it_is_reported(finished, tmp_pat
     assert float(lines["average"]["alpha"]) == 1.0
     assert lines["experts"]["alpha"] == ""
     assert float(lines["experts"]["mean"]) == 1.0
+
+
+def test_a_write_that_dies_leaves_the_old_csv_whole(finished, tmp_path, monkeypatch):
+    path = tmp_path / "runs.csv"
+    settings = {"name": "csv", "path": str(path)}
+    trackers.track_run(finished.record, finished.references, settings)
+    before = path.read_bytes()
+
+    def die(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(csv.DictWriter, "writerows", die)
+    with pytest.raises(OSError, match="no space left"):
+        trackers.track_run(finished.references["experts"], finished.references, settings)
+    assert path.read_bytes() == before
+
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fsync", die)
+    with pytest.raises(OSError, match="no space left"):
+        trackers.track_run(finished.references["experts"], finished.references, settings)
+    assert path.read_bytes() == before
+
+    monkeypatch.undo()  # what the dead write left beside is no obstacle
+    trackers.track_run(finished.references["experts"], finished.references, settings)
+    assert len(path.read_text().splitlines()) == 3
+    assert {p.name for p in tmp_path.glob("*runs.csv*")} <= {"runs.csv", ".runs.csv.lock"}
 
 
 def test_none_does_nothing(finished, tmp_path):
