@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merging
 from eval import statistics, streamed_statistics, tiny_lm, training
+from eval.cache import digest
 from eval.language import causal, checkpoints
 from eval.language.causal import IGNORED, CausalSuite, Example
 from merging.errors import InputError
@@ -246,6 +247,9 @@ def test_second_moments_are_streamed_from_texts_with_their_cost(models, tmp_path
     cost = json.loads((path.parent / "cost.json").read_text())
     assert cost["bytes"] == path.stat().st_size
     assert cost["passes"] == 14
+    key = json.loads((path.parent / "key.json").read_text())["key"]
+    assert key["texts"] == given
+    assert path.parent.name == digest(key)
     assert cost["seconds"] > 0
     expert = load(models / "first")
     rows = []

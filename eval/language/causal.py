@@ -428,17 +428,18 @@ class CausalSuite(Suite):
         config = json.loads((folder / "config.json").read_text())
         return judge.rows_that_fit(config, context=self._context[1], weights=weights, free=free)
 
-    def _read_texts(self, given: dict[str, Any], count: int) -> list[str]:
+    def _read_texts(self, settings: Mapping[str, Any], count: int) -> list[str]:
         import datasets
 
-        column, template = given.pop("field", "text"), given.pop("chat_template", None)
+        column, template = settings.get("field", "text"), settings.get("chat_template")
+        source = {k: v for k, v in settings.items() if k not in {"field", "chat_template"}}
         try:
             with judge.noted(self._commits):
-                texts = datasets.load_dataset(**given)[column][:count]
+                texts = datasets.load_dataset(**source)[column][:count]
         except Exception as error:  # datasets has a dozen kinds for "not there"
-            raise InputError(f"texts {given} cannot be loaded: {error}") from error
+            raise InputError(f"texts {source} cannot be loaded: {error}") from error
         if len(texts) < count:
-            raise InputError(f"texts {given} are {len(texts)}, {count} were asked for")
+            raise InputError(f"texts {source} are {len(texts)}, {count} were asked for")
         return [checkpoints.wrapped(text, template) for text in texts] if template else texts
 
     def _moments(
