@@ -121,7 +121,7 @@ def test_every_cell_is_judged_on_validation_and_once(settings, monkeypatch):
     folder = Path(settings.output) / "linear" / "factorial_full"
     found = factorial.records.load_lines(folder / "records.jsonl")
     assert len(found) == 2 * (4 + 2)
-    assert {(r["key"]["split"], r["key"]["limit"]) for r in found} == {("validation", 150)}
+    assert {(r["key"]["split"], r["key"]["limit"]) for r in found} == {("validation", 100)}
     table = pd.read_csv(folder / "cells.csv", keep_default_na=False).set_index("row")
     # orthogonal experts: delta + none is their sum, entries 1, 1 with the peak at 0.4
     assert table["mean"]["delta + uniform + none + zero"] == pytest.approx(70)

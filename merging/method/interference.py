@@ -130,6 +130,13 @@ FAMILY = {
         filter="gain",
         anchor="tsv_m",
     ),
+    "balanced": Preset(
+        formula="bounded with C_t = D_t^T D_t / |D_t|^2: each expert counts the same",
+        source="ours: bounded, whatever the experts' sizes",
+        task_weight="inverse_norm",
+        filter="gain",
+        anchor="tsv_m",
+    ),
     "ledoit_wolf": Preset(
         formula="actmat with D_t^T D_t shrunk to a multiple of I by Ledoit and Wolf's estimator",
         source="Ledoit & Wolf 2004",

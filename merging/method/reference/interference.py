@@ -108,11 +108,21 @@ def anchored(D: Tensor, lam: float = 1e-4) -> Tensor:
 
 @printed
 def bounded(D: Tensor) -> Tensor:
-    C = D.mT @ D
+    return within_bound(D, torch.ones_like(D[:, 0, 0]))
+
+
+@printed
+def balanced(D: Tensor) -> Tensor:
+    return within_bound(D, 1 / D.square().sum((1, 2)))
+
+
+def within_bound(D: Tensor, w: Tensor) -> Tensor:
+    """ACTMat with task weights w (T,) where it moves little enough, TSV-M elsewhere."""
+    C = w[:, None, None] * (D.mT @ D)
     l, V = torch.linalg.eigh(C.sum(0))
     kept = l > len(l) * torch.finfo(torch.float32).eps * l.max()
     solved = (D @ C).sum(0) @ V / l
-    near = solved.square().sum(0) <= 1.01 * l
+    near = solved.square().sum(0) <= 1.01 * l / w.mean()
     A = tsv_m(D) @ V
     return torch.where(kept & near, solved, A) @ V.mT
 
