@@ -68,7 +68,7 @@ def entry(name: str) -> Callable[[], None]:
             sys.argv.remove("--traceback")
             os.environ[TRACEBACK] = "1"
         with _loading():
-            importlib.import_module("merging")  # before torch: it sets how idle threads wait
+            importlib.import_module("merging")  # it loads torch so that idle threads sleep
             hydra_run = importlib.import_module("experiments.hydra_run")
             command = importlib.import_module(COMMANDS[name].module).COMMAND
         with hydra_run.exit_codes():

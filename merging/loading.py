@@ -6,8 +6,8 @@ when they have nothing to do, which takes it from the other's. Here they go to s
 Besides, OpenBLAS (0.3.31 at least) takes AMD's Zen 5 for a CPU without AVX-512, as the MKL inside
 torch does: half the speed. Its kernels for Intel's AVX-512 run there as well.
 
-What the user has set is kept, and the environment is left as it was. Once another package has
-loaded the library, there is no effect.
+What the user has set is kept, and the environment is left as it was. Where another package loaded
+a library before, it stays as it was loaded, and merging is only slower.
 """
 
 from __future__ import annotations

@@ -78,5 +78,32 @@ def test_every_method_in_other_processes_orders_and_threads(tmp_path):
         assert (threaded[name] - tensor).norm() <= THREAD_TOLERANCE * tensor.norm(), name
 
 
+SMALL = """
+import sys
+import torch
+import merging
+generator = torch.Generator().manual_seed(0)
+base, one, two = torch.randn(3, 40, 60, generator=generator)
+experts = {"a": {"a.weight": base + one / 20}, "b": {"a.weight": base + two / 20}}
+for name in ("actmat", "tsv_m", "ties"):
+    merged = merging.merge_state_dicts(
+        {"a.weight": base}, experts, merging.create(name), layers=["a.weight"]
+    )
+    sys.stdout.buffer.write(merged["a.weight"].numpy().tobytes())
+"""
+
+
+def test_torch_may_be_imported_first():
+    other = SMALL.replace("import torch\nimport merging\n", "import merging\nimport torch\n")
+    assert other != SMALL
+    line = [sys.executable, "-c"]
+    runs = [subprocess.run([*line, code], cwd=ROOT, capture_output=True) for code in (SMALL, other)]
+    for run in runs:
+        assert run.returncode == 0, run.stderr.decode()
+    assert len(runs[0].stdout) == 3 * 40 * 60 * 4
+    assert runs[0].stdout == runs[1].stdout
+    assert runs[0].stderr == runs[1].stderr == b""
+
+
 if __name__ == "__main__":
     merge_all(*sys.argv[1:])
