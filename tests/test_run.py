@@ -47,6 +47,14 @@ def test_the_record_holds_scores_worked_out_by_hand(suite, settings):
     assert record["machine"]["device"] == "cpu"
 
 
+def test_what_merges_nothing_has_no_data_to_tell_of(suite, settings):
+    record = measure(settings)
+    found = references(settings)
+    assert "data: none" in run.accuracy_table(record, found).caption
+    for reference in found.values():  # as the suites' tables put it
+        assert "data: –" in run.accuracy_table(reference, found).caption
+
+
 def test_references_are_runs_with_records(suite, settings):
     found = references(settings)
     assert found["zero_shot"]["mean"] == 0.5  # both entries 0, a whole unit away

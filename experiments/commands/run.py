@@ -12,7 +12,7 @@ from rich.table import Table
 from experiments.hydra_run import Command
 from experiments.measurement import check, measure, references
 from experiments.report.records import Record
-from experiments.settings import Experiment
+from experiments.settings import UNMERGED, Experiment
 from experiments.trackers import accuracy_rows, check_tracker, track_run
 from merging.errors import InputError
 
@@ -79,7 +79,7 @@ def _caption(record: Record, broken: Collection[str]) -> str:
     told = [f"merged in {seconds['merge']:.1f} s, peak {record['peak_bytes'] / 2**30:.1f} GiB"]
     if record["key"]["statistics"]:
         told.append(f"statistics {seconds['statistics']:.1f} s")
-    told.append(f"data: {record['data']}")
+    told.append(f"data: {'–' if record['key']['method'] in UNMERGED else record['data']}")
     if record["selection"]:
         told.append(f"{record['selection']['parameter']} = {record['selection']['chosen']}")
     if any(score["constant"] for score in record["scores"].values()):
