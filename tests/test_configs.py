@@ -1,6 +1,8 @@
 """Every file under configs composes, says the defaults that the code has, and names real things."""
 
 import importlib
+import itertools
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 
@@ -44,10 +46,18 @@ def test_a_methods_file_holds_the_defaults_of_the_code(name):
         assert type(config[key]) is type(value), key
 
 
-@pytest.mark.parametrize("name", merging.methods())
-def test_a_methods_file_opens_with_its_source(name):
-    text = (CONFIGS / "method" / f"{name}.yaml").read_text()
-    assert text.startswith("# ")
+PAPER = r"arXiv \d{4}\.\d{4,5}|[A-Z]\w+(?: et al\.| & [A-Z]\w+)?(?:'s)? \(?(?:19|20)\d\d\b"
+SOURCE = re.compile(rf"{PAPER}|\b[Oo]urs\b|the authors'|python -m experiments\.\w+ .*method=(\w+)")
+
+
+@pytest.mark.parametrize("name", names("method"))
+def test_a_methods_file_opens_with_its_source_or_a_command(name):
+    lines = (CONFIGS / "method" / f"{name}.yaml").read_text().splitlines()
+    header = "\n".join(itertools.takewhile(lambda line: line.startswith("# "), lines))
+    found = SOURCE.search(header)
+    assert found, header
+    assert found[1] in {None, name}  # a command is that of this file
+    assert (found[1] is None) == (name in merging.methods())
 
 
 @pytest.mark.parametrize("suite", names("suite"))
