@@ -7,9 +7,6 @@ rest but QR; elsewhere torch's own are used. Both compute the same quantities.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -163,17 +160,12 @@ def in_row_space(stack: Tensor) -> tuple[Tensor, Tensor]:
     return Q, R.mT.reshape(*stack.shape[:-1], -1)
 
 
-def in_span_of_rows(
-    function: Callable[..., Tensor], deltas: Tensor, wants_width: bool, arguments: Mapping[str, Any]
-) -> Tensor:
-    """function(deltas, **arguments), computed in the span of all rows where that is narrower.
+def in_span_of_rows(deltas: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Deltas in the span of all rows where that is narrower: M (T, d_out, k) and Q (d_in, k).
 
-    function: (T, d_out, d_in) -> (d_out, d_in) with f(D Q^T) = f(D) Q^T for orthonormal Q.
-    wants_width: whether it takes the layer's own width as `d_in`.
+    (T, d_out, d_in) = M Q^T; or the deltas as they are, and None.
     """
     if deltas.ndim != 3 or len(deltas) * deltas.shape[1] >= deltas.shape[2]:
-        return function(deltas, **arguments)
+        return deltas, None
     Q = row_space(deltas.to(working_dtype(deltas)))  # (d_in, T d_out)
-    width = {"d_in": deltas.shape[-1]} if wants_width else {}
-    merged = function(deltas.to(Q) @ Q, **arguments, **width)
-    return (merged @ Q.mT).to(deltas.dtype)
+    return deltas.to(Q) @ Q, Q

@@ -6,8 +6,6 @@ S = sum_t w_t C_t (d_in, d_in) and N = sum_t w_t D_t C_t (d_out, d_in) for secon
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -103,31 +101,36 @@ def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | No
     None where the filter keeps what equations set up in float32 cannot tell from rounding: set up
     in float64 they are solved, whatever they are.
     """
-    S, N, weights, width, _ = equations
+    S, N, weights, width, regular = equations
     eps, dtype = torch.finfo(S.dtype).eps, solving_dtype(S)
     S, N, A = S.to(dtype), N.to(dtype), None if A is None else A.to(dtype)
+    D = None
     if filter.name in {"ridge", "none"}:
         scale = S.diagonal().sum() / width if filter.relative else 1.0
         ridge = float(filter.lam * scale) if filter.name == "ridge" else 0.0
-        return _damped(equations._replace(S=S, N=N), A, ridge, eps)
-    if filter.name == "cut":
+        if ridge or regular:
+            return _damped(S, N, A, ridge, eps)
+        D = solve_positive(N, S, eps=eps)
+        filter = Filter("cut")  # S may be singular: as pinv does by default
+    elif filter.name == "cut":
         # |S| >= max l: where nothing lies below this, nothing is cut and S is inverted
         D = solve_positive(N, S, above=_cut(filter.rtol, width) * S.norm())
-        if D is not None:
-            return D
-    keep = partial(
-        spectral_filter,
-        filter.name,
-        rtol=filter.rtol,
-        t=filter.t,
-        rho=filter.rho,
-        d_in=width,
-        rows=filter.rows,
-    )
-    bound = _bound(weights) if filter.name == "gain" else math.inf
+    if D is not None:
+        return D
     # a cut below float32's resolution is asked of equations in float64, see `asks_for_double`
     noise = width * eps if filter.name in {"effective_rank", "gavish_donoho"} else 0.0
-    return _filtered(S, N, A, keep, bound, noise)
+    l, V = eigh(S)  # (d,), (d, d)
+    kept = int((_weigh(filter, l, width) > 0).sum())  # the first: larger ones go first
+    if S.dtype == torch.float32 and 0 < kept < len(S):
+        sharpen(S, l, V, at=l[kept - 1])
+    F = _weigh(filter, l, width)
+    kept = int((F > 0).sum())
+    if kept and l[kept - 1] <= noise * l[0]:
+        if noise >= EPS32:
+            return None
+        kept = int((l > noise * l[0]).sum())
+    bound = _bound(weights) if filter.name == "gain" else math.inf
+    return _combined(N, A, l[:kept], V[:, :kept], F[:kept], bound)
 
 
 def asks_for_double(filter: Filter, width: int) -> bool:
@@ -135,13 +138,11 @@ def asks_for_double(filter: Filter, width: int) -> bool:
     return filter.name in {"cut", "gain"} and _cut(filter.rtol, width) < width * EPS32
 
 
-def _damped(equations: Equations, A: Tensor | None, ridge: float, eps: float) -> Tensor | None:
+def _damped(S: Tensor, N: Tensor, A: Tensor | None, ridge: float, eps: float) -> Tensor | None:
     """(N + ridge A)(S + ridge I)^-1 by Cholesky, or by eigenvectors in float64.
 
-    Every eigenvalue counts if there is a ridge or S is regular; else S may be singular, and the
-    directions below pinv's default cut are left out.
+    Every eigenvalue counts: there is a ridge, or S is regular.
     """
-    S, N, _, width, regular = equations
     shifted = S
     if ridge:
         shifted = S.clone()
@@ -149,8 +150,6 @@ def _damped(equations: Equations, A: Tensor | None, ridge: float, eps: float) ->
     D = solve_positive(N if A is None or not ridge else N + ridge * A, shifted, eps=eps)
     if D is not None:
         return D
-    if not (ridge or regular):
-        return _filtered(S, N, A, partial(spectral_filter, "cut", d_in=width))
     if eps >= EPS32:
         return None
     l, V = eigh(S)
@@ -161,37 +160,25 @@ def _damped(equations: Equations, A: Tensor | None, ridge: float, eps: float) ->
     return product(solved, V.mT)
 
 
-def _filtered(
-    S: Tensor,
-    N: Tensor,
-    A: Tensor | None,
-    filter: Callable[[Tensor], Tensor],
-    bound: float | Tensor = math.inf,
-    noise: float = 0.0,
-) -> Tensor | None:
-    """A + (N V / l - A V) F V^T over the directions in which the filter F is not 0.
+def _combined(
+    N: Tensor, A: Tensor | None, l: Tensor, V: Tensor, F: Tensor, bound: float | Tensor
+) -> Tensor:
+    """A + (N V / l - A V) F V^T for the eigenpairs l (k,), V (d, k) that a filter F (k,) keeps.
 
     bound: F is 0 as well where the solution N V / l stretches a direction by more, squared, than
         this multiple of l.
-    noise: None is returned where F keeps an eigenvalue below this multiple of the largest, unless
-        S was set up in float64: there such directions are left out.
     """
-    values, vectors = eigh(S)  # (d,), (d, d)
-    kept = int((filter(values) > 0).sum())  # the first: no filter prefers a smaller eigenvalue
-    if S.dtype == torch.float32 and 0 < kept < len(S):
-        sharpen(S, values, vectors, at=values[kept - 1])
-    F = filter(values)
-    kept = int((F > 0).sum())
-    if kept and values[kept - 1] <= noise * values[0]:
-        if noise >= EPS32:
-            return None
-        kept = int((values > noise * values[0]).sum())
-    V, l, F = vectors[:, :kept], values[:kept], F[:kept]
-    solved = product(N, V) / l  # (d_out, kept), D V
+    solved = product(N, V) / l  # (d_out, k), D V
     F = F * (solved.square().sum(0) <= bound * l)
     if A is None:
         return product(solved * F, V.mT)
     return A + product((solved - product(A, V)) * F, V.mT)
+
+
+def _weigh(filter: Filter, l: Tensor, width: int) -> Tensor:
+    """The filter's values F (d,) for eigenvalues l (d,)."""
+    name, rtol, _, _, t, rho, rows = filter
+    return spectral_filter(name, l, d_in=width, rtol=rtol, t=t, rho=rho, rows=rows)
 
 
 def _bound(weights: Tensor) -> Tensor:

@@ -206,18 +206,23 @@ def interference(
     dtype = torch.float64 if asks_for_double(inverse, width) else working_dtype(deltas)
     A = _anchor(anchor, deltas.to(dtype), d_in=d_in, d_out=d_out)  # (d_out, d_in), None for zero
 
-    def solution(D: Tensor) -> Tensor | None:  # of deltas (T, d_out, d_in) in some precision
+    for precision in (dtype, torch.float64):  # the second if the first cannot tell
+        D = deltas.to(precision)  # (T, d_out, d_in)
         w = task_weights(task_weight, D)  # (T,)
         w = w if weights is None else w * weights.to(w)
         if estimator == "inputs":
-            S, N = measured_normal_equations(D, covariances, w, gram_scale)
-            return solve(Equations(S, N, w, width), A, inverse)
-        C = covariance.estimate(estimator, D, width, k)
-        S, N = normal_equations(D, C, w)  # sum_t w_t C_t, sum_t w_t D_t C_t
-        return solve(Equations(S, N, w, width, regular=bool((w * C.ridge).any())), A, inverse)
-
-    merged = solution(deltas.to(dtype))
-    return (solution(deltas.double()) if merged is None else merged).to(deltas.dtype)
+            equations = Equations(
+                *measured_normal_equations(D, covariances, w, gram_scale), w, width
+            )
+        else:
+            C = covariance.estimate(estimator, D, width, k)
+            regular = bool((w * C.ridge).any())
+            # sum_t w_t C_t, sum_t w_t D_t C_t
+            equations = Equations(*normal_equations(D, C, w), w, width, regular)
+        merged = solve(equations, A, inverse)
+        if merged is not None:
+            break
+    return merged.to(deltas.dtype)
 
 
 def _anchor(name: str, deltas: Tensor, **layer: int | None) -> Tensor | None:

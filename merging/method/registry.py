@@ -190,11 +190,14 @@ class Method:
         """
         self._require(context)
         used = {k: v for k, v in context.items() if k in self.context and v is not None}
-        call = self.arguments | used
+        call, rows, Q = dict(self.arguments) | used, deltas, None
         if self.row_space and not self.elementwise and "d_in" not in used:
-            merged = in_span_of_rows(self.function, deltas, "d_in" in self.context, call)
-        else:
-            merged = self.function(deltas, **call)
+            rows, Q = in_span_of_rows(deltas)
+        if Q is not None and "d_in" in self.context:
+            call["d_in"] = deltas.shape[-1]
+        merged = self.function(rows, **call)
+        if Q is not None:
+            merged = (merged @ Q.mT).to(deltas.dtype)
         return merged if self.alpha == 1 else self.alpha * merged
 
     def _require(self, context: Mapping[str, Any]) -> None:
