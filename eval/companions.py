@@ -58,9 +58,13 @@ def _of_gguf(path: Path) -> dict[str, bytes | Path]:
     from transformers import AutoConfig, AutoTokenizer
 
     with tempfile.TemporaryDirectory() as folder:
-        AutoConfig.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+        AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        ).save_pretrained(folder)
         try:
-            AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(
+                path.parent, gguf_file=path.name, trust_remote_code=False
+            ).save_pretrained(folder)
         except Exception as error:  # of the library, given a vocabulary it does not know
             log.warning("%s: its tokenizer is left out: %s", path, type(error).__name__)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir() if file.is_file()}

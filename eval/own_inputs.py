@@ -108,7 +108,7 @@ def _model(folder: Path, adapter: Path | None) -> nn.Module:
         raise InputError(f"{folder} has no config.json, which says what the model is")
     transformers.utils.logging.disable_progress_bar()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         named = [getattr(transformers, n, None) for n in config.architectures or ()]
         kind = next((k for k in named if k is not None), transformers.AutoModel)
         model = kind.from_pretrained(folder, config=config, dtype=torch.float32)
@@ -127,13 +127,17 @@ def _model(folder: Path, adapter: Path | None) -> nn.Module:
 
 
 def _tokenised(folder: Path) -> Callable[[Sequence[str]], Batch]:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     limit = min(tokenizer.model_max_length, 512)
     limit = min(
         limit,
-        getattr(transformers.AutoConfig.from_pretrained(folder), "max_position_embeddings", limit),
+        getattr(
+            transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False),
+            "max_position_embeddings",
+            limit,
+        ),
     )
 
     def prepare(texts: Sequence[str]) -> Batch:
@@ -149,7 +153,7 @@ def _tokenised(folder: Path) -> Callable[[Sequence[str]], Batch]:
 def _pixels(folder: Path) -> Callable[[Sequence[Path]], Batch]:
     from PIL import Image
 
-    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    processor = transformers.AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
     def prepare(paths: Sequence[Path]) -> Batch:
         images = [Image.open(path).convert("RGB") for path in paths]

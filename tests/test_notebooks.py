@@ -70,6 +70,8 @@ def test_a_notebook_runs_from_top_to_bottom(path, stand_in, tmp_path, monkeypatc
     )
 
 
-def test_there_are_the_four_that_the_readme_names():
+def test_there_are_those_that_the_readme_names():
     names = {path.stem for path in NOTEBOOKS}
-    assert names == {"merge_your_own", "compare_methods", "theory", "reproduce_table"}
+    assert names == {
+        "merge_your_own", "merge_adapters", "compare_methods", "theory", "reproduce_table",
+    }  # fmt: skip

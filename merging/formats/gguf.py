@@ -88,7 +88,9 @@ def gguf_slots(path: Path) -> dict[str, Slot]:
     try:
         reader = gguf.GGUFReader(path)
         architecture = bytes(reader.fields["general.architecture"].parts[-1]).decode()
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(
+            path.parent, gguf_file=path.name, trust_remote_code=False
+        )
         kind = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
         if kind.__name__ not in _ONE_TO_ONE:
             raise InputError(f"{path}: GGUF files of {architecture} are not read here", _HINT)
