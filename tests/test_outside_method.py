@@ -15,7 +15,7 @@ from merging.method import registry
 from tests import test_configs
 
 ROOT = Path(__file__).parents[1]
-YAML = "# The mean, weighted by how far each expert moved.\nname: norm_mean\nalpha: 1.0\n"
+YAML = "# The mean, weighted by how far each expert moved. Ours, as an example.\nname: norm_mean\nalpha: 1.0\n"
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_its_file_is_all_that_configs_need(registered, tmp_path, monkeypatch):
     monkeypatch.setattr(test_configs, "CONFIGS", tmp_path / "configs")
     test_configs.test_every_method_has_a_file_and_every_file_a_method()
     test_configs.test_a_methods_file_holds_the_defaults_of_the_code("norm_mean")
-    test_configs.test_a_methods_file_opens_with_its_source("norm_mean")
+    test_configs.test_a_methods_file_opens_with_its_source_or_a_command("norm_mean")
 
 
 def test_it_merges_like_any_other(registered):

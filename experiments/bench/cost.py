@@ -118,8 +118,8 @@ def in_fresh_process(function: Callable[..., Result], *arguments: Any) -> Result
     """function(*arguments) in a process that has imported everything and computed nothing."""
     context = multiprocessing.get_context("forkserver")
     # what experiments.bench imports: naming that too, the main module, would run it twice
-    modules = ["bench_files", "bench_report", "records", "textbook"]
-    context.set_forkserver_preload([f"experiments.{name}" for name in modules])
+    modules = ["experiments.bench.files", "experiments.bench.report", "experiments.report.records"]
+    context.set_forkserver_preload([*modules, "merging.method.reference"])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         return pool.submit(function, *arguments).result()
 
