@@ -15,7 +15,7 @@ from merging.method import registry
 from tests import test_configs
 
 ROOT = Path(__file__).parents[1]
-YAML = "# The mean, weighted by how far each expert moved. Ours, as an example.\nname: norm_mean\nalpha: 1.0\n"
+YAML = "# The mean, weighted by how far each moved. Ours.\nname: norm_mean\nalpha: 1.0\n"
 
 
 @pytest.fixture
