@@ -176,5 +176,8 @@ def _state(name: str, slot: Slot, path: Path) -> dict:
     finally:
         os.close(file)
     if not isinstance(state, dict):
-        raise InputError(f"{path}: tensor {name!r} is no description of a quantised weight")
+        raise InputError(
+            f"{path}: tensor {name!r} is no description of a quantised weight",
+            hint="load the model with bitsandbytes, dequantise it and save it again",
+        )
     return state
