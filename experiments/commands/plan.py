@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from experiments.hydra_run import Command
 from experiments.report.plan_page import page
 from experiments.report.plan_words import sentences
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 
 @dataclass
@@ -44,24 +43,12 @@ def plan(settings: PlanMerge) -> None:
     )
     print("\n".join(sentences(planned)))
     if output:
-        write(output, page(planned, f"Merging {', '.join(planned.tasks)} into {base.name}"))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        title = f"Merging {', '.join(planned.tasks)} into {base.name}"
+        write_synced(output, page(planned, title).encode())
         print(f"written to {output}: open it in any browser")
     if planned.problems:
         raise InputError(f"{len(planned.problems)} things keep these checkpoints from being merged")
-
-
-def write(path: Path, text: str) -> None:
-    """The file is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-        Path(partial).chmod(0o644)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 COMMAND = Command("plan", PlanMerge, task=plan, prepare=quote_paths)
