@@ -48,9 +48,9 @@ COMMANDS = {
     "residuals": Place("residuals", "experiments.commands.residuals"),
     "regimes": Place("regimes", "experiments.commands.regimes"),
     "bench": Place("bench", "experiments.bench.command"),
-    "bench.gpu": Place("bench_gpu", "experiments.bench.gpu"),
-    "bench.peers": Place("bench_peers", "experiments.bench.peers"),
-    "bench.scale": Place("bench_scale", "experiments.bench.scale"),
+    "bench.gpu": Place("bench_gpu", "experiments.bench.command_gpu"),
+    "bench.peers": Place("bench_peers", "experiments.bench.command_peers"),
+    "bench.scale": Place("bench_scale", "experiments.bench.command_scale"),
 }
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 
 from experiments.report.findings import page
 from experiments.report.markup import markdown
+from merging.formats.disk import write_synced
 
 ROOT = Path(__file__).resolve().parents[1]
 START, END = "<!-- table: results -->\n", "<!-- end -->"
@@ -50,5 +51,5 @@ def inserted(readme: str, table: str) -> str:
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    readme.write_text(inserted(readme.read_text(), table(ROOT / "results")))
-    (ROOT / "results" / "README.md").write_text(page(ROOT / "results"))
+    write_synced(readme, inserted(readme.read_text(), table(ROOT / "results")))
+    write_synced(ROOT / "results" / "README.md", page(ROOT / "results"))

@@ -21,6 +21,7 @@ from experiments.settings import HasStatistics, resolve_device
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import open_checkpoint
+from merging.formats.disk import write_synced
 
 
 def load_suite(config: Mapping[str, Any], device: str) -> Suite:
@@ -118,5 +119,5 @@ def collect(
     )
     spent = path.with_suffix(".seconds")  # beside it, as the next run finds it collected
     if not spent.exists():
-        spent.write_text(f"{time.perf_counter() - start:.3f}")
+        write_synced(spent, f"{time.perf_counter() - start:.3f}")
     return path, float(spent.read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from eval.cache import digest
+from experiments.report.markup import comma_separated
 from experiments.report.records import Record
 from merging.errors import InputError
 from merging.formats.disk import write_synced
@@ -82,12 +82,7 @@ def to_csv(record: Record, references: Mapping[str, Record], settings: Mapping[s
             with path.open(newline="") as file:
                 lines = [old for old in csv.DictReader(file) if old["run"] != line["run"]]
         lines.append(line)
-        text = io.StringIO(newline="")
-        header = dict.fromkeys(column for row in lines for column in row)
-        writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        write_synced(path, text.getvalue().encode())
+        write_synced(path, comma_separated(lines))
 
 
 def to_wandb(record: Record, references: Mapping[str, Record], settings: Mapping[str, Any]) -> None:

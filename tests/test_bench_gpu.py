@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import merging
-from experiments.bench import gpu
+from experiments.bench import command_gpu as gpu
+from experiments.bench.gpu import main
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def call(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(sys, "argv", ["gpu", *line])
         code = 0
         try:
-            gpu.main()
+            main()
         except SystemExit as stop:
             code = stop.code
         return code, *capsys.readouterr()
@@ -71,7 +72,7 @@ def test_it_needs_nothing_that_a_bare_gpu_machine_lacks():
     absent += ["open_clip", "peft", "sklearn"]
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}));"  # importing one would fail
-        "import experiments.bench.gpu"
+        "import experiments.bench.command_gpu"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-800:]

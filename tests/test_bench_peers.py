@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.bench import peers
+from experiments.bench import command_peers as peers
 from merging.errors import InputError
 
 SMALL = peers.Peers(hidden=64, intermediate=96, blocks=1, vocabulary=50, repeats=1)

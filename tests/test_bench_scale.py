@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.bench import scale
+from experiments.bench import command_scale as scale
 
 RESULTS = Path(__file__).parents[1] / "results" / "bench"
 

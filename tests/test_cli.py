@@ -137,7 +137,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_record(call, monkeypatch):
     def full(path, text):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(records, "_write_atomically", full)
+    monkeypatch.setattr(records, "write_synced", full)
     code, _, err = call("method=actmat")
     assert code == errors.BAD_INPUT
     assert err.startswith("error: No space left on device: ")

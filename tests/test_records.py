@@ -4,11 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 
 from experiments.report import records
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 KEY = {"suite": "s", "method": "m", "seed": 0, "hyperparameters": {"alpha": 1.0}}
 
@@ -107,3 +110,25 @@ def test_the_machine_is_described_and_not_named():
     assert described["ram_gb"] >= 1
     assert os.uname().nodename not in json.dumps(described)
     assert set(records.versions()) == {"python", "torch", "transformers", "merging"}
+
+
+def test_whoever_writes_one_file_at_once_writes_it_whole(tmp_path):
+    """And leave nothing beside it."""
+    path = tmp_path / "new" / "file"
+    contents = [str(i) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(partial(write_synced, path), contents))
+    assert path.read_text() in contents
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError("full")
+
+    path = tmp_path / "file"
+    write_synced(path, b"old")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full"):
+        write_synced(path, "new")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]

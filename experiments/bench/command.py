@@ -29,6 +29,7 @@ from experiments.bench.cost import Cost, Rates, Repeats, in_fresh_process
 from experiments.hydra_run import Command
 from experiments.report import records
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 from merging.method.reference import TEXTBOOK
 from merging.progress import track
 
@@ -282,8 +283,9 @@ def measure(settings: Bench) -> str:
         for name in settings.parts:
             start = time.perf_counter()
             rows = list(track(PARTS[name](run), name))
-            pd.DataFrame(rows).to_csv(
-                output / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n"
+            write_synced(
+                output / f"{name}.csv",
+                pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"),
             )
             log.info("%s took %.0f s", name, time.perf_counter() - start)
     models = {name: (model.experts, model.shapes) for name, model in settings.models.items()}
@@ -329,7 +331,7 @@ def describe(rates: Rates, output: Path, parts: Sequence[str]) -> None:
                 table.unlink()
         elif "methods" not in parts:
             known = before["rates"]
-    path.write_text(json.dumps(machine | {"rates": known}, indent=1) + "\n")
+    write_synced(path, json.dumps(machine | {"rates": known}, indent=1) + "\n")
 
 
 COMMAND = Command("bench", Bench, task=bench)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from experiments.report.figures import LINES, STYLE, save
 from experiments.report.markup import markdown
+from merging.formats.disk import write_synced
 
 Tables = Mapping[str, pd.DataFrame]
 # model -> experts, [count, d_out, d_in] of its layers
@@ -39,7 +40,7 @@ def render(folder: Path, models: Models) -> str:
     if "scaling" in tables:
         save(curves(tables["scaling"]), folder / "scaling")
     text = "\n".join(sections)
-    (folder / "summary.md").write_text(text)
+    write_synced(folder / "summary.md", text)
     return text
 
 

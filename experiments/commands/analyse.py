@@ -39,6 +39,7 @@ from experiments.settings import Experiment, Statistics, check_choices, resolve_
 from experiments.suites import load_expert, load_suite, pick_tasks
 from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
+from merging.formats.disk import write_synced
 from merging.layers import Layer, cut
 from merging.progress import track
 
@@ -98,10 +99,12 @@ def analyse(settings: Analyse) -> None:
         "machine": records.machine(resolve_device(settings.device)),
     }
     folder = Path(settings.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "about.json").write_text(json.dumps(about, indent=1, sort_keys=True) + "\n")
+    write_synced(folder / "about.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
     for name, frame in frames.items():
-        frame.to_csv(folder / f"{name}.csv", index=False, float_format="%.5g", lineterminator="\n")
+        write_synced(
+            folder / f"{name}.csv",
+            frame.to_csv(index=False, float_format="%.5g", lineterminator="\n"),
+        )
     console = Console()
     console.print(Markdown(render(folder, published).read_text()))
     console.print(f"written to {folder}")
@@ -177,7 +180,7 @@ def _record(
             rows.append((part, steps, RHO, theory.energy_correlation(sums[part])))
     frame = pd.DataFrame(rows, columns=["layer", "step", "quantity", "cosine"])
     frame.insert(0, "task", task)
-    frame.to_csv(folder / "conditions.csv", index=False)
+    write_synced(folder / "conditions.csv", frame.to_csv(index=False))
 
 
 def _at_steps(loss: Loss, steps: set[int], act: Callable[[int], None], accumulate: int) -> Loss:

@@ -35,6 +35,7 @@ from experiments.report.records import Record
 from experiments.settings import Experiment, Statistics, check_choices
 from experiments.suites import collect, load_expert, load_suite
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 from merging.method.interference import interference
 from merging.progress import track
 
@@ -141,7 +142,7 @@ def render(folder: Path, baseline: str) -> Path:
     split = pd.read_csv(folder / "directions.csv")
     save(theory_figures.factorial(table, baseline), folder / "factorial")
     save(theory_figures.directions(split), folder / "directions")
-    (folder / "table.md").write_text(_text(table, effects, baseline))
+    write_synced(folder / "table.md", _text(table, effects, baseline))
     return folder / "table.md"
 
 
@@ -255,10 +256,11 @@ def side_by_side(output: Path, folders: Sequence[str], baseline: str) -> Path:
         for row in behind.index
     ]
     path = output / "factorial.md"
-    path.write_text(
+    write_synced(
+        path,
         "# The interference family on several suites\n\nValidation accuracy in percent: difference "
         f"to {baseline}, paired by seed, ± standard error.\n\n"
-        + markdown(["row", *folders, "mean", "behind the best, at most"], rows)
+        + markdown(["row", *folders, "mean", "behind the best, at most"], rows),
     )
     return path
 
@@ -322,7 +324,7 @@ def _binned(split: theory.Directions, before: float) -> pd.DataFrame:
 
 
 def _write_csv(frame: pd.DataFrame, path: Path) -> None:
-    frame.to_csv(path, index=False, float_format="%.5g", lineterminator="\n")
+    write_synced(path, frame.to_csv(index=False, float_format="%.5g", lineterminator="\n"))
 
 
 COMMAND = Command("factorial", Factorial, task=factorial)

@@ -43,9 +43,8 @@ def plan(settings: PlanMerge) -> None:
     )
     print("\n".join(sentences(planned)))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         title = f"Merging {', '.join(planned.tasks)} into {base.name}"
-        write_synced(output, page(planned, title).encode())
+        write_synced(output, page(planned, title))
         print(f"written to {output}: open it in any browser")
     if planned.problems:
         raise InputError(f"{len(planned.problems)} things keep these checkpoints from being merged")

@@ -25,6 +25,7 @@ from experiments.report.figures import save
 from experiments.report.records import Record
 from experiments.settings import Experiment, check_choices
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 from merging.progress import track
 
 
@@ -121,10 +122,12 @@ def render(settings: Regimes, folder: Path) -> Path:
         raise InputError(f"{path} does not exist", "run this without run=false first")
     frame = to_frame(records.load_lines(path), settings.regimes, settings.methods)
     table = both_sides.compare(frame, settings.rivals)
-    table.to_csv(folder / "table.csv", index=False, float_format="%.5g", lineterminator="\n")
+    write_synced(
+        folder / "table.csv", table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
+    )
     save(both_sides.figure(table), folder / "differences")
     page = folder.with_suffix(".md")
-    page.write_text(both_sides.page(table, settings.rivals))
+    write_synced(page, both_sides.page(table, settings.rivals))
     return page
 
 

@@ -32,6 +32,7 @@ from experiments.settings import check_choices
 from experiments.suites import load_expert, load_suite
 from merging.diagnosis import residual, shared_inputs
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 from merging.progress import track
 
 SIDES = ("inputs", "outputs", "mean")
@@ -59,8 +60,9 @@ def measure(settings: Residuals) -> None:
     for seed in settings.seeds:
         lines += _of_seed(settings, suite, seed, scores)
     stem = Path(settings.output) / suite.name / f"residuals_{settings.finetuning}"
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(lines).to_csv(stem.with_suffix(".csv"), index=False, float_format="%.5g")
+    write_synced(
+        stem.with_suffix(".csv"), pd.DataFrame(lines).to_csv(index=False, float_format="%.5g")
+    )
     Console().print(Markdown(render(stem)))
 
 
@@ -153,7 +155,7 @@ def render(stem: Path) -> str:
             markdown(["method", *SIDES, "kept"], lines),
         ]
     )
-    stem.with_suffix(".md").write_text(text)
+    write_synced(stem.with_suffix(".md"), text)
     save(_figure(table), stem)
     return text
 

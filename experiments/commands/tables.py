@@ -29,6 +29,7 @@ from experiments.report.records import Record
 from experiments.settings import REFERENCES, UNMERGED
 from experiments.suites import load_suite, under_protocol
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 log = logging.getLogger(__name__)
 SUMMARY = 7  # columns up to the first task
@@ -170,15 +171,15 @@ def render(found: Sequence[Record], folder: Path, baseline: str = "actmat") -> p
     rows = summarise(main, baseline)
     parts = {finetuning: part for finetuning, part in rows.groupby("finetuning")}
 
-    folder.mkdir(parents=True, exist_ok=True)
     records.save_lines(folder / "records.jsonl", found)
     _write_csv(rows, folder / "table.csv")
     text = f"# {found[0]['key']['suite']}\n\n{_preamble(found, baseline)}\n"
     for finetuning, part in parts.items():
         text += f"\n## Fine-tuning: {finetuning}\n\n{markdown(*cells(part, baseline))}"
-    (folder / "table.md").write_text(text)
-    (folder / "table.tex").write_text(
-        "\n".join(f"% fine-tuning: {f}\n{latex(*cells(p, baseline))}" for f, p in parts.items())
+    write_synced(folder / "table.md", text)
+    write_synced(
+        folder / "table.tex",
+        "\n".join(f"% fine-tuning: {f}\n{latex(*cells(p, baseline))}" for f, p in parts.items()),
     )
     for finetuning, part in parts.items():
         figures.save(figures.accuracy_bars(part), folder / f"accuracy_{finetuning}")
@@ -217,7 +218,7 @@ def _render_sweeps(frame: pd.DataFrame, folder: Path, baseline: str) -> None:
 
 
 def _write_csv(rows: pd.DataFrame, path: Path) -> None:
-    rows.to_csv(path, index=False, float_format="%.4f", lineterminator="\n")
+    write_synced(path, rows.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
 
 
 # --- what may stand in one table ----------------------------------------------------------------

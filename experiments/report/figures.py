@@ -17,6 +17,7 @@ from PIL import Image
 
 import merging
 from experiments.report.records import Record
+from merging.formats.disk import write_synced
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in grey print.
 COLOURS = {
@@ -53,10 +54,15 @@ def family(method: str, data: str) -> str:
 
 def save(figure: Figure, stem: Path) -> None:
     """Write stem.png and stem.pdf, without dates or versions: same figure, same bytes."""
-    with rc_context(STYLE):
-        figure.savefig(stem.with_name(stem.name + ".png"), metadata={"Software": None})
-        undated = {"CreationDate": None, "Producer": None, "Creator": None}
-        figure.savefig(stem.with_name(stem.name + ".pdf"), metadata=undated)
+    undated = {
+        "png": {"Software": None},
+        "pdf": {"CreationDate": None, "Producer": None, "Creator": None},
+    }
+    for form, metadata in undated.items():
+        buffer = BytesIO()
+        with rc_context(STYLE):
+            figure.savefig(buffer, format=form, metadata=metadata)
+        write_synced(stem.with_name(f"{stem.name}.{form}"), buffer.getvalue())
 
 
 def as_image(figure: Figure) -> Image.Image:

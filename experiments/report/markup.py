@@ -1,9 +1,12 @@
-"""Tables of text cells as Markdown and LaTeX; **bold** is the only mark-up a cell may hold."""
+"""Tables of text cells as Markdown, LaTeX and CSV; **bold** is the only mark-up of a cell."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _LATEX = str.maketrans(
     {"_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#", "±": r"$\pm$", "–": "--", "†": r"$\dagger$",
@@ -32,6 +35,16 @@ def latex(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
             "",
         ]
     )
+
+
+def comma_separated(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The same as CSV with a header: every row's keys, empty where a row lacks one."""
+    text = io.StringIO(newline="")
+    header = dict.fromkeys(column for row in rows for column in row)
+    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _to_latex(cell: str) -> str:

@@ -18,6 +18,7 @@ from experiments.report.markup import latex, markdown
 from experiments.report.records import Record
 from experiments.settings import UNMERGED
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 NOT_MEASURED = "Methods without a line of ours were not measured here."
 ERRORS = "±: the standard error that the size of our test sets leaves to our figure."
@@ -100,9 +101,9 @@ def render_paper(
     frame = compare(paper, figures, ours, errors(paper, found))
     frame = with_later(paper, frame, published)
     folder = output / "paper"
-    folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(
-        folder / f"{paper.name}.csv", index=False, float_format="%.4f", lineterminator="\n"
+    write_synced(
+        folder / f"{paper.name}.csv",
+        frame.to_csv(index=False, float_format="%.4f", lineterminator="\n"),
     )
     table = cells(frame, paper.marks)
     notes = [f"‡ {task}: {reason}." for task, reason in paper.marks.items()]
@@ -115,10 +116,10 @@ def render_paper(
     notes += [LATER] * any(line[2] == "later" for line in table[1])
     text += "".join(f"\n{note}\n" for note in notes)
     path = folder / f"{paper.name}.md"
-    path.write_text(
-        text + f"\nPublished figures: {sources} (results/published/{paper.published}).\n"
+    write_synced(
+        path, text + f"\nPublished figures: {sources} (results/published/{paper.published}).\n"
     )
-    path.with_suffix(".tex").write_text(latex(*table))
+    write_synced(path.with_suffix(".tex"), latex(*table))
     return path
 
 

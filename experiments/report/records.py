@@ -29,7 +29,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +39,7 @@ import torch
 
 from eval.cache import digest
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 SCHEMA = 1
 FIELDS = frozenset(
@@ -60,7 +60,7 @@ def record_path(root: Path, key: Mapping[str, Any]) -> Path:
 
 def save(path: Path, record: Record) -> None:
     """Write a record so that it is there whole or not at all."""
-    _write_atomically(path, json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    write_synced(path, json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def load(path: Path) -> Record:
@@ -76,7 +76,7 @@ def load_all(folder: Path) -> list[Record]:
 def save_lines(path: Path, records: Iterable[Record]) -> None:
     """Write records as sorted JSON lines: the same records always give the same bytes."""
     lines = sorted(json.dumps(r, sort_keys=True, allow_nan=False) for r in records)
-    _write_atomically(path, "".join(line + "\n" for line in lines))
+    write_synced(path, "".join(line + "\n" for line in lines))
 
 
 def load_lines(path: Path) -> list[Record]:
@@ -104,21 +104,6 @@ def _parse(text: str, where: str) -> Record:
     if wrong := sorted((set(record) - OPTIONAL) ^ FIELDS):
         raise InputError(f"record {where} is damaged: field {wrong[0]!r}", REMOVE)
     return record
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        Path(partial).chmod(0o644)  # mkstemp's files are private
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def versions() -> dict[str, str]:

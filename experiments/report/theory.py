@@ -13,6 +13,7 @@ from experiments.report import theory_figures
 from experiments.report.figures import save
 from experiments.report.markup import markdown
 from merging.errors import InputError
+from merging.formats.disk import write_synced
 
 RHO = "energy_rho"  # the one quantity along the training that is not a cosine
 FRAMES = ("conditions", "estimates", "scale", "interference")
@@ -41,7 +42,7 @@ def render(folder: Path, published: pd.DataFrame) -> Path:
     if len(frames["interference"]):
         parts.append(_interference(frames["interference"]))
     path = folder / "summary.md"
-    path.write_text(text + "\n".join(parts))
+    write_synced(path, text + "\n".join(parts))
     return path
 
 

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 from merging.errors import InputError
@@ -41,14 +42,22 @@ def check_space(output: Path, size: int) -> None:
         )
 
 
-def write_synced(path: Path, data: bytes) -> None:
-    """Write a file whole: a reader sees the old content or the new."""
-    partial = path.with_name(path.name + ".new")
-    with open(partial, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+def write_synced(path: Path, data: bytes | str) -> None:
+    """Write a file whole, its folder included: a reader sees the old content or the new.
+
+    Processes that write one path at once each write all of it; the last one's content stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def flush(path: Path) -> None:

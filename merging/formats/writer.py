@@ -128,7 +128,7 @@ class Writer:
         crcs = {name: crc for name, crc in (crcs or {}).items() if name in self._places}
         kept = {name: crc for name, crc in crcs.items() if self._stored_crc(name) == crc}
         lines = [first, *(json.dumps([name, crc]) for name, crc in kept.items())]
-        write_synced(journal, "".join(line + "\n" for line in lines).encode())
+        write_synced(journal, "".join(line + "\n" for line in lines))
         self._open["../journal"] = os.open(journal, os.O_WRONLY | os.O_APPEND)
         self.done = set(kept)
 
@@ -183,7 +183,6 @@ class Writer:
                 target = self._files / name
                 if not target.resolve().is_relative_to(self._files.resolve()):
                     raise ValueError(f"the extra file {name!r} would leave the folder")
-                target.parent.mkdir(parents=True, exist_ok=True)
                 data = content if isinstance(content, bytes) else Path(content).read_bytes()
                 write_synced(target, data)
             self._sync(0)

@@ -1,0 +1,221 @@
+"""`python -m experiments.bench.peers mergekit=ENV/bin/mergekit-yaml`: whole commands side by side.
+
+mergekit lives in an environment of its own (`python -m venv ENV; ENV/bin/pip install mergekit`).
+Both programs read one recipe and merge the same files, a Llama-shaped model in bfloat16 with three
+experts in shards. They are timed from the keystroke to the end of the process; the two outputs are
+compared tensor by tensor. Writes peers.csv and peers.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from experiments.bench.files import tensors
+from experiments.hydra_run import Command
+from experiments.report.markup import comma_separated, markdown
+from experiments.report.records import machine
+from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
+from merging.formats.disk import write_synced
+from merging.progress import track
+
+EXPERTS = ("code", "law", "math")
+RECIPES: dict[str, dict[str, Any]] = {  # method, its parameters, an expert's parameters
+    "linear": {"parameters": {"normalize": True}, "each": {"weight": 1.0}},
+    "task_arithmetic": {"parameters": {"normalize": False}, "each": {"weight": 0.3}},
+    "ties": {"parameters": {"normalize": True}, "each": {"weight": 1.0, "density": 0.2}},
+    "dare_linear": {"parameters": {"normalize": False}, "each": {"weight": 0.3, "density": 0.5}},
+}
+RANDOM = {"dare_linear"}  # each program draws masks of its own
+
+
+@dataclass
+class Peers:
+    """The keys of configs/bench_peers.yaml."""
+
+    mergekit: str = "mergekit-yaml"
+    output: str = "results/bench"
+    folder: str | None = None
+    methods: list[str] = field(default_factory=lambda: list(RECIPES))
+    repeats: int = 3
+    hidden: int = 2048
+    intermediate: int = 5632
+    blocks: int = 10
+    vocabulary: int = 32000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command: medians over the repeats."""
+
+    method: str
+    program: str
+    seconds: float
+    cpu_seconds: float
+    peak_bytes: int
+    largest_difference: float | None  # to the other program's output, of a tensor's norm
+
+
+def bench_peers(settings: Peers) -> None:
+    """Time whole merge commands of mergekit and of this repository on the same files."""
+    if shutil.which(settings.mergekit) is None:
+        raise InputError(
+            f"{settings.mergekit} is not there",
+            hint="python -m venv ENV; ENV/bin/pip install mergekit; mergekit=ENV/bin/mergekit-yaml",
+        )
+    if unknown := [name for name in settings.methods if name not in RECIPES]:
+        raise InputError(f"unknown method {unknown[0]!r}", hint=f"known: {', '.join(RECIPES)}")
+    with tempfile.TemporaryDirectory(dir=settings.folder) as folder:
+        paths = models(Path(folder), settings)
+        runs = []
+        for name in track(settings.methods, "both programs"):
+            runs += compare(Path(folder), name, paths, settings)
+    output = Path(settings.output)
+    write_synced(output / "peers.csv", comma_separated([asdict(run) for run in runs]))
+    write_synced(output / "peers.md", page(runs, settings))
+    print(f"written to {output / 'peers.md'}")
+
+
+def models(folder: Path, settings: Peers) -> dict[str, Path]:
+    """Folders of the base and the experts: config.json and two safetensors shards with an index."""
+    d, wide = settings.hidden, settings.intermediate
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (settings.vocabulary, d)}
+    for i in range(settings.blocks):
+        block = f"model.layers.{i}"
+        shapes |= {f"{block}.self_attn.{x}_proj.weight": (d, d) for x in "qkvo"}
+        shapes |= {f"{block}.mlp.{x}_proj.weight": (wide, d) for x in ("gate", "up")}
+        shapes |= {f"{block}.mlp.down_proj.weight": (d, wide)}
+        shapes |= {f"{block}.{x}_layernorm.weight": (d,) for x in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (d,), "lm_head.weight": (settings.vocabulary, d)}
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16",
+        "hidden_size": d, "intermediate_size": wide, "num_hidden_layers": settings.blocks,
+        "num_attention_heads": d // 64, "num_key_value_heads": d // 64,
+        "vocab_size": settings.vocabulary, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 2048, "tie_word_embeddings": False,
+    }  # fmt: skip
+    names, paths = list(shapes), {}
+    half = len(names) // 2
+    for number, task in enumerate(("base", *EXPERTS)):
+        paths[task] = folder / task
+        paths[task].mkdir()
+        (paths[task] / "config.json").write_text(json.dumps(config))
+        state, index = tensors(shapes, number, torch.bfloat16), {}
+        for shard, part in enumerate((names[:half], names[half:]), 1):
+            file = f"model-{shard:05d}-of-00002.safetensors"
+            save_file({n: state[n] for n in part}, paths[task] / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(part, file)
+        content = {"metadata": {}, "weight_map": index}
+        (paths[task] / "model.safetensors.index.json").write_text(json.dumps(content))
+    return paths
+
+
+def recipe(name: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """What both programs read."""
+    chosen = RECIPES[name]
+    made = {
+        "merge_method": name,
+        "models": [{"model": str(paths[t]), "parameters": chosen["each"]} for t in EXPERTS],
+        "parameters": chosen["parameters"],
+        "dtype": "bfloat16",
+    }
+    return made if name == "linear" else made | {"base_model": str(paths["base"])}
+
+
+def compare(folder: Path, name: str, paths: Mapping[str, Path], settings: Peers) -> list[Run]:
+    """Both programs in turn, as often as asked, on one recipe."""
+    file = folder / f"{name}.yaml"
+    write_synced(file, yaml.safe_dump(recipe(name, paths)))
+    outputs = {program: folder / program for program in ("mergekit", "ours")}
+    lines = {
+        "mergekit": [settings.mergekit, str(file), str(outputs["mergekit"]), "--lazy-unpickle",
+                     "--no-copy-tokenizer"],
+        "ours": [sys.executable, "-m", "experiments.merge", f"recipe={file}",
+                 f"output={outputs['ours']}", "overwrite=true", "device=cpu"],
+    }  # fmt: skip
+    if name == "linear":  # mergekit's linear has no base; ours needs one for what no expert holds
+        lines["ours"].append(f"base={paths['base']}")
+    costs: dict[str, list[tuple[float, float, int]]] = {program: [] for program in lines}
+    for _ in range(settings.repeats):
+        for program, line in lines.items():
+            costs[program].append(timed(line))
+    far = None if name in RANDOM else largest_difference(*outputs.values(), paths["base"])
+    found = []
+    for program, spent in costs.items():
+        seconds, cpu, peak = (statistics.median(column) for column in zip(*spent, strict=True))
+        found.append(Run(name, program, seconds, cpu, int(peak), far))
+    for output in outputs.values():
+        shutil.rmtree(output)
+    return found
+
+
+def timed(line: Sequence[str]) -> tuple[float, float, int]:
+    """Wall seconds, CPU seconds and peak bytes of a command; InputError if it fails."""
+    start = time.perf_counter()
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = process.stdout.read() if process.stdout else ""
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise InputError(f"{' '.join(line[:3])} ended with {process.returncode}: {said[-500:]}")
+    seconds = time.perf_counter() - start
+    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+
+
+def largest_difference(one: Path, other: Path, base: Path) -> float:
+    """Of two merged folders: the largest |A - B| / |A - W_0| over the tensors, from float32."""
+    a, b, w = (open_checkpoint(path) for path in (one, other, base))
+    if missing := set(w.keys()) ^ set(a.keys()) | set(w.keys()) ^ set(b.keys()):
+        raise InputError(f"the outputs differ in their tensors, for example {min(missing)!r}")
+    largest = 0.0
+    for name in w.keys():
+        x, y, z = (source.read(name).float() for source in (a, b, w))
+        moved = (x - z).norm().clamp_min(1e-12)
+        largest = max(largest, ((x - y).norm() / moved).item())
+    return largest
+
+
+def page(runs: Sequence[Run], settings: Peers) -> str:
+    """Both programs side by side."""
+    here = machine("cpu")
+    by = {(run.method, run.program): run for run in runs}
+    rows = []
+    for method in dict.fromkeys(run.method for run in runs):
+        theirs, ours = by[method, "mergekit"], by[method, "ours"]
+        far = "masks of their own" if ours.largest_difference is None else (
+            f"{ours.largest_difference:.1e}"
+        )  # fmt: skip
+        cells = [f"{r.seconds:.1f} | {r.cpu_seconds:.1f} | {r.peak_bytes / 1e9:.2f}" for r in
+                 (theirs, ours)]  # fmt: skip
+        ratios = [theirs.seconds / ours.seconds, theirs.peak_bytes / ours.peak_bytes]
+        rows.append([method, *cells, *(f"{x:.2f}" for x in ratios), far])
+    size = f"{settings.blocks} blocks of width {settings.hidden}"
+    table = markdown(
+        ["method", "mergekit s", "CPU s", "GB", "ours s", "CPU s", "GB", "times faster",
+         "times smaller", "largest difference"], rows,
+    )  # fmt: skip
+    return (
+        f"# Whole commands beside mergekit\n\n{here['cpu']}, {here['cores']} cores, "
+        f"{here['ram_gb']} GB. A Llama-shaped model ({size}) in bfloat16, three experts, two "
+        f"shards each; medians of {settings.repeats}, from the keystroke to the end of the "
+        f"process.\n\n{table}\nThe largest difference is of a tensor's own movement, after both "
+        "programs have rounded to bfloat16.\n"
+    )
+
+
+COMMAND = Command("bench_peers", Peers, task=bench_peers)

@@ -1,0 +1,42 @@
+"""Rules of the house that a reader would otherwise have to check by eye."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FILE = 400  # lines
+
+
+def modules(*folders):
+    return [p for folder in folders for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+def test_no_file_of_the_science_is_longer_than_ten_screens():
+    lengths = {name(path): len(path.read_text().splitlines()) for path in modules("merging")}
+    assert {where: lines for where, lines in lengths.items() if lines > FILE} == {}
+
+
+def test_experiments_write_files_whole():
+    """Through `merging.formats.disk.write_synced`; the benchmarks' model files excepted."""
+    models = {"experiments/bench/files.py", "experiments/bench/command_peers.py"}
+    others = {"write_text", "write_bytes", "mkstemp", "replace"}  # the last: os.replace
+    calls = {
+        f"{name(path)}:{node.lineno}"
+        for path in modules("experiments")
+        if name(path) not in models
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in others
+        if node.attr != "replace" or ast.unparse(node.value) == "os"
+    }
+    assert calls == set()
+
+
+def test_a_module_that_a_command_starts_holds_no_body():
+    """`python -m` loads it as `__main__`: what it defined would be loaded a second time."""
+    started = [p for p in modules("experiments") if "\n    main()\n" in p.read_text()]
+    assert len(started) > 10
+    assert {name(p) for p in started if len(p.read_text().splitlines()) > 8} == set()
