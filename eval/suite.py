@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from torch import Tensor
 
 from merging.errors import InputError
@@ -26,12 +27,25 @@ class Score(NamedTuple):
     """One task's result: the fraction right in [0, 1] and the number of examples behind it.
 
     `constant` flags a predictor that gave every example the same answer: a broken task or a
-    collapsed model, whose accuracy means nothing.
+    collapsed model, whose accuracy means nothing. `correct` says which examples were right, as
+    `bits` writes it; empty where a figure is not of single examples.
     """
 
     accuracy: float
     count: int
     constant: bool
+    correct: str = ""
+
+
+def bits(right: Tensor) -> str:
+    """Which of n examples are right (n,), as hexadecimal digits: the first example is the highest
+    bit of the first byte, and zeros fill the last byte."""
+    return np.packbits(right.cpu().numpy()).tobytes().hex()
+
+
+def unpacked(correct: str, count: int) -> np.ndarray:
+    """`bits` read back: (count,) of 0 and 1."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(correct), np.uint8), count=count)
 
 
 class Suite(Protocol):

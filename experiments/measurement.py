@@ -219,6 +219,7 @@ def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merg
         if heldout := key.get("heldout"):
             beside.append(_score(settings, suite, state, settings.split, heldout))
     evaluation = time.perf_counter() - start
+    packed = {column: score.pop("correct") for column, score in scores.items()}
     experts = scores if name == "experts" else _reference(settings, "experts")["scores"]
     return {
         "schema": records.SCHEMA,
@@ -237,7 +238,11 @@ def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merg
         "peak_bytes": merge.peak_bytes,
         "versions": records.versions(),
         "machine": records.machine(resolve_device(settings.device)),
-    } | _given(sources=suite.sources(), heldout=_mean_scores(beside))
+    } | _given(
+        sources=suite.sources(),
+        heldout=_mean_scores(beside),
+        correct=_given(**packed),
+    )
 
 
 def _select(
@@ -369,7 +374,7 @@ def _score(
     split: str,
     tasks: list[str],
 ) -> dict[str, Any]:
-    """{task, or benchmark of a task: {accuracy, count, constant}}"""
+    """{task, or benchmark of a task: {accuracy, count, constant, correct}}"""
     judge = suite.evaluate_checkpoint if isinstance(state, Path) else suite.evaluate
     scores = judge(state, split, tasks, settings.limit)
     return {column: score._asdict() for column, score in scores.items()}
@@ -378,7 +383,11 @@ def _score(
 def _mean_scores(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Of one state as they are; of several (every expert), the mean accuracy of each column."""
     return {
-        column: score | {"accuracy": fmean(scores[column]["accuracy"] for scores in found)}
+        column: {
+            "accuracy": fmean(scores[column]["accuracy"] for scores in found),
+            "count": score["count"],
+            "constant": score["constant"],
+        }
         for column, score in (found[0] if found else {}).items()
     }
 

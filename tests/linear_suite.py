@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from eval.suite import Score, Suite
+from eval.suite import Score, Suite, bits
 from merging.layers import Layer
 
 NAME = "layer.weight"
@@ -53,7 +53,9 @@ class LinearSuite(Suite):
         self.evaluated.append((split, tasks))
         entries = dict(zip(self.tasks, state[NAME].diagonal().tolist(), strict=True))
         accuracy = {task: 1 - abs(self.best[split] - entries[task]) / 2 for task in tasks}
-        return {task: Score(accuracy[task], limit or 100, False) for task in tasks}
+        count = limit or 100
+        right = {task: torch.arange(count) < round(count * accuracy[task]) for task in tasks}
+        return {task: Score(accuracy[task], count, False, bits(right[task])) for task in tasks}
 
     def identity(self, *, finetuning, seed):
         return {"suite": self.name, "seed": seed, "finetuning": finetuning}

@@ -20,6 +20,7 @@ from eval.data import bigbench
 from eval.data.packages import Package
 from eval.language import text
 from eval.language.text import TextSuite, batch_order
+from eval.suite import unpacked
 from eval.training import expert_state
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
@@ -113,13 +114,17 @@ def test_evaluation_equals_one_sentence_at_a_time(suite):
         assert list(scores) == list(suite.tasks)
         for task, score in scores.items():
             assert score[:2] == (naive_accuracy(suite, state, task, split), count)
+            assert unpacked(score.correct, count).mean() == score.accuracy
 
 
 def test_evaluation_takes_some_tasks_some_examples_and_any_precision(suite):
     base = suite.base()
     everything = suite.evaluate(base, "test")
     assert suite.evaluate(base, "test", ["meals"]) == {"meals": everything["meals"]}
-    assert suite.evaluate(base, "test", limit=7)["meals"].count == 7
+    few = suite.evaluate(base, "test", limit=7)["meals"]
+    assert few.count == 7
+    right = [unpacked(score.correct, 7).tolist() for score in (few, everything["meals"])]
+    assert right[0] == right[1]  # the same examples, in order
     half = {name: tensor.bfloat16() for name, tensor in base.items()}
     assert abs(suite.evaluate(half, "test")["meals"].accuracy - everything["meals"].accuracy) < 0.1
     assert suite.evaluate(base, "test") == everything

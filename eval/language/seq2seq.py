@@ -27,7 +27,7 @@ from eval.data import hub
 from eval.language import checkpoints, prompts, promptsource, questions
 from eval.language.causal import IGNORED
 from eval.language.questions import Asked, Example, Protocol, Questions, Splits
-from eval.suite import Finetuning, Score, Split, Statistic
+from eval.suite import Finetuning, Score, Split, Statistic, bits
 from eval.trained import TrainedSuite
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers, paper_layers
@@ -250,9 +250,9 @@ class Seq2SeqSuite(TrainedSuite):
         for chunk in track(chunks, label):
             own = [examples[i] for i in chunk]
             given[chunk] = rank(model, own, self.device, mean=self._mean).cpu()
-        right = torch.tensor([example.answer for example in examples])
-        accuracy = (given == right).double().mean().item()
-        return Score(accuracy, len(examples), len(examples) > 1 and len(given.unique()) == 1)
+        right = given == torch.tensor([example.answer for example in examples])
+        constant = len(examples) > 1 and len(given.unique()) == 1
+        return Score(right.double().mean().item(), len(examples), constant, bits(right))
 
     # --- data -------------------------------------------------------------------------------
 

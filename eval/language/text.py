@@ -29,7 +29,7 @@ from eval.data import bigbench
 from eval.data.packages import Package, read_member
 from eval.onednn import accelerate
 from eval.scaled import scaled
-from eval.suite import Finetuning, Score, Split, Statistic
+from eval.suite import Finetuning, Score, Split, Statistic, bits
 from eval.trained import TrainedSuite
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
@@ -232,8 +232,10 @@ class TextSuite(TrainedSuite):
         for task, part in examples.items():
             stop = start + len(part.tokens)
             predicted = (embeddings[start:stop] @ self._heads[task].T).argmax(1)
-            right = (predicted == part.labels).double().mean().item()
-            scores[task] = Score(right, stop - start, bool((predicted == predicted[0]).all()))
+            right = predicted == part.labels
+            constant = bool((predicted == predicted[0]).all())
+            accuracy = right.double().mean().item()
+            scores[task] = Score(accuracy, stop - start, constant, bits(right))
             start = stop
         return scores
 

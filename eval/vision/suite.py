@@ -28,7 +28,7 @@ from eval.cache import cached, digest
 from eval.data import hub
 from eval.language.checkpoints import require_same
 from eval.requirements import Requirement
-from eval.suite import Finetuning, Score, Split, Statistic
+from eval.suite import Finetuning, Score, Split, Statistic, bits
 from eval.trained import TrainedSuite
 from eval.vision import models
 from eval.vision.data import (
@@ -261,8 +261,9 @@ class VisionSuite(TrainedSuite):
         chosen = sample(len(labels), limit)
         embedded = self._embed(data[part.numpy()] for part in chosen.split(BATCH))
         predicted = (embedded @ head.T).argmax(1)
-        right = (predicted == labels[chosen]).double().mean().item()
-        return Score(right, len(chosen), bool((predicted == predicted[0]).all()))
+        right = predicted == labels[chosen]
+        constant = bool((predicted == predicted[0]).all())
+        return Score(right.double().mean().item(), len(chosen), constant, bits(right))
 
     # --- data and heads -----------------------------------------------------------------------
 

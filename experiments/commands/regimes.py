@@ -8,12 +8,13 @@ of the same regime, paired over tasks and seeds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from filelock import FileLock
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -28,14 +29,18 @@ from merging.errors import InputError
 from merging.formats.disk import write_synced
 from merging.progress import track
 
+COLUMNS = ["regime", "row", "seed", "split", "task", "accuracy", "count", "correct"]
+
 
 @dataclass
 class Regime:
-    """One column of the table."""
+    """One column of the table; null is what the command's own key of that name says."""
 
     suite: str  # one of `Regimes.suites`
     finetuning: str = "full"
     tasks: list[str] | None = None
+    seeds: list[int] | None = None
+    limit: int | None = None
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Regimes:
     regimes: dict[str, Regime]
     methods: dict[str, dict[str, Any]]
     rivals: list[str] = field(default_factory=list)
+    only: list[str] | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
     split: str = "validation"
     limit: int | None = 100
@@ -60,12 +66,13 @@ def regimes(settings: Regimes) -> None:
     """Run what has no record yet, then tabulate and draw."""
     check(settings)
     console, folder = Console(), Path(settings.output) / "both_sides"
+    path = folder / "regimes.jsonl"
     if settings.run:
-        _adopt(settings.known, Path(settings.records))
-        runs = list(_runs(settings))
-        found = [measure(run) for run in track(runs, "regimes")]
         folder.mkdir(parents=True, exist_ok=True)
-        records.save_lines(folder / "regimes.jsonl", found)
+        _add(path, _known(settings, path))
+        _adopt(records.load_lines(path), Path(settings.records))
+        for run in track(list(_missing_runs(settings, path)), "regimes"):
+            _add(path, [measure(run)])  # at once: whatever is finished is kept
     written = render(settings, folder)
     console.print(Markdown(written.read_text()))
     console.print(f"written to {written} and {folder}")
@@ -85,34 +92,105 @@ def check(settings: Regimes) -> None:
         merging.create(**method)
     if unknown := sorted(set(settings.rivals) - set(settings.methods)):
         raise InputError(f"rival {unknown[0]!r} is not among the methods")
+    if unknown := sorted(set(settings.only or ()) - set(settings.regimes)):
+        raise InputError(
+            f"only names an unknown regime {unknown[0]!r}", f"known: {', '.join(settings.regimes)}"
+        )
 
 
-def _adopt(known: Sequence[str], folder: Path) -> None:
-    """Put finished records, of other tables, where a run with the same key looks for its own."""
-    for path in known:
-        for record in records.load_lines(Path(path)):
-            own = records.record_path(folder, record["key"])
-            if not own.exists():
-                own.parent.mkdir(parents=True, exist_ok=True)
-                records.save(own, record)
+# --- runs and their records -----------------------------------------------------------------------
 
 
-def _runs(settings: Regimes) -> Iterator[Experiment]:
+def _known(settings: Regimes, path: Path) -> list[Record]:
+    """Finished records of other tables that belong into this one."""
+    found = itertools.chain.from_iterable(
+        records.load_lines(Path(table)) for table in settings.known
+    )
+    return [record for record in found if any(_cells(settings, record))]
+
+
+def _add(path: Path, found: Sequence[Record]) -> None:
+    """Put records among those of the table; another process may be at the same."""
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        present = records.load_lines(path) if path.exists() else []
+        records.save_lines(path, records.merged(found, present))
+
+
+def _adopt(found: Iterable[Record], folder: Path) -> None:
+    """Put finished records where a run with the same key looks for its own."""
+    for record in found:
+        own = records.record_path(folder, record["key"])
+        if not own.exists():
+            own.parent.mkdir(parents=True, exist_ok=True)
+            records.save(own, record)
+
+
+def _missing_runs(settings: Regimes, path: Path) -> Iterator[Experiment]:
     """Regime by regime and seed by seed, so that one seed's experts are in memory at a time."""
-    for regime, seed in itertools.product(settings.regimes.values(), settings.seeds):
-        for method in settings.methods.values():
-            yield Experiment(
-                suite=settings.suites[regime.suite],
-                method=method,
-                tracker={},
-                finetuning=regime.finetuning,
-                seed=seed,
-                tasks=regime.tasks,
-                split=settings.split,
-                limit=settings.limit,
-                device=settings.device,
-                records=settings.records,
-            )
+    done = {cell for record in records.load_lines(path) for cell in _cells(settings, record)}
+    for title in settings.only or settings.regimes:
+        regime = settings.regimes[title]
+        for seed, (row, method) in itertools.product(
+            _seeds(settings, regime), settings.methods.items()
+        ):
+            if (title, row, seed) not in done:
+                yield Experiment(
+                    suite=settings.suites[regime.suite],
+                    method=method,
+                    tracker={},
+                    finetuning=regime.finetuning,
+                    seed=seed,
+                    tasks=regime.tasks,
+                    split=settings.split,
+                    limit=_limit(settings, regime),
+                    device=settings.device,
+                    records=settings.records,
+                )
+
+
+def _seeds(settings: Regimes, regime: Regime) -> Sequence[int]:
+    return settings.seeds if regime.seeds is None else regime.seeds
+
+
+def _limit(settings: Regimes, regime: Regime) -> int | None:
+    return settings.limit if regime.limit is None else regime.limit
+
+
+def _cells(settings: Regimes, record: Record) -> Iterator[tuple[str, str, int]]:
+    """(regime, row, seed) of the cells that a record fills."""
+    key = record["key"]
+    if key["selection"] or key["split"] != settings.split:
+        return
+    try:
+        own = _computation({"name": key["method"]} | key["hyperparameters"])
+    except InputError:  # a reference, or a method that is no more
+        return
+    rows = [row for row, method in settings.methods.items() if _computation(method) == own]
+    for title, regime in settings.regimes.items():
+        tasks = _tasks(settings.suites[regime.suite]) if regime.tasks is None else regime.tasks
+        if (
+            key["suite"] == settings.suites[regime.suite]["name"]
+            and key["finetuning"] == regime.finetuning
+            and key["limit"] == _limit(settings, regime)
+            and key["seed"] in _seeds(settings, regime)
+            and (tasks is None or sorted(key["tasks"]) == sorted(tasks))
+        ):
+            yield from ((title, row, key["seed"]) for row in rows)
+
+
+def _tasks(suite: Mapping[str, Any]) -> list[str] | None:
+    """All tasks that a suite's configuration names."""
+    named = (suite[key] for key in ("corpora", "datasets", "lm_tasks", "tasks") if key in suite)
+    return next(map(list, named), None)
+
+
+def _computation(method: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a method computes: some have a name of their own beside that of their family."""
+    made = merging.create(**method)
+    return made.function, tuple(sorted(made.arguments.items())), made.alpha
+
+
+# --- the page -------------------------------------------------------------------------------------
 
 
 def render(settings: Regimes, folder: Path) -> Path:
@@ -120,45 +198,45 @@ def render(settings: Regimes, folder: Path) -> Path:
     path = folder / "regimes.jsonl"
     if not path.exists():
         raise InputError(f"{path} does not exist", "run this without run=false first")
-    frame = to_frame(records.load_lines(path), settings.regimes, settings.methods)
+    frame = to_frame(records.load_lines(path), settings)
+    if frame.empty:
+        raise InputError(f"{path} holds no record of these regimes", "run this without run=false")
     table = both_sides.compare(frame, settings.rivals)
     write_synced(
         folder / "table.csv", table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
     )
     save(both_sides.figure(table), folder / "differences")
     page = folder.with_suffix(".md")
-    write_synced(page, both_sides.page(table, settings.rivals))
+    write_synced(page, both_sides.page(table, settings.rivals, _missing(frame, settings)))
     return page
 
 
-def to_frame(
-    found: Sequence[Record], titles: Mapping[str, Regime], methods: Mapping[str, Mapping[str, Any]]
-) -> pd.DataFrame:
-    """One line per record and task: regime, method, seed, task, count, accuracy in percent."""
-    labels = {_key(merging.create(**own)): label for label, own in methods.items()}
-    whole: dict[str, int] = {}
-    for record in found:
-        suite, tasks = record["key"]["suite"], record["key"]["tasks"]
-        whole[suite] = max(whole.get(suite, 0), len(tasks))
+def to_frame(found: Sequence[Record], settings: Regimes) -> pd.DataFrame:
+    """One line per cell and task: regime, row, seed, split, task, accuracy in percent, count,
+    correct (which examples were right, as records have it; "" where a record does not say)."""
     lines = []
-    for (title, regime), record in itertools.product(titles.items(), found):
-        key = record["key"]
-        label = labels.get((key["method"], tuple(sorted(key["hyperparameters"].items()))))
-        judged = len(key["tasks"]) == whole[key["suite"]]
-        if regime.tasks is not None:
-            judged = sorted(key["tasks"]) == sorted(regime.tasks)
-        same = (key["suite"], key["finetuning"]) == (regime.suite, regime.finetuning)
-        if not (same and judged and label):
-            continue
-        own = {"regime": title, "row": label, "seed": key["seed"], "split": key["split"]}
-        for task, score in record["scores"].items():
-            accuracy = {"task": task, "accuracy": 100 * score["accuracy"]}
-            lines.append(own | accuracy | {"count": score["count"]})
-    return pd.DataFrame(lines)
+    for record in found:
+        correct = record.get("correct", {})
+        for (title, row, seed), (task, score) in itertools.product(
+            _cells(settings, record), record["scores"].items()
+        ):
+            own = {"regime": title, "row": row, "seed": seed, "split": record["key"]["split"]}
+            figures = {"accuracy": 100 * score["accuracy"], "count": score["count"]}
+            lines.append(own | {"task": task} | figures | {"correct": correct.get(task, "")})
+    frame = pd.DataFrame(lines, columns=COLUMNS)
+    frame = frame.drop_duplicates(["regime", "row", "seed", "task"], keep="last")
+    order = {title: i for i, title in enumerate(settings.regimes)}
+    return frame.sort_values("regime", key=lambda column: column.map(order), kind="stable")
 
 
-def _key(method: merging.Method) -> tuple[str, tuple[tuple[str, Any], ...]]:
-    return method.name, tuple(sorted(method.hyperparameters.items()))
+def _missing(frame: pd.DataFrame, settings: Regimes) -> list[tuple[str, str, list[int]]]:
+    """(regime, row, seeds) of the cells that no record fills."""
+    done = set(zip(frame.regime, frame.row, frame.seed, strict=True))
+    lacking = []
+    for (title, regime), row in itertools.product(settings.regimes.items(), settings.methods):
+        seeds = [seed for seed in _seeds(settings, regime) if (title, row, seed) not in done]
+        lacking += [(title, row, seeds)] if seeds else []
+    return lacking
 
 
 COMMAND = Command("regimes", Regimes, task=regimes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import cycle
 
 import numpy as np
 import pandas as pd
@@ -54,18 +55,17 @@ of each sentence above.
 def compare(frame: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
     """One line per regime and row: mean, difference to the regime's best rival, paired error.
 
-    frame: lines of regime, row, seed, task, accuracy (percent), count. The standard error is over
-    pairs of task and seed, in which both methods are judged on the same examples.
+    frame: lines of regime, row, seed, split, task, accuracy (percent), count. The standard error
+    is over pairs of task and seed, in which both methods are judged on the same examples. Of each
+    regime only what `_judged` leaves is compared.
     """
     lines = []
     for regime, part in frame.groupby("regime", sort=False):
-        wide = part.pivot(index=["seed", "task"], columns="row", values="accuracy")
-        if wide.isna().any(axis=None):
-            row = wide.columns[wide.isna().any()][0]
-            raise InputError(f"there is no record of {row} for every seed of {regime!r}")
+        wide = _judged(part, rivals)
+        if wide.empty:
+            continue
         means = wide.mean()
-        known = [rival for rival in rivals if rival in wide]
-        best = max(known, key=lambda rival: means[rival])
+        best = max((rival for rival in rivals if rival in wide), key=lambda rival: means[rival])
         for row in wide:
             paired = wide[row] - wide[best]
             lines.append(
@@ -76,17 +76,34 @@ def compare(frame: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
                     "best": best,
                     "difference": paired.mean(),
                     "difference_se": paired.sem(),
-                    "seeds": wide.index.get_level_values("seed").nunique(),
-                    "tasks": wide.index.get_level_values("task").nunique(),
+                    "seeds": ", ".join(map(str, wide.index.unique("seed"))),
+                    "tasks": wide.index.unique("task").size,
                     "count": int(part["count"].max()),
                     "split": part["split"].iloc[0],
                 }
             )
+    if not lines:
+        raise InputError("no regime has a rival with records", f"rivals: {', '.join(rivals)}")
     return pd.DataFrame(lines)
 
 
+def _judged(part: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
+    """Accuracies of one regime, (seed and task) x row, without holes: the seeds at which every
+    rival that has records there has one, and the rows that have one at each of these seeds."""
+    wide = part.pivot(index=["seed", "task"], columns="row", values="accuracy")
+    measured = wide.notna().groupby("seed").all()
+    measured = measured[[row for row in measured if measured[row].any()]]
+    known = [rival for rival in rivals if rival in measured]
+    seeds = measured.index[measured[known].all(axis=1)] if known else []
+    rows = measured.columns[measured.loc[seeds].all()]
+    return wide.loc[wide.index.get_level_values("seed").isin(seeds), rows]
+
+
 def outcomes(table: pd.DataFrame) -> pd.DataFrame:
-    """Per row over all regimes: mean, wins, ties and losses against the best rival, worst case."""
+    """Per row over its regimes: mean, wins, ties and losses against the best rival, worst case.
+
+    Rows judged in every regime first, best mean first: means over other regimes say nothing.
+    """
     clear = table.difference.abs() > CLEAR * table.difference_se
     marked = table.assign(
         win=clear & (table.difference > 0), loss=clear & (table.difference < 0), tie=~clear
@@ -96,7 +113,7 @@ def outcomes(table: pd.DataFrame) -> pd.DataFrame:
         mean=("mean", "mean"), win=("win", "sum"), tie=("tie", "sum"), loss=("loss", "sum"),
         worst=("difference", "min"), regimes=("regime", "nunique"),
     )  # fmt: skip
-    return found.sort_values(["mean"], ascending=False).reset_index()
+    return found.sort_values(["regimes", "mean"], ascending=False).reset_index()
 
 
 def figure(table: pd.DataFrame) -> Figure:
@@ -104,9 +121,10 @@ def figure(table: pd.DataFrame) -> Figure:
     order = list(outcomes(table).row)[::-1]
     regimes = list(dict.fromkeys(table.regime))
     with rc_context(STYLE):
-        drawn = Figure(figsize=(6.4, 0.28 * len(order) + 1.0), layout="constrained")
+        height = max(0.28, 0.07 * len(regimes)) * len(order) + 1.0
+        drawn = Figure(figsize=(6.4, height), layout="constrained")
         axes = drawn.subplots()
-        for i, (regime, colour) in enumerate(zip(regimes, LINES * len(regimes), strict=False)):
+        for i, (regime, colour) in enumerate(zip(regimes, cycle(LINES), strict=False)):
             part = table[table.regime == regime].set_index("row").reindex(order)
             offset = 0.6 * ((i + 0.5) / len(regimes) - 0.5)
             axes.errorbar(
@@ -120,14 +138,17 @@ def figure(table: pd.DataFrame) -> Figure:
     return drawn
 
 
-def page(table: pd.DataFrame, rivals: Sequence[str]) -> str:
-    """results/both_sides.md."""
+def page(
+    table: pd.DataFrame, rivals: Sequence[str], missing: Sequence[tuple[str, str, list[int]]] = ()
+) -> str:
+    """results/both_sides.md; missing: (regime, row, seeds) that were asked for and not measured."""
     regimes = list(dict.fromkeys(table.regime))
     cells = table.set_index(["row", "regime"])
     summary = outcomes(table)
     lines = [
         [row.row, *(_cell(cells, row.row, regime) for regime in regimes),
-         f"{row.mean:.1f}", f"{row.win}/{row.tie}/{row.loss}", f"{row.worst:+.1f}"]
+         f"{row.mean:.1f}" if row.regimes == len(regimes) else "–",
+         f"{row.win}/{row.tie}/{row.loss}", f"{row.worst:+.1f}"]
         for row in summary.itertuples()
     ]  # fmt: skip
     header = ["method", *regimes, "mean", "win/tie/loss", "worst"]
@@ -145,6 +166,7 @@ def page(table: pd.DataFrame, rivals: Sequence[str]) -> str:
             "that they are equal.",
             "",
             markdown(header, lines),
+            *_gaps(missing),
             "![Differences to the best rival](both_sides/differences.png)",
             "",
             _verdict(summary, set(rivals)),
@@ -164,11 +186,25 @@ def _cell(cells: pd.DataFrame, row: str, regime: str) -> str:
 
 def _about(part: pd.DataFrame) -> str:
     first = part.iloc[0]
-    seeds = "1 seed" if first.seeds == 1 else f"{first.seeds} seeds"
+    several = "s" if "," in first.seeds else ""
     return (
-        f"- {first.regime}: {first.tasks} tasks, {seeds}, at most {first['count']} {first.split} "
-        "examples a task"
+        f"- {first.regime}: {first.tasks} tasks, seed{several} {first.seeds}, at most "
+        f"{first['count']} {first.split} examples a task"
     )
+
+
+def _gaps(missing: Sequence[tuple[str, str, list[int]]]) -> list[str]:
+    """What was asked for and has no record: those rows and seeds are left out of the table."""
+    if not missing:
+        return []
+    rows: dict[tuple[str, str], list[str]] = {}
+    for regime, row, seeds in missing:
+        rows.setdefault((regime, ", ".join(map(str, seeds))), []).append(f"`{row}`")
+    told = [
+        f"- {regime}, seed {seeds}: {', '.join(names)}" for (regime, seeds), names in rows.items()
+    ]
+    lead = "No record yet, and so left out (a row is compared at the seeds that all rivals have):"
+    return [lead, "", *told, ""]
 
 
 def _verdict(summary: pd.DataFrame, rivals: set[str]) -> str:

@@ -21,6 +21,8 @@ A record is a dictionary with these fields:
     machine     cpu, cores, ram_gb, gpu, device
     heldout     scores of tasks that no merged expert has learnt; of "experts", the mean over
                 them; absent where none was asked for
+    correct     {task: which examples were right, as `eval.suite.bits` writes it}; absent in records
+                made before it was kept, and where a figure is not of single examples
     sources     {repository: commit} that was downloaded; absent where nothing was
 """
 
@@ -48,7 +50,7 @@ FIELDS = frozenset(
         "rules", "seconds", "peak_bytes", "versions", "machine",
     }
 )  # fmt: skip
-OPTIONAL = frozenset({"heldout", "sources"})
+OPTIONAL = frozenset({"heldout", "sources", "correct"})
 REMOVE = "remove it and run again"
 Record = dict[str, Any]
 
