@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +37,13 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hub_sha256(path: Path) -> str | None:
+    """The hub's cache names a large file's content by its SHA-256: that need not be read."""
+    content = path.resolve()
+    named = content.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", content.name)
+    return content.name if named else None
 
 
 def cached(

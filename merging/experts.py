@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from merging.factors import Factors
+
+if TYPE_CHECKING:
+    from merging.formats.hashes import Hashes
 
 
 class Source(Protocol):
@@ -43,6 +47,10 @@ class Source(Protocol):
 
     def with_ties(self, tied: Mapping[str, str]) -> Source:
         """The same tensors, of which other names count as one."""
+        ...
+
+    def hash_files(self, path: str | Path, hashes: Hashes) -> None:
+        """From now on show what is read to `hashes`, as that of the checkpoint at `path`."""
         ...
 
     def close(self) -> None: ...
@@ -162,6 +170,9 @@ class Dense(Source):
         other = copy.copy(self)
         other.tied = dict(tied)
         return other
+
+    def hash_files(self, path: str | Path, hashes: Hashes) -> None:
+        """What lies in memory has no files."""
 
 
 class Scaled:

@@ -1,7 +1,10 @@
 """`python -m experiments.merge`: checkpoints in, one checkpoint out, with all that it needs."""
 
 import hashlib
+import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from transformers import AutoModel, AutoTokenizer
 
 import merging
 from eval import tiny
+from eval.cache import hub_sha256
 from experiments import cli, errors
 from experiments.commands import merge
 from experiments.merge import main
+from merging.formats import hashes, slots
 from merging.formats.writer import write_adapter
 
 LAYER = "encoder.layer.0.attention.self.query.weight"
@@ -95,6 +100,58 @@ def test_the_card_names_inputs_hashes_and_method(call, base, experts, tmp_path):
     assert str(tmp_path) not in card
 
 
+def read_by_this_process():
+    """Bytes that system calls have read: an account that is not this repository's own."""
+    return int(re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def shards(folder, tensors, names):
+    """A folder with config, and tensors in one file each for every list of names."""
+    folder.mkdir()
+    for i, own in enumerate(names):
+        save_file({name: tensors[name] for name in own}, folder / f"part-{i}.safetensors")
+    index = {name: f"part-{i}.safetensors" for i, own in enumerate(names) for name in own}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="counted by Linux")
+@pytest.mark.parametrize("cut, times", [("alike", 1), ("otherwise", 7 / 6)])
+def test_inputs_are_hashed_as_they_are_read(cut, times, call, tmp_path, monkeypatch):
+    """Counted in bytes: once and no more, but for a file whose tensors lie in another order."""
+    monkeypatch.setattr(slots, "MAPPED_BYTES", 1 << 60)  # the account sees no mappings
+    names = [f"layers.{i}.weight" for i in range(8)]
+    halves = names[4:], names[:4]
+    tensors = [{n: torch.randn(1000, 600) for n in names} for _ in range(3)]
+    base = shards(tmp_path / "base", tensors[0], halves)
+    one = shards(tmp_path / "one", tensors[1], halves)
+    two = shards(tmp_path / "two", tensors[2], halves if cut == "alike" else [names])
+    call(*arguments(base, {"one": one}, tmp_path / "first", "method=average"))  # imports
+
+    size, before = 3 * 8 * 1000 * 600 * 4, read_by_this_process()
+    code, _, err = call(
+        *arguments(base, {"one": one, "two": two}, tmp_path / "merged", "method=average")
+    )
+    assert code == 0, err
+    assert times <= (read_by_this_process() - before) / size < times + 0.02
+    card = (tmp_path / "merged/README.md").read_text()
+    for folder in (base, one, two):
+        parts = [hashlib.sha256(f.read_bytes()) for f in sorted(folder.glob("*.safetensors"))]
+        joined = hashlib.sha256("".join(part.hexdigest() for part in parts).encode())
+        assert (parts[0] if len(parts) == 1 else joined).hexdigest() in card
+
+
+def test_what_the_hub_has_hashed_is_not_hashed_again(base, tmp_path):
+    known = "0123456789abcdef" * 4
+    blobs, snapshot = tmp_path / "models--x/blobs", tmp_path / "models--x/snapshots/1"
+    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    (blobs / known).write_bytes((base / "model.safetensors").read_bytes())
+    (snapshot / "model.safetensors").symlink_to(blobs / known)
+    found = hashes.Hashes(known=hub_sha256)
+    merging.open_checkpoint(snapshot).hash_files(snapshot, found)
+    assert found.sha256(snapshot) == known
+
+
 def test_the_same_merge_gives_the_same_bytes(call, base, experts, tmp_path):
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
@@ -127,7 +184,7 @@ def test_statistics_are_keyed_by_expert(call, base, experts, tmp_path):
 
 
 def test_bad_input_is_told_before_anything_is_written(call, base, experts, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "weights_sha256", lambda path: pytest.fail("hashed before checks"))
+    monkeypatch.setattr(hashes.Hashes, "sha256", lambda *_: pytest.fail("hashed before checks"))
     output = tmp_path / "merged"
     good = arguments(base, experts, output)
     lost = [*good, f"experts.snow={tmp_path}/nowhere"]

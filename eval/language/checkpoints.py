@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import merging
-from eval.cache import cache_root, cached, digest, file_sha256
+from eval.cache import cache_root, cached, digest, file_sha256, hub_sha256
 from eval.companions import companions
 from eval.data import hub
 from eval.tokenizers import require_same_tokenizers
@@ -164,11 +163,7 @@ def tokenizer_digests(folder: Path) -> dict[str, str]:
 
 @functools.cache  # a sweep asks for the same 15 GB again and again
 def _digest(file: Path, _modified: int) -> str:
-    """The hub's cache names a large file's content by its SHA-256: that is not read again."""
-    content = file.resolve()
-    if content.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", content.name):
-        return content.name
-    return file_sha256(file)
+    return hub_sha256(file) or file_sha256(file)
 
 
 def write(state: Mapping[str, Tensor], folder: Path, *, like: Path) -> None:

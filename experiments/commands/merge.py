@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import merging
-from eval.cache import file_sha256
+from eval.cache import hub_sha256
 from eval.companions import companions, home, weighted_modules, with_config
 from eval.configurations import differences
 from eval.language.checkpoints import require_mergeable
@@ -23,7 +22,7 @@ from experiments.report.markup import markdown
 from experiments.report.records import versions
 from experiments.settings import resolve_device
 from merging.errors import InputError
-from merging.formats.readers import READERS
+from merging.formats.hashes import Hashes
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -117,12 +116,13 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     for part in parts:
         inner = {task: path / part for task, path in experts.items()}
         require_mergeable(base / part, inner, vocabulary="refuse", name=settings.base)
+    hashes = Hashes(known=hub_sha256)
     dtypes = dict.fromkeys(("dtype", "torch_dtype"), settings.dtype) if settings.dtype else {}
 
     def extra() -> dict[str, bytes | Path]:
         if output.suffix == ".safetensors":
             return {}
-        card = {"README.md": model_card(settings, method).encode()}
+        card = {"README.md": model_card(settings, method, hashes).encode()}
         if settings.form != "dense":
             return card
         files = with_config(companions(base), dtypes, drop=("quantization_config",), add=changes)
@@ -147,6 +147,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         form=settings.form,
         overwrite=settings.overwrite,
         strict=settings.strict,
+        hashes=None if output.suffix == ".safetensors" else hashes,
         extra=extra,
     )
 
@@ -201,11 +202,11 @@ def merged_module(
         return {f"{part}/model.safetensors": file.read_bytes()}
 
 
-def model_card(settings: MergeCheckpoints, method: merging.Method) -> str:
+def model_card(settings: MergeCheckpoints, method: merging.Method, hashes: Hashes) -> str:
     """What the output is made of: inputs with their SHA-256, method, hyperparameters, versions."""
     inputs = {"base": settings.base} | settings.experts
-    hashes = {name: weights_sha256(Path(path)) for name, path in track(inputs.items(), "hashing")}
-    rows = [[name, Path(path).name, hashes[name]] for name, path in inputs.items()]
+    hashed = track(inputs.items(), "hashing what was not read")
+    rows = [[name, Path(path).name, hashes.sha256(Path(path))] for name, path in hashed]
     own = json.dumps(dict(method.hyperparameters), sort_keys=True)
     packed = "apart" if settings.split_qkv else "together"
     return f"""---
@@ -230,17 +231,6 @@ def _choices(settings: MergeCheckpoints) -> str:
         lines.append(f"- weights{on}: `{json.dumps(settings.weights, sort_keys=True)}`")
     lines += [f"- part: `{json.dumps(part, sort_keys=True)}`" for part in settings.parts]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
-
-
-def weights_sha256(path: Path) -> str:
-    """Of a weight file; of a folder, the SHA-256 over its weight files' own, in order of name."""
-    if path.is_file():
-        return file_sha256(path)
-    files = sorted(file for file in path.iterdir() if file.suffix in READERS)
-    hashes = [file_sha256(file) for file in files]
-    if len(hashes) == 1:
-        return hashes[0]
-    return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 
 COMMAND = Command("merge", MergeCheckpoints, task=merge, show=show, prepare=read_recipe)

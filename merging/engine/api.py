@@ -19,6 +19,7 @@ from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import StateDict, open_checkpoint
 from merging.formats.fit import notes
+from merging.formats.hashes import Hashes
 from merging.method.registry import Method
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,7 @@ def merge_checkpoints(
     overwrite: bool = False,
     extra: Files | Callable[[], Files] | None = None,
     strict: bool = False,
+    hashes: Hashes | None = None,
     **options: Unpack[FileOptions],
 ) -> Report:
     """Merge checkpoint files into one safetensors checkpoint, streamed, atomic and resumable.
@@ -88,12 +90,13 @@ def merge_checkpoints(
         merge continues from the last whole tensor.
     extra: further files of an output folder, by name (config, tokenizer, model card); a function
         that makes them is called when all is merged.
+    hashes: takes the SHA-256 of base and experts while they are read; `extra` may ask it.
     options: layers, statistics (files too), device, split_qkv, vocabulary, form: see `Options`.
     Other arguments as in `merge_state_dicts`. A merge that changes nothing is an InputError.
     """
     report = Report()
     with ExitStack() as stack:
-        job = _open(stack, base, experts, method, options)
+        job = _open(stack, base, experts, method, hashes, options)
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
         report.notes += notes(job.experts)
@@ -114,6 +117,7 @@ def _open(
     base: str | Path,
     experts: Mapping[str, str | Path],
     method: Method,
+    hashes: Hashes | None,
     options: FileOptions,
 ) -> Job:
     """The job on files, which the stack closes, also after a failure."""
@@ -122,6 +126,9 @@ def _open(
         return stack.enter_context(closing(open_checkpoint(path)))
 
     source, sources = opened(base), {task: opened(path) for task, path in experts.items()}
+    if hashes:
+        for path, checkpoint in ((base, source), *((experts[t], s) for t, s in sources.items())):
+            checkpoint.hash_files(path, hashes)
     if options.get("statistics") is not None:
         options["statistics"] = {
             task: found if isinstance(found, Mapping) else LazyStatistics(opened(found))

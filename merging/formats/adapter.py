@@ -7,6 +7,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.experts import Source, Values
 from merging.factors import Factors
+from merging.formats.hashes import Hashes
 from merging.formats.names import apart, listed, renamed, top_parts
 from merging.formats.shapes import compare_shapes
 from merging.layers import Layer
@@ -75,6 +77,10 @@ class Adapter:
     @property
     def bytes_read(self) -> int:
         return self.source.bytes_read
+
+    def hash_files(self, path: str | Path, hashes: Hashes) -> None:
+        """As `Source.hash_files`."""
+        self.source.hash_files(path, hashes)
 
     @property
     def hub_base(self) -> bool:

@@ -19,6 +19,7 @@ from merging.errors import InputError
 from merging.experts import Dense
 from merging.formats.adapter import Adapter
 from merging.formats.folders import WEIGHT_FILES, indexed_slots, weight_file
+from merging.formats.hashes import Hashes
 from merging.formats.json_files import read_json
 from merging.formats.lora_files import is_lora, open_lora
 from merging.formats.peft import open_peft
@@ -85,6 +86,7 @@ class Checkpoint(Dense):
         self._stamps = {file: _stamp(file) for file in files}
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self._hashes: Hashes | None = None
 
     def keys(self) -> list[str]:
         return list(self._slots)
@@ -111,7 +113,15 @@ class Checkpoint(Dense):
         slot = slot if rows is None else slot.rows(rows)
         with self._lock:
             self.bytes_read += slot.nbytes
-        return slot.load(self._opened)
+        tensor = slot.load(self._opened)
+        if self._hashes:
+            self._hashes.see(slot, tensor)
+        return tensor
+
+    def hash_files(self, path: str | Path, hashes: Hashes) -> None:
+        """As `Source.hash_files`."""
+        self._hashes = hashes
+        hashes.watch(path, self._opened, *self._stamps)
 
     def _opened(self, path: Path) -> int:
         """The file's descriptor, after checking that the file is still what it was."""

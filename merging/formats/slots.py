@@ -109,7 +109,7 @@ class Strided:
             flat = torch.frombuffer(pages, dtype=self.dtype, count=self.span, offset=skip)
         else:
             flat = torch.empty(self.span, dtype=self.dtype)
-            rest = memoryview(flat.view(torch.uint8).numpy()) if size else b""
+            rest = bytes_of(flat)
             while rest:
                 count = os.preadv(file, [rest], self.offset + size - len(rest))
                 if not count:
@@ -121,6 +121,12 @@ class Strided:
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements, as `torch.empty(shape).stride()`."""
     return tuple(math.prod(max(n, 1) for n in shape[i + 1 :]) for i in range(len(shape)))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, as they lie in memory."""
+    flat = tensor.detach().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def integers(value: Any) -> tuple[int, ...] | None:

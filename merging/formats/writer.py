@@ -36,6 +36,7 @@ from merging.formats.disk import (
     write_synced,
 )
 from merging.formats.safetensors import SAFETENSORS_DTYPES
+from merging.formats.slots import bytes_of
 
 SYNC_SECONDS = 2.0  # work that a power cut may cost; a kill costs only the tensor being written
 _CHUNK = 16 << 20
@@ -150,7 +151,7 @@ class Writer:
                 f"{name!r} was announced as {shape} {place.dtype}, "
                 f"not {tuple(tensor.shape)} {tensor.dtype}"
             )
-        data = _bytes(tensor)
+        data = bytes_of(tensor.cpu().contiguous())
         row_bytes = place.nbytes // count if count else 0
         with self._told():
             write_at(self._open[place.file], data, place.offset + start * row_bytes)
@@ -337,11 +338,6 @@ def _layout(
         for name, p in places.items()
     }
     return headers, shifted, sizes
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
 
 
 def _read_journal(path: Path, first: str) -> dict[str, int] | None:
