@@ -51,8 +51,7 @@ def distance(a, b):
 def test_every_method_has_its_textbook():
     # "interference" is all of the family, regmean_pp is regmean on one layer, slerp takes two
     families = {"interference", "regmean_pp", "slerp"}
-    by_hand = {"cart", "core_space", "ctm", "dc_merge", "pico"}  # in test_core_space.py
-    assert set(merging.methods()) - set(TEXTBOOK) == families | by_hand
+    assert set(merging.methods()) - set(TEXTBOOK) == families
 
 
 # --- Costs ------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from merging.method.reference import (  # noqa: F401  (fill the table)
     both_sides,
     entries,
     interference,
+    shared,
     spectral,
 )
 from merging.method.reference.plain import TEXTBOOK

@@ -45,7 +45,7 @@ def data_free_fisher(D: Tensor) -> Tensor:
 def top(D: Tensor, share: float) -> Tensor:
     """Each task's largest entries by magnitude, the rest 0."""
     flat = D.flatten(1)
-    count = int(share * flat.shape[1])
+    count = max(1, int(share * flat.shape[1]))
     kept = flat.abs().topk(count, dim=1).indices
     return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(D)
 
