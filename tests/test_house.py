@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FILE = 400  # lines
+FUNCTION, FILE = 40, 400  # lines, those of a function without its decorators and docstring
 
 
 def modules(*folders):
@@ -13,6 +13,22 @@ def modules(*folders):
 
 def name(path):
     return path.relative_to(ROOT).as_posix()
+
+
+def functions(path):
+    """(where, lines) of every function in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            doc = node.body[0] if ast.get_docstring(node) else None
+            lines = node.end_lineno - node.lineno + 1
+            lines -= doc.end_lineno - doc.lineno + 1 if doc else 0
+            yield f"{name(path)}: {node.name}", lines
+
+
+def test_no_function_of_the_science_is_longer_than_a_screen():
+    counted = [entry for path in modules("merging") for entry in functions(path)]
+    assert dict(counted)["merging/method/interference.py: interference"] > 20  # it was counted
+    assert {where: lines for where, lines in counted if lines > FUNCTION} == {}
 
 
 def test_no_file_of_the_science_is_longer_than_ten_screens():

@@ -128,15 +128,9 @@ def both_sides(
     )
     n = _within(N, left, right)  # (r_out, r_in)
     M = _MEANS[mean](left.values[:, None], right.values, a)
-    solved, F = n / M, None
-    if filter == "ridge":
-        F = M / (M + lam * M.mean())
-    elif filter == "effective_rank":
-        F = _leading(left.values)[:, None] & _leading(right.values)
-    elif filter == "bound":
-        F = _bounded(solved, left.values, right.values, w)
+    F = _filter(filter, n / M, M, left.values, right.values, w, lam)
     A = _anchor(anchor, D, d_in=d_in, d_out=d_out)
-    return _assemble(solved, F, A, left, right).to(deltas.dtype)
+    return _assemble(n / M, F, A, left, right).to(deltas.dtype)
 
 
 _MEANS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
@@ -154,6 +148,17 @@ def _check(a: float, mean: str, filter: str) -> None:
         raise InputError(f"unknown mean {mean!r}", f"known: {', '.join(_MEANS)}")
     if filter not in _FILTERS:
         raise InputError(f"unknown filter {filter!r}", f"known: {', '.join(_FILTERS)}")
+
+
+def _filter(
+    name: str, solved: Tensor, M: Tensor, l: Tensor, m: Tensor, w: Tensor, lam: float
+) -> Tensor | None:
+    """F in [0, 1] (r_out, r_in), or None for all 1."""
+    if name == "ridge":
+        return M / (M + lam * M.mean())
+    if name == "effective_rank":
+        return _leading(l)[:, None] & _leading(m)
+    return _bounded(solved, l, m, w) if name == "bound" else None
 
 
 def _one_side(

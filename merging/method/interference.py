@@ -211,18 +211,21 @@ def interference(
         w = task_weights(task_weight, D)  # (T,)
         w = w if weights is None else w * weights.to(w)
         if estimator == "inputs":
-            equations = Equations(
-                *measured_normal_equations(D, covariances, w, gram_scale), w, width
-            )
+            S, N = measured_normal_equations(D, covariances, w, gram_scale)
+            equations = Equations(S, N, w, width)
         else:
-            C = covariance.estimate(estimator, D, width, k)
-            regular = bool((w * C.ridge).any())
-            # sum_t w_t C_t, sum_t w_t D_t C_t
-            equations = Equations(*normal_equations(D, C, w), w, width, regular)
+            equations = _estimated(estimator, D, w, width, k)
         merged = solve(equations, A, inverse)
         if merged is not None:
             break
     return merged.to(deltas.dtype)
+
+
+def _estimated(estimator: str, D: Tensor, w: Tensor, width: int, k: float) -> Equations:
+    """S = sum_t w_t C_t and N = sum_t w_t D_t C_t with C_t estimated from the D_t themselves."""
+    C = covariance.estimate(estimator, D, width, k)
+    S, N = normal_equations(D, C, w)
+    return Equations(S, N, w, width, regular=bool((w * C.ridge).any()))
 
 
 def _anchor(name: str, deltas: Tensor, **layer: int | None) -> Tensor | None:
