@@ -9,7 +9,7 @@ the left as well, and merge the small P^T M_t.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +47,29 @@ def in_joint_basis(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
     return torch.stack([product(f.scale * f.B, A) for f, A in zip(factors, parts, strict=True)]), Q
 
 
+class Narrow(NamedTuple):
+    """Deltas of one block in bases of its factors: D_t = P deltas_t Q^T."""
+
+    P: Tensor | None  # (d_out, j); None: all rows are kept
+    deltas: Tensor  # (T, j or d_out, k)
+    Q: Tensor  # (d_in, k)
+    height: int  # d_out
+
+
+def narrowed(factors: Sequence[Factors], method: Method, layer: Layer) -> Iterator[Narrow]:
+    """Low-rank deltas as a `row_space` method may see them, on few rows if it is `column_space`.
+
+    layer: how the output rows are cut into blocks. Every block has the same Q, of all rows of A.
+    """
+    for block in zip(*(cut(f.B, layer) for f in factors), strict=True):  # (rows, r) each
+        P, rows = None, block
+        if method.column_space:
+            P, columns = in_row_space(torch.cat(block, dim=1).mT)  # (d_out, j)
+            rows = columns.mT.split([B.shape[1] for B in block], dim=1)  # P^T B_t, (j, r_t) each
+        M, Q = in_joint_basis([f._replace(B=B) for f, B in zip(factors, rows, strict=True)])
+        yield Narrow(P, M, Q, len(block[0]))
+
+
 def merge_factors(
     factors: Sequence[Factors], method: Method, layer: Layer = Layer(), **context: Any
 ) -> Factors:
@@ -56,15 +79,10 @@ def merge_factors(
     Returns A (k, d_in) with orthonormal rows and B (d_out, k), k at most the sum of the ranks.
     """
     merged = []
-    for block in zip(*(cut(f.B, layer) for f in factors), strict=True):  # (rows, r) each
-        P, rows = None, block
-        if method.column_space:
-            P, columns = in_row_space(torch.cat(block, dim=1).mT)  # (d_out, j)
-            rows = columns.mT.split([B.shape[1] for B in block], dim=1)  # P^T B_t, (j, r_t) each
-        M, Q = in_joint_basis([f._replace(B=B) for f, B in zip(factors, rows, strict=True)])
-        D = method(M, d_in=len(Q), d_out=len(block[0]), **context)
+    for P, M, Q, height in narrowed(factors, method, layer):
+        D = method(M, d_in=len(Q), d_out=height, **context)
         merged.append(D if P is None else product(P, D))
-    return Factors(Q.mT, join(merged, layer), 1.0)  # every block has the same Q, of all rows of A
+    return Factors(Q.mT, join(merged, layer), 1.0)
 
 
 def truncate(factors: Factors, rank: int) -> tuple[Factors, float, float]:

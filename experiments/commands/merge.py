@@ -48,6 +48,7 @@ class MergeCheckpoints:
     split_qkv: bool = True
     vocabulary: str = "refuse"
     form: str = "dense"
+    space: str = "full"
     rank: int | None = None
     dtype: str | None = None
     shard_size: Any = None
@@ -145,6 +146,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         split_qkv=settings.split_qkv,
         vocabulary=settings.vocabulary,
         form=settings.form,
+        space=settings.space,
         overwrite=settings.overwrite,
         strict=settings.strict,
         hashes=None if output.suffix == ".safetensors" else hashes,
@@ -225,7 +227,7 @@ Made with {", ".join(f"{name} {version}" for name, version in versions().items()
 
 def _choices(settings: MergeCheckpoints) -> str:
     """What differs from a merge of all experts alike by one method, a line each."""
-    lines = []
+    lines = [] if settings.space == "full" else [f"- merged in {settings.space} space"]
     if settings.weights:
         on = f" on {settings.weights_on}" if settings.weights_on else ""
         lines.append(f"- weights{on}: `{json.dumps(settings.weights, sort_keys=True)}`")

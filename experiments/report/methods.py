@@ -30,7 +30,9 @@ ARGUMENTS = """
 
 Hyperparameters with their defaults; what of the training data a method sees (a statistic collected
 by `python -m experiments.statistics`); what decides the time of a layer; whether adapters are
-merged in their own rank, without ever forming a matrix (d_out, d_in).
+merged in their own rank, without ever forming a matrix (d_out, d_in); what `weights.NAME=` of an
+expert is: a factor on its D_t for every method (`weights_on=delta`), or, where "task" stands, what
+the expert counts for (`weights_on=task`), as if it were there so many times.
 
 """
 AGREEMENT = """
@@ -53,6 +55,16 @@ Rules that hold for all of them:
 - What float32 cannot tell from rounding (a ridge, a cut or an effective rank below its resolution)
   is set up and solved in float64, at any width.
 - Singular values below 2^-18 of the largest are rounding and take no part, unless rank=full.
+- Weights of experts: 0 leaves an expert out, so that T is smaller too; without `weights_on` they
+  are factors on D_t, but for `average` what the experts count for. Factors may be negative and need
+  not sum to 1; multiplying all of them by s multiplies the merge by s where the method has
+  f(s D) = s f(D). What counts is positive; a common factor drops out where the method has no
+  constant of its own (ridge's lam and SWUDI's t are such). What no method reaches is averaged with
+  the same weights.
+- `space=core` and `space=knots` merge adapters by any method that is not linear in the coordinates
+  of a space they share (2509.17786, 2410.19735): entries, ranks and the trims of TIES over a whole
+  model are those of the space, and the result is again an adapter of the joint rank. What adapters
+  hold in full, or as DoRA, stays on its own axes, and is said.
 - Not here: K-FAC MaTS, since no suite measures the moments of output gradients; TALL's masks of
   single tasks and what adapts at test time, since they make a model per task.
 """
@@ -68,11 +80,18 @@ def page() -> str:
         [[f"`{m.name}`", f"`{m.formula}`", m.source, _link(m)] for m in methods],
     )
     arguments = _table(
-        ["method", "hyperparameters", "data", "cost", "adapters in their rank"],
+        ["method", "hyperparameters", "data", "cost", "adapters in their rank", "weights"],
         [
-            [f"`{m.name}`", _settings(m), m.data, found[m.name]["cost"], "yes" * m.row_space]
+            [
+                f"`{m.name}`",
+                _settings(m),
+                m.data,
+                found[m.name]["cost"],
+                "yes" * m.row_space,
+                _weights(m),
+            ]
             for m in methods
-        ],
+        ],  # fmt: skip
     )
     agreement = _table(
         ["method", "agreement", "what differs", "packed"],
@@ -83,6 +102,12 @@ def page() -> str:
     )
     parts = [INTRODUCTION, formulas, ARGUMENTS, arguments, AGREEMENT, agreement, RULES]
     return "".join(parts)
+
+
+def _weights(method: Method) -> str:
+    if "weights" not in method.context:
+        return "delta"
+    return "delta, task"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

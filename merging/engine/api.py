@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merging.engine import pipeline
 from merging.engine.job import FileOptions, Job, LazyStatistics, Options, prepare
-from merging.engine.plan import plan
+from merging.engine.plan import outside, plan
 from merging.engine.report import UNCHANGED, Report, Watch
 from merging.engine.sinks import Files, Memory, file_sink
 from merging.errors import InputError
@@ -61,7 +61,7 @@ def merge_state_dicts(
     job = prepare(source, opened, method, **options)
     items, sink, watch = plan(job), Memory(source), Watch(job.experts, report)
     report.cover(items, strict)
-    report.notes += notes(job.experts)
+    report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
     with pipeline.running(job, sink, report) as put:
         contexts = pipeline.contexts(job, items)
         pipeline.merge(job, items, contexts, put, watch, *job.devices)
@@ -99,7 +99,7 @@ def merge_checkpoints(
         job = _open(stack, base, experts, method, hashes, options)
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
-        report.notes += notes(job.experts)
+        report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
         sink = stack.enter_context(file_sink(job, items, report, output, overwrite))
         todo = pipeline.unfinished(items, sink)
         with pipeline.running(job, sink, report) as put:

@@ -14,6 +14,7 @@ from torch import Tensor
 from merging.engine.choices import (
     Part,
     WeightsOn,
+    at_depth,
     check_choices,
     check_gradients,
     check_task_weights,
@@ -28,6 +29,7 @@ from merging.formats.checks import check_finite, problems
 from merging.formats.fit import fit, still_tied
 from merging.layers import Layer, Layers, choose_layers, whole
 from merging.method.registry import Method
+from merging.method.space import Space, check_space
 from merging.triangles import unpack
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
@@ -59,6 +61,10 @@ class Options(TypedDict, total=False):
     # or "head" are merged as layers are. A list as a hyperparameter's value is interpolated from
     # the first block to the last, here and in the merge's own method
     parts: Sequence[Mapping[str, Any]]
+    # of adapters, where methods look at single entries or count ranks: on the layers' own axes
+    # ("full", the default), in the "core" space of all adapters' rows and columns, or in the left
+    # basis of all differences side by side ("knots"); see `merging.method.space`
+    space: Space
     dtype: str | torch.dtype | None  # of the output's floating-point tensors; None: the base's
 
 
@@ -89,8 +95,10 @@ class Job:
     parts: tuple[Part, ...] = ()
     dtype: torch.dtype | None = None
     form: Form = "dense"
+    space: Space = "full"
     rank: int | None = None
     shard_bytes: int | None = None
+    notes: tuple[str, ...] = ()  # what its choices come to, for a person
 
     def output_dtype(self, name: str) -> torch.dtype:
         """Of a merged tensor."""
@@ -127,7 +135,7 @@ class Job:
                 [part.match for part in self.parts],
                 sorted((name, *astuple(layer)) for name, layer in self.layers.items()),
                 {task: _stamp(tensors) for task, tensors in sorted(used.items())},
-                (self.vocabulary, self.task_weights, self.dtype),
+                (self.vocabulary, self.task_weights, self.dtype, self.space),
             )
         )
 
@@ -177,9 +185,10 @@ def prepare(
     base = base.with_ties(still_tied(base, experts))
     check_gradients(method)
     taking, task_weights = weigh(experts, options.get("weights"), options.get("weights_on"), method)
+    told = check_space(at_depth(method, 0.0), settings.get("space", "full"), len(taking))
     job = Job(
         base=base, experts=taking, method=method, layers=resolved, reasons=reasons,
-        task_weights=task_weights, **settings,
+        task_weights=task_weights, notes=(told,) if told else (), **settings,
     )  # fmt: skip
     _check_forms(job)
     return job
@@ -187,10 +196,11 @@ def prepare(
 
 def _read(options: FileOptions) -> dict[str, Any]:
     """The options of a `Job`, checked and in its own terms."""
-    known = {"vocabulary", "form", "statistics"}
+    known = {"vocabulary", "form", "space", "statistics"}
     check_choices(
         vocabulary=(options.get("vocabulary"), Vocabulary),
         form=(options.get("form"), Form),
+        space=(options.get("space"), Space),
         weights_on=(options.get("weights_on"), WeightsOn),
     )
     device, size, rank = (options.get(k) for k in ("device", "shard_size", "rank"))
@@ -218,11 +228,16 @@ def _check_forms(job: Job) -> None:
             hint="say which: dtype=bfloat16, float16 or float32",
         )
     for task, expert in job.experts.items():
+        dense = f"expert {task!r} ({expert.path}) is a dense checkpoint"
         if job.form == "adapter" and not expert.is_adapter:
             raise InputError(
-                f"expert {task!r} ({expert.path}) is a dense checkpoint, "
-                "only a merge of adapters can be written as an adapter",
+                f"{dense}, only a merge of adapters can be written as an adapter",
                 hint="use form=dense",
+            )
+        if job.space != "full" and not expert.is_adapter:
+            raise InputError(
+                f"{dense}, space={job.space} is that of adapters' factors",
+                hint="use space=full, or make an adapter of it: experiments.extract",
             )
 
 

@@ -17,10 +17,10 @@ from merging.engine.job import Job
 from merging.engine.memory import measured
 from merging.engine.plan import Item, Piece, pieces, share
 from merging.engine.report import Report, Watch
-from merging.engine.routes import read_deltas
+from merging.engine.routes import FACTORS, TO_FACTORS, read_deltas, read_factors, upright
 from merging.engine.sinks import Sink
 from merging.errors import InputError
-from merging.factors import Factors
+from merging.factors import Factors, narrowed
 from merging.formats.checks import NotFinite, not_finite
 from merging.layers import cut
 from merging.method.registry import Method
@@ -86,8 +86,7 @@ def contexts(job: Job, items: Sequence[Item]) -> Contexts:
     def stream(method: Method) -> Iterator[tuple[str, Tensor]]:
         own = [item for item in items if item.method is method]
         for item in track(own, "first pass"):
-            deltas = read_deltas(job.base.read(item.name), job.experts, item.name)
-            for block in cut(deltas, item.layer) if item.layer else [deltas]:
+            for block in _blocks(job, item):
                 yield item.name, block
 
     return {
@@ -106,6 +105,23 @@ def all_told(job: Job) -> Iterator[None]:
         for label, source in track(sources.items(), "looking for values that are not finite"):
             found += not_finite(source, label)
         raise InputError("; ".join(found) or error.message, error.hint) from None
+
+
+def _blocks(job: Job, item: Item) -> Iterator[Tensor]:
+    """A tensor's differences (T, ...), block by block.
+
+    Of what has thresholds bit by bit as its method will see them: those are some of their values.
+    """
+    inside = item.method.space != "full"
+    if item.route is TO_FACTORS or (inside and item.route is FACTORS):
+        factors, layer = read_factors(job.experts, item.name), upright(item.layer)
+        if inside and item.method.row_space:
+            yield from (block.deltas for block in narrowed(factors, item.method, layer))
+        else:
+            yield from cut(torch.stack([f.dense() for f in factors]), layer)
+        return
+    deltas = read_deltas(job.base.read(item.name), job.experts, item.name)
+    yield from cut(deltas, item.layer) if item.layer else [deltas]
 
 
 def ahead(load: Callable[[Question], Answer], items: Sequence[Question]) -> Iterator[Answer]:

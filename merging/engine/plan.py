@@ -13,10 +13,12 @@ from merging.engine.choices import assign, at_depth
 from merging.engine.job import Job, check_method
 from merging.engine.routes import DENSE, ENTRIES, FACTORS, KEPT, TO_FACTORS, Route
 from merging.engine.rows import row_blocks
+from merging.errors import InputError
 from merging.experts import Expert
-from merging.formats.names import is_buffer
+from merging.formats.names import is_buffer, listed
 from merging.layers import Layer
 from merging.method.registry import Method, create
+from merging.method.space import within
 
 # Rules that look at single entries read windows of rows of about this size from all files together,
 # which bounds the memory of merging a 100,000-row embedding.
@@ -98,9 +100,12 @@ def plan(job: Job) -> list[Item]:
         shape = base.shape(name)
         place, others = places[name], copies.get(name, ())
         items.append(Item(name, shape, rule, method, layer, route, place, reason, others))
-    for method in {id(m): m for m in (job.method, *(i.method for i in items))}.values():
+    methods = [i.method for i in items] + ([job.method] if job.space == "full" else [])
+    for method in {id(m): m for m in methods}.values():
         if method is not None:
             check_method(job, method, [i.name for i in items if i.method is method and i.layer])
+    if not any(i.method and i.method.space == job.space for i in items):
+        raise InputError(f"space={job.space}: no layer is held as factors by every adapter")
     return items
 
 
@@ -110,6 +115,7 @@ def _choices(
     """Each tensor's method, by parts and depth, and its layout if it is merged as a layer."""
     parts = assign(job.parts, names)
     made: dict[tuple[int, float], Method] = {}
+    inside: dict[int, Method] = {}  # by the id of a method in `made`: one object, one first pass
     choices = {}
     for name in names:
         part = parts.get(name)
@@ -117,8 +123,10 @@ def _choices(
         if part and part.match in AS_LAYERS and method.rest != "method":
             layer = layer or (Layer() if len(job.base.shape(name)) == 2 else None)
         key = id(method), places[name]
-        made.setdefault(key, at_depth(method, places[name]))
-        choices[name] = made[key], layer
+        method = made.setdefault(key, at_depth(method, places[name]))
+        if job.space != "full" and layer and _factored(job, name):
+            method = inside.setdefault(id(method), within(method, job.space))
+        choices[name] = method, layer
     return choices
 
 
@@ -151,12 +159,28 @@ def _rule(
 def _route(job: Job, name: str, method: Method | None, layer: Layer | None) -> Route:
     if method is None:
         return KEPT
-    factored = all(expert.rank(name) is not None for expert in job.experts.values())
+    factored = _factored(job, name)
     if factored and job.form == "adapter":
         return TO_FACTORS
     if method.elementwise:
         return ENTRIES
     return FACTORS if factored and layer and method.row_space else DENSE
+
+
+def _factored(job: Job, name: str) -> bool:
+    """Whether factors hold every expert's difference."""
+    return all(expert.rank(name) is not None for expert in job.experts.values())
+
+
+def outside(job: Job, items: Iterable[Item]) -> list[str]:
+    """What a merge's space does not hold of what the method merges, a sentence."""
+    left = [i.name for i in items if i.rule == "method" and i.method.space != job.space]
+    if not left:
+        return []
+    return [
+        f"space={job.space} holds differences of layers that adapters have as factors; "
+        f"{len(left)} other tensors ({listed(left)}) are merged on their own axes"
+    ]
 
 
 def pieces(job: Job, item: Item) -> Iterator[Piece]:

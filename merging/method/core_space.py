@@ -30,7 +30,7 @@ def core_space(deltas: Tensor, *, of: str = "ties") -> Tensor:
     of: the method that merges the cores (T, j, k). One that commutes with rotations on both sides
         gives what it gives without; TIES does not, and neither does what counts ranks (tsv_m).
     """
-    U, V = _left(deltas), _right(deltas)
+    U, V = bases(deltas)
     cores = U.mT @ deltas.double() @ V  # (T, j, k)
     return _back(U, _merge(of, cores), V, deltas)
 
@@ -119,6 +119,11 @@ def cart(
         U, s, V = singular_triplets(delta - mean, max(1, round(share * full)), largest)
         merged += scale * product(U * s, V.mT)
     return merged.to(deltas)
+
+
+def bases(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """U (d_out, j) and V (d_in, k) of a core space, in float64: D_t = U U^T D_t V V^T."""
+    return _left(deltas), _right(deltas)
 
 
 def _left(deltas: Tensor, k: int | None = None) -> Tensor:

@@ -36,7 +36,7 @@ def _thresholds(stream: Stream, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
     def magnitudes() -> Iterator[Tensor]:
         for _, deltas in stream():
-            blocks = _blocks(deltas, arguments["values"])[1] if deltas.ndim == 3 else deltas
+            blocks = left_basis(deltas, arguments["values"])[1] if deltas.ndim == 3 else deltas
             yield blocks.abs()
 
     return {"thresholds": kth_largest(magnitudes, share("k", arguments["k"]))}
@@ -75,7 +75,7 @@ def knots(
     scope: what "ties" trims over, a "layer" or, as KnOTS' own code does, the "model".
     thresholds: (T,) smallest magnitude kept, from the whole model.
     """
-    basis, blocks = _blocks(deltas, values)  # (d_out, r), (T, r, d_in)
+    basis, blocks = left_basis(deltas, values)  # (d_out, r), (T, r, d_in)
     if not basis.shape[1]:
         return torch.zeros_like(deltas[0])
     if merge == "ties":
@@ -91,7 +91,7 @@ def knots(
     return (basis @ merged).to(deltas)
 
 
-def _blocks(deltas: Tensor, values: str) -> tuple[Tensor, Tensor]:
+def left_basis(deltas: Tensor, values: str) -> tuple[Tensor, Tensor]:
     """What is multiplied on afterwards (d_out, r), and the tasks' blocks (T, r, d_in), float64."""
     U, s, _ = singular_triplets(torch.cat(list(deltas), dim=1))
     blocks = U.mT @ deltas.double()  # diag(s) V_t^T

@@ -159,6 +159,7 @@ class Method:
     sequential: bool = field(repr=False)
     breaks: frozenset[Law] = field(repr=False)
     whole_model: Callable[[Stream, Arguments], dict[str, Any]] | None = field(repr=False)
+    space: str = field(default="full", repr=False)  # see `merging.method.space`
 
     def __post_init__(self) -> None:
         values = ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
