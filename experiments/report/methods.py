@@ -81,17 +81,7 @@ def page() -> str:
     )
     arguments = _table(
         ["method", "hyperparameters", "data", "cost", "adapters in their rank", "weights"],
-        [
-            [
-                f"`{m.name}`",
-                _settings(m),
-                m.data,
-                found[m.name]["cost"],
-                "yes" * m.row_space,
-                _weights(m),
-            ]
-            for m in methods
-        ],  # fmt: skip
+        [[f"`{m.name}`", *_arguments(m, found[m.name]["cost"])] for m in methods],
     )
     agreement = _table(
         ["method", "agreement", "what differs", "packed"],
@@ -104,10 +94,9 @@ def page() -> str:
     return "".join(parts)
 
 
-def _weights(method: Method) -> str:
-    if "weights" not in method.context:
-        return "delta"
-    return "delta, task"
+def _arguments(method: Method, cost: str) -> list[str]:
+    weights = "delta, task" if "weights" in method.context else "delta"
+    return [_settings(method), method.data, cost, "yes" * method.row_space, weights]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
