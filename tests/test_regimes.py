@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from linear_suite import LinearSuite
 
-from eval.suite import unpacked
+from eval.suite import bits, unpacked
 from experiments import hydra_run, measurement
 from experiments.commands import regimes
 from experiments.commands.regimes import Regime, Regimes
 from experiments.report import both_sides, figures, records
+from experiments.report.bootstrap import interval, replicates
 from merging.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +55,7 @@ def test_it_runs_tabulates_and_starts_again_from_records(settings, tmp_path, mon
     regimes.regimes(settings)
     page = (tmp_path / "out" / "both_sides.md").read_text()
     # the experts' sum, diag(1, 1), is .6 / 2 off on either task; the average .1 / 2
-    assert "95.0 (best rival)" in page and "70.0 (-25.0 ± 0.0)" in page
+    assert "95.0 (best rival)" in page and "70.0 (-25.0 ± 3.0) ↓" in page  # sqrt(3 / 16 / 200)
     assert "- all: 2 tasks, seeds 0, 1, at most 100 validation examples a task" in page
     assert "No record yet" not in page
     assert (tmp_path / "out" / "both_sides" / "differences.png").exists()
@@ -88,7 +90,7 @@ def test_each_regime_has_its_own_seeds_and_limit_and_may_run_alone(settings, tmp
     assert {(r["key"]["seed"], r["key"]["limit"]) for r in found} == {(2, 7)} and len(found) == 3
     page = (tmp_path / "out" / "both_sides.md").read_text()
     assert "- one: 1 tasks, seed 2, at most 7 validation examples a task" in page
-    assert "- all, seed 0, 1: `average`, `symmetric`, `a = 0.9`" in page  # told, not fatal
+    assert "- all, seeds 0, 1: every method" in page  # told, not fatal
 
 
 def test_an_interrupted_run_keeps_what_it_finished_and_tells_what_is_missing(
@@ -134,14 +136,80 @@ def test_a_row_is_found_under_any_name_of_what_it_computes(settings, tmp_path, m
 def frame(**rows):
     """{row: accuracies of two tasks by seed, in two regimes}"""
     lines = [
-        (regime, row, seed, task, accuracy, 50, "validation")
+        (regime, row, seed, "validation", task, accuracy, 50, "")
         for row, by_regime in rows.items()
         for regime, seeds in zip("xy", by_regime, strict=True)
         for seed, pair in enumerate(seeds)
         for task, accuracy in zip("ab", pair, strict=True)
     ]
-    columns = ["regime", "row", "seed", "task", "accuracy", "count", "split"]
-    return pd.DataFrame(lines, columns=columns)
+    return pd.DataFrame(lines, columns=regimes.COLUMNS)
+
+
+def answers(*cells):
+    """One regime of {row, seed, task, right: which examples}."""
+    lines = [
+        ("x", row, seed, "test", task, 100 * sum(right) / len(right), len(right),
+         bits(torch.tensor(right)))
+        for row, seed, task, right in cells
+    ]  # fmt: skip
+    return pd.DataFrame(lines, columns=regimes.COLUMNS)
+
+
+def difference(found, draws=20_000):
+    """Of the first two rows in every replicate, in points."""
+    means = replicates(found, list(found.row.unique()), draws)
+    return means[:, 0] - means[:, 1]
+
+
+def test_a_replicate_draws_examples_once_for_all_methods():
+    """Two examples, one of which only the first method has right: the second's share of a replicate
+    is k / 2 for k ~ B(2, 1/2). Unpaired, both accuracies would vary by themselves."""
+    drawn = difference(answers(("a", 0, "t", [1, 1]), ("b", 0, "t", [0, 1])))
+    assert [(drawn == x).mean() for x in (0, 50, 100)] == pytest.approx(
+        [1 / 4, 1 / 2, 1 / 4], abs=0.02
+    )
+    assert interval(drawn) == (0, 100)
+    same = answers(("a", 0, "t", [1, 0, 1]), ("b", 0, "t", [1, 0, 1]))
+    assert not difference(same).any()
+
+
+def test_a_replicate_draws_seeds_and_each_tasks_examples():
+    """Differences of 1 and 0 by seed, on every example: k / 2 again. And of two tasks of 4 and 1
+    examples, the first with differences 1, 0, 0, 0: variance 3 / 16 / 4 of a half of the mean."""
+    right, wrong = [1, 1, 1], [0, 0, 0]
+    cells = ("a", 0, "t", right), ("a", 1, "t", right), ("b", 0, "t", wrong), ("b", 1, "t", right)
+    drawn = difference(answers(*cells))
+    assert [(drawn == x).mean() for x in (0, 50, 100)] == pytest.approx(
+        [1 / 4, 1 / 2, 1 / 4], abs=0.02
+    )
+    four, none = [1, 0, 0, 0], [0, 0, 0, 0]
+    cells = ("a", 0, "t", four), ("b", 0, "t", none), ("a", 0, "u", [1]), ("b", 0, "u", [1])
+    drawn = difference(answers(*cells))
+    assert drawn.mean() == pytest.approx(100 / 8, rel=0.03)
+    assert drawn.std() == pytest.approx(50 * (3 / 16 / 4) ** 0.5, rel=0.03)
+
+
+def test_without_answers_accuracies_are_binomial():
+    """Variance .6 x .4 / 50 + .5 x .5 / 50, whatever the two have in common."""
+    two = answers(("a", 0, "t", [1] * 30 + [0] * 20), ("b", 0, "t", [1] * 25 + [0] * 25))
+    two = two.assign(correct="")
+    assert difference(two).std() == pytest.approx(100 * (0.49 / 50) ** 0.5, rel=0.03)
+
+
+def test_pairs_win_tie_and_lose_by_their_intervals():
+    cells = [("tsv_m", 0, "t", [1, 0] * 20), ("close", 0, "t", [1, 0] * 19 + [0, 1])]
+    cells += [("better", 0, "t", [1, 1] * 20), ("worse", 0, "t", [0, 0] * 20)]
+    found = both_sides.pairs(answers(*cells), ["tsv_m"])
+    order = ["better", "tsv_m", "close", "worse"]
+    assert both_sides.duels(found, order) == [
+        ["better", "", "1/0/0", "1/0/0", "1/0/0"],
+        ["tsv_m", "0/0/1", "", "0/1/0", "1/0/0"],
+        ["close", "0/0/1", "0/1/0", "", "1/0/0"],
+        ["worse", "0/0/1", "0/0/1", "0/0/1", ""],
+    ]
+    page = both_sides.page(found, ["tsv_m"])
+    assert "100.0 (+50.0 ± 7.9) ↑ |" in page  # sqrt(.25 / 40)
+    assert "| close | 50.0 (+0.0 ±" in page and "drawn unpaired" not in page
 
 
 ROWS = {
@@ -152,28 +220,33 @@ ROWS = {
 }
 
 
+def compared(lines, rivals):
+    return both_sides.compare(both_sides.pairs(lines, rivals), rivals)
+
+
 def test_differences_are_paired_with_each_regimes_best_rival():
-    table = both_sides.compare(frame(**ROWS), ["actmat", "tsv_m"])
+    table = compared(frame(**ROWS), ["actmat", "tsv_m"])
     cells = table.set_index(["regime", "row"])
     assert (
         cells.loc[("x", "new"), "best"] == "tsv_m" and cells.loc[("y", "new"), "best"] == "actmat"
     )
     assert cells.loc[("x", "new"), "difference"] == 2  # (1 + 3) / 2
-    assert cells.loc[("x", "new"), "difference_se"] == 1  # of 1 and 3: sqrt(2) / sqrt(2)
     outcome = both_sides.outcomes(table).set_index("row")
-    assert outcome.loc["tsv_m", ["win", "tie", "loss"]].tolist() == [0, 1, 1]
+    assert outcome.loc["tsv_m", ["win", "tie", "loss"]].tolist() == [0, 2, 0]  # 9 of 50 each: no
     assert outcome.loc["tsv_m", "worst"] == -9
 
 
 def test_the_verdict_says_what_the_numbers_say():
-    table = both_sides.compare(frame(**ROWS), ["actmat", "tsv_m"])
-    assert "of the methods that lose nowhere, `new` has" in both_sides.page(table, []).lower()
-    worse = {k: v for k, v in ROWS.items() if k in ("tsv_m", "actmat")}
-    page = both_sides.page(both_sides.compare(frame(**worse), ["actmat", "tsv_m"]), [])
+    rivals = ["actmat", "tsv_m"]
+    found = both_sides.pairs(frame(**ROWS), rivals)
+    assert "Of the methods that lose nowhere, `new` has" in both_sides.page(found, rivals)
+    far = {"tsv_m": ([(60, 90)], [(20, 22)]), "actmat": ([(10, 20)], [(55, 65)])}
+    page = both_sides.page(both_sides.pairs(frame(**far), rivals), rivals)
     assert "**No method is at least as good as the best rival in every regime.**" in page
 
 
-def test_the_committed_page_is_what_the_committed_records_give(tmp_path):
+def test_the_committed_page_is_what_the_committed_records_give(tmp_path, monkeypatch):
+    monkeypatch.setattr(regimes, "save", lambda figure, stem: None)
     (tmp_path / "both_sides").mkdir()
     for name in ("both_sides/regimes.jsonl", "both_sides/table.csv", "both_sides.md"):
         shutil.copy(ROOT / "results" / name, tmp_path / name)
@@ -186,7 +259,7 @@ def test_missing_records_are_told(settings, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         regimes.render(settings, tmp_path)
     with pytest.raises(InputError, match="no regime has a rival"):
-        both_sides.compare(frame(**ROWS), ["average"])
+        compared(frame(**ROWS), ["average"])
 
 
 def test_rows_and_seeds_with_holes_are_left_out():
@@ -197,9 +270,10 @@ def test_rows_and_seeds_with_holes_are_left_out():
         return ~((lacking.row == row) & (lacking.regime == regime) & (lacking.seed == seed))
 
     lacking = lacking[without("new", "x", 1) & without("actmat", "y", 0)]
-    table = both_sides.compare(lacking, ["actmat", "tsv_m"]).set_index(["regime", "row"])
+    table = compared(lacking, ["actmat", "tsv_m"]).set_index(["regime", "row"])
     assert table.loc["x"].index.tolist() == ["actmat", "safe", "tsv_m"]
-    assert set(table.loc["x"].seeds) == {"0, 1"} and set(table.loc["y"].seeds) == {"1"}
+    assert set(table.loc["x"].seeds) == {"seeds 0, 1"}
+    assert set(table.loc["y"].seeds) == {"seed 1"}
     assert "new" in table.loc["y"].index
 
 

@@ -2,7 +2,7 @@
 
 A regime is a suite, a fine-tuning and a choice of tasks. Writes results/both_sides/: regimes.jsonl,
 table.csv and a figure, and results/both_sides.md around them. Each difference is to the best rival
-of the same regime, paired over tasks and seeds.
+of the same regime, paired over seeds and examples.
 """
 
 from __future__ import annotations
@@ -201,13 +201,14 @@ def render(settings: Regimes, folder: Path) -> Path:
     frame = to_frame(records.load_lines(path), settings)
     if frame.empty:
         raise InputError(f"{path} holds no record of these regimes", "run this without run=false")
-    table = both_sides.compare(frame, settings.rivals)
+    found = both_sides.pairs(frame, settings.rivals)
+    table = both_sides.compare(found, settings.rivals)
     write_synced(
         folder / "table.csv", table.to_csv(index=False, float_format="%.5g", lineterminator="\n")
     )
     save(both_sides.figure(table), folder / "differences")
     page = folder.with_suffix(".md")
-    write_synced(page, both_sides.page(table, settings.rivals, _missing(frame, settings)))
+    write_synced(page, both_sides.page(found, settings.rivals, _missing(frame, settings)))
     return page
 
 
@@ -229,14 +230,20 @@ def to_frame(found: Sequence[Record], settings: Regimes) -> pd.DataFrame:
     return frame.sort_values("regime", key=lambda column: column.map(order), kind="stable")
 
 
-def _missing(frame: pd.DataFrame, settings: Regimes) -> list[tuple[str, str, list[int]]]:
-    """(regime, row, seeds) of the cells that no record fills."""
+def _missing(frame: pd.DataFrame, settings: Regimes) -> list[str]:
+    """The cells that no record fills, a line for each regime and choice of seeds."""
     done = set(zip(frame.regime, frame.row, frame.seed, strict=True))
-    lacking = []
-    for (title, regime), row in itertools.product(settings.regimes.items(), settings.methods):
-        seeds = [seed for seed in _seeds(settings, regime) if (title, row, seed) not in done]
-        lacking += [(title, row, seeds)] if seeds else []
-    return lacking
+    lines = []
+    for title, regime in settings.regimes.items():
+        rows: dict[str, list[str]] = {}
+        for row in settings.methods:
+            lacking = [seed for seed in _seeds(settings, regime) if (title, row, seed) not in done]
+            if lacking:
+                rows.setdefault(both_sides.numbered(lacking), []).append(f"`{row}`")
+        for seeds, names in rows.items():
+            every = len(names) == len(settings.methods)
+            lines.append(f"{title}, {seeds}: {'every method' if every else ', '.join(names)}")
+    return lines
 
 
 COMMAND = Command("regimes", Regimes, task=regimes)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import cycle
+import itertools
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from experiments.report.bootstrap import DRAWS, LEVEL, interval, replicates
 from experiments.report.figures import LINES, STYLE
 from experiments.report.markup import markdown
 from merging.errors import InputError
-
-CLEAR = 2.0  # standard errors that a difference takes to count as a win or a loss
 
 THEORY = """# Both sides of a layer
 
@@ -52,12 +51,12 @@ of each sentence above.
 """
 
 
-def compare(frame: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
-    """One line per regime and row: mean, difference to the regime's best rival, paired error.
+def pairs(frame: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
+    """One line per regime, row and other row: means, difference, its standard error and interval.
 
-    frame: lines of regime, row, seed, split, task, accuracy (percent), count. The standard error
-    is over pairs of task and seed, in which both methods are judged on the same examples. Of each
-    regime only what `_judged` leaves is compared.
+    frame: lines of regime, row, seed, split, task, accuracy (percent), count, correct. Standard
+    errors and 95 % intervals are `bootstrap`'s, paired over seeds and examples. Of each regime only
+    what `_judged` leaves is compared.
     """
     lines = []
     for regime, part in frame.groupby("regime", sort=False):
@@ -65,26 +64,44 @@ def compare(frame: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
         if wide.empty:
             continue
         means = wide.mean()
-        best = max((rival for rival in rivals if rival in wide), key=lambda rival: means[rival])
-        for row in wide:
-            paired = wide[row] - wide[best]
+        part = part[part.row.isin(wide.columns) & part.seed.isin(wide.index.unique("seed"))]
+        drawn = dict(zip(wide, replicates(part, list(wide)).T, strict=True))
+        about = {
+            "seeds": numbered(wide.index.unique("seed")),
+            "tasks": wide.index.unique("task").size,
+            "count": int(part["count"].max()),
+            "paired": bool((part.correct != "").all()),
+            "split": part["split"].iloc[0],
+        }
+        for row, other in itertools.product(wide, wide):
+            differences = drawn[row] - drawn[other]
+            low, high = interval(differences)
             lines.append(
                 {
                     "regime": regime,
                     "row": row,
+                    "other": other,
                     "mean": means[row],
-                    "best": best,
-                    "difference": paired.mean(),
-                    "difference_se": paired.sem(),
-                    "seeds": ", ".join(map(str, wide.index.unique("seed"))),
-                    "tasks": wide.index.unique("task").size,
-                    "count": int(part["count"].max()),
-                    "split": part["split"].iloc[0],
+                    "difference": means[row] - means[other],
+                    "difference_se": differences.std(),
+                    "low": low,
+                    "high": high,
                 }
+                | about
             )
     if not lines:
         raise InputError("no regime has a rival with records", f"rivals: {', '.join(rivals)}")
     return pd.DataFrame(lines)
+
+
+def compare(found: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
+    """Of the `pairs` those of each row and its regime's best rival, which is called `best`."""
+    best = {}
+    for regime, part in found.groupby("regime"):
+        means = part.groupby("row")["mean"].first()
+        best[regime] = max((row for row in rivals if row in means), key=lambda row: means[row])
+    chosen = found[found.other == found.regime.map(best)]
+    return chosen.rename(columns={"other": "best"}).reset_index(drop=True)
 
 
 def _judged(part: pd.DataFrame, rivals: Sequence[str]) -> pd.DataFrame:
@@ -104,11 +121,7 @@ def outcomes(table: pd.DataFrame) -> pd.DataFrame:
 
     Rows judged in every regime first, best mean first: means over other regimes say nothing.
     """
-    clear = table.difference.abs() > CLEAR * table.difference_se
-    marked = table.assign(
-        win=clear & (table.difference > 0), loss=clear & (table.difference < 0), tie=~clear
-    )
-    grouped = marked.groupby("row", sort=False)
+    grouped = judged(table).groupby("row", sort=False)
     found = grouped.agg(
         mean=("mean", "mean"), win=("win", "sum"), tie=("tie", "sum"), loss=("loss", "sum"),
         worst=("difference", "min"), regimes=("regime", "nunique"),
@@ -116,19 +129,39 @@ def outcomes(table: pd.DataFrame) -> pd.DataFrame:
     return found.sort_values(["regimes", "mean"], ascending=False).reset_index()
 
 
+def judged(table: pd.DataFrame) -> pd.DataFrame:
+    """With columns win, tie, loss: whether the interval lies above 0, holds it or lies below."""
+    win, loss = table.low > 0, table.high < 0
+    return table.assign(win=win, loss=loss, tie=~win & ~loss)
+
+
+def duels(found: pd.DataFrame, order: Sequence[str]) -> list[list[str]]:
+    """For each pair of rows "win/tie/loss" of the first over the regimes that judged both."""
+    counts = judged(found).groupby(["row", "other"])[["win", "tie", "loss"]].sum()
+    cells = {
+        pair: "/".join(map(str, line))
+        for pair, line in zip(counts.index, counts.to_numpy(), strict=True)
+    }
+    return [
+        [row, *("" if row == other else cells.get((row, other), "–") for other in order)]
+        for row in order
+    ]
+
+
 def figure(table: pd.DataFrame) -> Figure:
-    """Paired difference to the best rival of each regime, with standard errors."""
+    """Paired difference to the best rival of each regime, with 95 % intervals."""
     order = list(outcomes(table).row)[::-1]
     regimes = list(dict.fromkeys(table.regime))
     with rc_context(STYLE):
         height = max(0.28, 0.07 * len(regimes)) * len(order) + 1.0
         drawn = Figure(figsize=(6.4, height), layout="constrained")
         axes = drawn.subplots()
-        for i, (regime, colour) in enumerate(zip(regimes, cycle(LINES), strict=False)):
+        for i, (regime, colour) in enumerate(zip(regimes, itertools.cycle(LINES), strict=False)):
             part = table[table.regime == regime].set_index("row").reindex(order)
             offset = 0.6 * ((i + 0.5) / len(regimes) - 0.5)
+            around = [part.difference - part.low, part.high - part.difference]
             axes.errorbar(
-                part.difference, np.arange(len(order)) - offset, xerr=part.difference_se,
+                part.difference, np.arange(len(order)) - offset, xerr=np.clip(around, 0, None),
                 fmt="o", color=colour, markersize=3.5, elinewidth=1, label=regime,
             )  # fmt: skip
         axes.axvline(0, color="black", linewidth=0.6)
@@ -138,12 +171,11 @@ def figure(table: pd.DataFrame) -> Figure:
     return drawn
 
 
-def page(
-    table: pd.DataFrame, rivals: Sequence[str], missing: Sequence[tuple[str, str, list[int]]] = ()
-) -> str:
-    """results/both_sides.md; missing: (regime, row, seeds) that were asked for and not measured."""
+def page(found: pd.DataFrame, rivals: Sequence[str], missing: Sequence[str] = ()) -> str:
+    """results/both_sides.md from all `pairs`; missing: what was asked for and has no record."""
+    table = compare(found, rivals)
     regimes = list(dict.fromkeys(table.regime))
-    cells = table.set_index(["row", "regime"])
+    cells = judged(table).set_index(["row", "regime"])
     summary = outcomes(table)
     lines = [
         [row.row, *(_cell(cells, row.row, regime) for regime in regimes),
@@ -159,11 +191,7 @@ def page(
             "",
             *(_about(table[table.regime == regime]) for regime in regimes),
             "",
-            f"Rivals are {', '.join(f'`{rival}`' for rival in rivals)}. Mean accuracy in percent; "
-            "in brackets the difference to the best rival of the regime ± its standard error, "
-            "paired over tasks and seeds. A win or a loss is a difference of more than two "
-            "standard errors; a tie says that these examples cannot tell two methods apart, not "
-            "that they are equal.",
+            f"Rivals are {', '.join(f'`{rival}`' for rival in rivals)}. {STATISTICS}",
             "",
             markdown(header, lines),
             *_gaps(missing),
@@ -171,8 +199,24 @@ def page(
             "",
             _verdict(summary, set(rivals)),
             "",
+            "## Each against each",
+            "",
+            "In how many regimes the row's method wins, ties and loses against the column's.",
+            "",
+            markdown(["method", *summary.row], duels(found, list(summary.row))),
         ]
     )
+
+
+STATISTICS = (
+    "Mean accuracy in percent; in brackets the difference to the best rival of the regime ± its "
+    f"standard error. Both are of a paired bootstrap of {DRAWS} draws over seeds and examples: a "
+    "replicate draws both once for all methods. ↑ and ↓ mark a win and a loss, a difference whose "
+    f"{LEVEL:.0f} % interval does not hold 0; the rest are ties, which say that these examples "
+    "cannot tell two methods apart, not that they are equal. Tasks are not drawn, and nothing is "
+    "corrected for the number of comparisons; the best of several rivals is picked on the same "
+    "examples, which favours it."
+)
 
 
 def _cell(cells: pd.DataFrame, row: str, regime: str) -> str:
@@ -181,30 +225,33 @@ def _cell(cells: pd.DataFrame, row: str, regime: str) -> str:
     cell = cells.loc[(row, regime)]
     if row == cell.best:
         return f"{cell['mean']:.1f} (best rival)"
-    return f"{cell['mean']:.1f} ({cell.difference:+.1f} ± {cell.difference_se:.1f})"
+    mark = " ↑" if cell.win else " ↓" if cell.loss else ""
+    return f"{cell['mean']:.1f} ({cell.difference:+.1f} ± {cell.difference_se:.1f}){mark}"
+
+
+def numbered(seeds: Iterable[int]) -> str:
+    """ "seed 0", "seeds 0, 1"."""
+    names = list(map(str, seeds))
+    return f"seed{'s' * (len(names) > 1)} {', '.join(names)}"
 
 
 def _about(part: pd.DataFrame) -> str:
     first = part.iloc[0]
-    several = "s" if "," in first.seeds else ""
+    alone = "" if first.paired else (
+        "; some records do not say which examples were right, and their accuracies are drawn "
+        "unpaired, from binomials"
+    )  # fmt: skip
     return (
-        f"- {first.regime}: {first.tasks} tasks, seed{several} {first.seeds}, at most "
-        f"{first['count']} {first.split} examples a task"
+        f"- {first.regime}: {first.tasks} tasks, {first.seeds}, at most {first['count']} "
+        f"{first.split} examples a task{alone}"
     )
 
 
-def _gaps(missing: Sequence[tuple[str, str, list[int]]]) -> list[str]:
-    """What was asked for and has no record: those rows and seeds are left out of the table."""
+def _gaps(missing: Sequence[str]) -> list[str]:
     if not missing:
         return []
-    rows: dict[tuple[str, str], list[str]] = {}
-    for regime, row, seeds in missing:
-        rows.setdefault((regime, ", ".join(map(str, seeds))), []).append(f"`{row}`")
-    told = [
-        f"- {regime}, seed {seeds}: {', '.join(names)}" for (regime, seeds), names in rows.items()
-    ]
     lead = "No record yet, and so left out (a row is compared at the seeds that all rivals have):"
-    return [lead, "", *told, ""]
+    return [lead, "", *(f"- {line}" for line in missing), ""]
 
 
 def _verdict(summary: pd.DataFrame, rivals: set[str]) -> str:
