@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
+from merging.engine import passes
 from merging.engine.job import prepare
 from merging.engine.pipeline import behind
 from merging.engine.plan import Item, depths, share
@@ -295,9 +296,30 @@ def test_checkpoints_give_what_state_dicts_give(base, experts, tmp_path):
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[k], expected[k]) for k in expected)
     floats = sum(x.nbytes for x in base.values() if x.is_floating_point())
-    # base and three experts: two passes for TIES' thresholds and one to merge; "steps" once
-    assert report.bytes_read == 3 * 4 * floats + base["steps"].nbytes
+    # base and three experts: one pass for TIES' thresholds and one to merge; "steps" once
+    assert report.bytes_read == 2 * 4 * floats + base["steps"].nbytes
     assert set(report.rules) == set(base)
+
+
+@pytest.mark.parametrize("name", ["ties", "consensus_ties"])
+def test_thresholds_of_a_whole_model_take_one_pass(name, monkeypatch):
+    """Of a model that is not kept in memory: two reads and a sample, and the same bytes."""
+    torch.manual_seed(0)
+    shapes = {f"blocks.{i}.fc.weight": (2048, 16 * (i + 1)) for i in range(3)} | {"norm": (48,)}
+    base = {k: torch.randn(s).bfloat16() for k, s in shapes.items()}
+    moves = [{k: 0.01 * torch.randn(s) for k, s in shapes.items()} for _ in range(3)]
+    experts = {
+        f"e{t}": {k: (v + (1 + t) * move[k]).bfloat16() for k, v in base.items()}
+        for t, move in enumerate(moves)
+    }
+    plain = merge_state_dicts(base, experts, create(name))  # small: it is kept
+    monkeypatch.setattr(passes, "_SMALL", 4096)
+    monkeypatch.setattr(passes, "_SAMPLE", 64)
+    streamed = merge_state_dicts(base, experts, create(name))
+    assert all(torch.equal(plain[k], streamed[k]) for k in base)
+    size = 4 * sum(v.nbytes for v in base.values())
+    assert plain.report.bytes_read == 2 * size
+    assert 2 * size < streamed.report.bytes_read < 2.05 * size
 
 
 def test_depth_runs_along_the_blocks():

@@ -232,6 +232,30 @@ def test_kth_largest_is_exact_for_any_floats_in_any_pieces(values, share, pieces
     assert torch.equal(found, values.sort(dim=1, descending=True).values[:, k - 1])
 
 
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(st.tuples(entries, entries), min_size=1, max_size=40),
+    st.floats(0.001, 1.0),
+    st.integers(0, 39),
+    st.sampled_from([1, 100, 2**20]),
+)
+def test_kth_largest_is_exact_whatever_a_sample_says(values, share, some, around):
+    values = torch.tensor(values, dtype=torch.float32).mT  # (2, n)
+    passes, sample = [], values[:, : 1 + some % values.shape[1]]
+
+    def stream():
+        passes.append(1)
+        return values.tensor_split(3, dim=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order, "_AROUND", around)
+        found = order.kth_largest(stream, share, few=lambda: [sample])
+    k = max(1, int(share * values.shape[1]))
+    assert torch.equal(found, values.sort(dim=1, descending=True).values[:, k - 1])
+    if sample.shape == values.shape:
+        assert len(passes) == 1
+
+
 def test_kth_largest_looks_at_chunks(monkeypatch):
     values = stack(T=2, shape=(101,))
     monkeypatch.setattr(order, "_CHUNK", 10)

@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from merging.engine import pipeline
+from merging.engine import passes, pipeline
 from merging.engine.job import FileOptions, Job, LazyStatistics, Options, prepare
 from merging.engine.plan import outside, plan
 from merging.engine.report import UNCHANGED, Report, Watch
@@ -63,7 +63,7 @@ def merge_state_dicts(
     report.cover(items, strict)
     report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
     with pipeline.running(job, sink, report) as put:
-        contexts = pipeline.contexts(job, items)
+        contexts = passes.contexts(job, items)
         pipeline.merge(job, items, contexts, put, watch, *job.devices)
     report.unchanged = not watch.changed
     if shown:
@@ -103,7 +103,7 @@ def merge_checkpoints(
         sink = stack.enter_context(file_sink(job, items, report, output, overwrite))
         todo = pipeline.unfinished(items, sink)
         with pipeline.running(job, sink, report) as put:
-            contexts = pipeline.contexts(job, items)
+            contexts = passes.contexts(job, items)
             pipeline.merge(job, todo, contexts, put, watch, *job.devices)
         if not watch.changed and not any(i.method and i not in todo for i in items):
             raise InputError(f"{UNCHANGED}: {output} was not written", "are the experts trained?")

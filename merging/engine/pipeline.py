@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.engine.job import Job
 from merging.engine.memory import measured
+from merging.engine.passes import Contexts, ahead
 from merging.engine.plan import Item, Piece, pieces, share
 from merging.engine.report import Report, Watch
-from merging.engine.routes import FACTORS, TO_FACTORS, read_deltas, read_factors, upright
 from merging.engine.sinks import Sink
 from merging.errors import InputError
-from merging.factors import Factors, narrowed
+from merging.factors import Factors
 from merging.formats.checks import NotFinite, not_finite
-from merging.layers import cut
-from merging.method.registry import Method
 from merging.progress import track
 
 Put = Callable[[Piece, Tensor | Factors], None]
-Contexts = Mapping[int, Mapping[str, Any]]  # of each method, by its id
-Question = TypeVar("Question")
-Answer = TypeVar("Answer")
 
 
 def merge(
@@ -79,21 +73,6 @@ def unfinished(items: Sequence[Item], sink: Sink) -> list[Item]:
     return [i for i in items if not {i.name, *i.copies} <= sink.done]
 
 
-def contexts(job: Job, items: Sequence[Item]) -> Contexts:
-    """What each method gathers in a pass of its own over all that it will merge."""
-    methods = {id(item.method): item.method for item in items if item.rule == "method"}
-
-    def stream(method: Method) -> Iterator[tuple[str, Tensor]]:
-        own = [item for item in items if item.method is method]
-        for item in track(own, "first pass"):
-            for block in _blocks(job, item):
-                yield item.name, block
-
-    return {
-        key: method.prepare(lambda method=method: stream(method)) for key, method in methods.items()
-    }
-
-
 @contextmanager
 def all_told(job: Job) -> Iterator[None]:
     """Where one value is not finite, look at all tensors before saying so: one report for all."""
@@ -105,35 +84,6 @@ def all_told(job: Job) -> Iterator[None]:
         for label, source in track(sources.items(), "looking for values that are not finite"):
             found += not_finite(source, label)
         raise InputError("; ".join(found) or error.message, error.hint) from None
-
-
-def _blocks(job: Job, item: Item) -> Iterator[Tensor]:
-    """A tensor's differences (T, ...), block by block.
-
-    Of what has thresholds bit by bit as its method will see them: those are some of their values.
-    """
-    inside = item.method.space != "full"
-    if item.route is TO_FACTORS or (inside and item.route is FACTORS):
-        factors, layer = read_factors(job.experts, item.name), upright(item.layer)
-        if inside and item.method.row_space:
-            yield from (block.deltas for block in narrowed(factors, item.method, layer))
-        else:
-            yield from cut(torch.stack([f.dense() for f in factors]), layer)
-        return
-    deltas = read_deltas(job.base.read(item.name), job.experts, item.name)
-    yield from cut(deltas, item.layer) if item.layer else [deltas]
-
-
-def ahead(load: Callable[[Question], Answer], items: Sequence[Question]) -> Iterator[Answer]:
-    """load(item) for each item, the next one loading while the current one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting = [pool.submit(load, item) for item in items[:1]]
-        for following in itertools.chain(items[1:], [None] if items else []):
-            result = waiting.pop().result()
-            if following is not None:
-                waiting.append(pool.submit(load, following))
-            yield result
-            del result
 
 
 @contextmanager

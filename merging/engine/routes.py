@@ -6,7 +6,7 @@ and merges it (`merge`). Which way a tensor takes is planned before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -86,15 +86,10 @@ class Entries:
     def merge(
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
     ) -> Tensor:
-        (W0, values), (item, _) = loaded, piece
+        item = piece.item
         statistics = job.context(item.name, item.method, piece.rows)
-        merged, stack = torch.empty_like(W0, dtype=job.output_dtype(item.name)), None
-        row = 4 * W0.shape[1:].numel() * (len(values) + 2)
-        for rows in row_blocks(W0.shape, row, BLOCK_BYTES):
-            base = lift(W0 if rows is None else W0[rows])
-            if stack is None or stack.shape[1:] != base.shape:
-                stack = base.new_empty(len(values), *base.shape)
-            deltas = differences(base, values, rows, stack)
+        merged = torch.empty_like(loaded.W0, dtype=job.output_dtype(item.name))
+        for rows, base, deltas in entry_blocks(*loaded):
             if not item.method.row_space:  # what is linear shows it in its result
                 check_deltas(deltas, item.name, job.experts)
             own = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
@@ -221,6 +216,21 @@ def differences(
         tensor = values.tensor if rows is None or not W0.ndim else values.tensor[rows]
         values._replace(tensor=tensor).difference(W0, out=delta)
     return out
+
+
+def entry_blocks(
+    W0: Tensor, values: Sequence[Values | None]
+) -> Iterator[tuple[slice | None, Tensor, Tensor]]:
+    """Rows (None: all), the base's values there and the experts' differences (T, ...), in turn.
+
+    The differences lie in one buffer: they hold until the next are asked for.
+    """
+    row, stack = 4 * W0.shape[1:].numel() * (len(values) + 2), None
+    for rows in row_blocks(W0.shape, row, BLOCK_BYTES):
+        base = lift(W0 if rows is None else W0[rows])
+        if stack is None or stack.shape[1:] != base.shape:
+            stack = base.new_empty(len(values), *base.shape)
+        yield rows, base, differences(base, values, rows, stack)
 
 
 def read_deltas(

@@ -10,18 +10,102 @@ from torch import Tensor
 from merging.errors import InputError
 
 _CHUNK = 2**22  # entries per task that are looked at together
+_BLOCK = 2**19  # the same where a pass stays in a CPU's cache
+_AROUND = 2**20  # keys to each side of a guess that are counted singly: an eighth of an octave
 _DIGIT = 16  # bits resolved by one pass over the model
 _LAYOUT = {torch.float32: (torch.int32, 1 << 31), torch.float64: (torch.int64, -(1 << 63))}
 
 
-def kth_largest(stream: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
+def kth_largest(
+    stream: Callable[[], Iterable[Tensor]],
+    share: float,
+    few: Callable[[], Iterable[Tensor]] | None = None,
+) -> Tensor:
     """Exact (share n)-th largest of n values per task, without holding them, as (T,) on the CPU.
 
     stream: called once a pass, yields (T, *shape) pieces, the same ones every time.
     share: in (0, 1]; share n is rounded down, and at least 1.
-    Radix selection on the values' bit patterns, 16 bits a pass: 2 passes over float32, 4 over
-    float64 (decided by the first piece).
+    few: yields a small sample of the same values, from which the answer is guessed. One pass then
+        counts each value around the guess by itself, and how many are larger: exact as well, and
+        enough unless the guess was far off, or the values are float64.
+    Else by radix selection on the values' bit patterns, 16 bits a pass: 2 passes over float32, 4
+    over float64 (decided by the first piece).
     """
+    found = None if few is None else _near(stream, share, few)
+    return _by_digits(stream, share) if found is None else found
+
+
+def _near(
+    stream: Callable[[], Iterable[Tensor]], share: float, few: Callable[[], Iterable[Tensor]]
+) -> Tensor | None:
+    """The answer from one pass, (T,), if it lies near a sample's; else None."""
+    sample = [piece.reshape(len(piece), -1) for piece in few()]
+    if not sample or sample[0].dtype != torch.float32:
+        return None
+    guess = kth_largest_entry(torch.cat(sample, dim=1), share)
+    counts = [_Counts(int(key)) for key in _order(guess)]
+    total = 0
+    for piece in stream():
+        rows = piece.reshape(len(piece), -1)
+        total += rows.shape[1]
+        for own, row in zip(counts, rows, strict=True):
+            for chunk in row.split(_BLOCK):
+                own.add(_order(chunk.cpu()))
+    rank = max(1, int(total * share))
+    keys = [own.kth(rank) for own in counts]
+    return None if None in keys else _from_order(torch.tensor(keys, dtype=torch.int32))
+
+
+class _Counts:
+    """How often each of the keys around a guess occurs, and how many keys are larger."""
+
+    def __init__(self, guess: int) -> None:
+        limits = torch.iinfo(torch.int32)
+        self.low = max(guess - _AROUND, limits.min)
+        self.high = min(guess + _AROUND, limits.max)
+        self.larger = 0
+        self.counts: Tensor | None = None  # by key; none while few have come
+        self._waiting = [torch.empty(0, dtype=torch.int32)]
+
+    def add(self, keys: Tensor) -> None:
+        """Keys (n,) in int32."""
+        reaching = keys >= self.low
+        above = keys > self.high
+        self.larger += int(above.count_nonzero())
+        self._waiting.append(keys[reaching.logical_xor_(above)])
+        if sum(map(len, self._waiting)) > _AROUND:
+            self._settle()
+
+    def _settle(self) -> None:
+        counts = torch.bincount(self._taken() - self.low, minlength=self.high - self.low + 1)
+        self.counts = counts if self.counts is None else self.counts.add_(counts)
+
+    def _taken(self) -> Tensor:
+        keys, self._waiting = torch.cat(self._waiting), [self._waiting[0][:0]]
+        return keys
+
+    def kth(self, rank: int) -> int | None:
+        """The rank-th largest key of all; None where it is none of those counted."""
+        rank -= self.larger
+        if self.counts is None:
+            keys = self._taken().sort(descending=True).values
+            return int(keys[rank - 1]) if 0 < rank <= len(keys) else None
+        self._settle()
+        at_least = self.counts.flip(0).cumsum(0).flip(0)
+        return self.low + int((at_least >= rank).sum()) - 1 if 0 < rank <= at_least[0] else None
+
+
+def _order(values: Tensor) -> Tensor:
+    """int32 in the order of float32 values: below the sign, negative floats run backwards."""
+    keys = values.contiguous().view(torch.int32)
+    return keys ^ ((keys >> 31) & 0x7FFFFFFF)
+
+
+def _from_order(keys: Tensor) -> Tensor:
+    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
+
+
+def _by_digits(stream: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
     dtype, bits, done = None, _DIGIT, 0
     while done < bits:
         counts = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,20 +17,36 @@ from merging.method.sparse import whole_model
 def _competition_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     if not whole_model(hyperparameters):
         return {}
-    clip = share("clip", hyperparameters["clip"])
+    few = getattr(stream, "few", None)
+    low, high = _range(stream, few, share("clip", hyperparameters["clip"]))
+    top = torch.full_like(low, -torch.inf)
 
-    def magnitudes(sign: int) -> Iterable[Tensor]:
-        return (sign * deltas.abs() for _, deltas in stream())
+    def scores(passes: Stream) -> Iterable[Tensor]:
+        for _, deltas in passes():
+            score = competition(deltas, low, high)
+            torch.maximum(top, extremes(score)[1].to(top), out=top)
+            yield score
 
-    low = -kth_largest(lambda: magnitudes(-1), clip)
-    high = kth_largest(lambda: magnitudes(1), clip)
-
-    def scores() -> Iterable[Tensor]:
-        return (competition(deltas, low, high) for _, deltas in stream())
-
-    top = torch.stack([extremes(score)[1] for score in scores()]).amax(0)
-    cut = kth_largest(scores, share("ratio", hyperparameters["ratio"]))
+    ratio = share("ratio", hyperparameters["ratio"])
+    cut = kth_largest(partial(scores, stream), ratio, few and partial(scores, few))
     return {"thresholds": torch.stack([low, high, cut.to(low), top])}
+
+
+def _range(stream: Stream, few: Stream | None, clip: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest magnitude of each task (T,), a share `clip` at each end left out."""
+    if not clip:
+        found = [extremes(deltas.abs()) for _, deltas in stream()]
+        low, high = (torch.stack(side) for side in zip(*found, strict=True))
+        return low.amin(0).cpu(), high.amax(0).cpu()
+
+    def magnitudes(sign: int, passes: Stream) -> Iterable[Tensor]:
+        return (sign * deltas.abs() for _, deltas in passes())
+
+    low, high = (
+        kth_largest(partial(magnitudes, sign, stream), clip, few and partial(magnitudes, sign, few))
+        for sign in (-1, 1)
+    )
+    return -low, high
 
 
 @register(

@@ -12,10 +12,10 @@ adds one, from a module of this package as from any other.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -43,7 +43,16 @@ Flag = bool | Callable[[Arguments], bool]  # or a function of the arguments
 Needs = Literal["covariance", "fisher"]
 Rest = Literal["average", "base", "method"]
 Law = Literal["scale", "outputs", "inputs", "expert"]
-Stream = Callable[[], Any]  # a pass over the whole model: (name, (T, *shape)) after another
+
+
+class Stream(Protocol):
+    """Passes over the whole model, in pieces (name, (T, *shape)).
+
+    It may have a method `few`, whose pass goes through a small sample of the same entries.
+    """
+
+    def __call__(self) -> Iterable[tuple[str, Tensor]]: ...
+
 
 _STATISTIC_ARGUMENT = {"covariance": "covariances", "fisher": "fishers"}
 _DATA: dict[Needs | None, Literal["none", "inputs", "gradients"]] = {

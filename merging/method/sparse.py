@@ -10,6 +10,7 @@ a whole model, keeps all that are as large as the last one kept, as its authors'
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -34,11 +35,12 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
     if not whole_model(hyperparameters):
         return {}
 
-    def magnitudes() -> Iterable[Tensor]:
-        return (deltas.abs() for _, deltas in stream())
+    def magnitudes(passes: Stream) -> Iterable[Tensor]:
+        return (deltas.abs() for _, deltas in passes())
 
-    k = share("k", hyperparameters["k"])
-    context = {"thresholds": kth_largest(magnitudes, k)}
+    k, few = share("k", hyperparameters["k"]), getattr(stream, "few", None)
+    sample = None if few is None else partial(magnitudes, few)
+    context = {"thresholds": kth_largest(partial(magnitudes, stream), k, sample)}
     if hyperparameters["cancelled"] == "majority":
         pieces = (trim(deltas, k, context["thresholds"]) for _, deltas in stream())
         context["majority"] = sum(_signs(piece).sum() for piece in pieces).sign()
