@@ -7,6 +7,8 @@ rest but QR; elsewhere torch's own are used. Both compute the same quantities.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -86,7 +88,7 @@ def eigh(symmetric: Tensor, top: int | None = None) -> tuple[Tensor, Tensor]:
     """
     d = len(symmetric)
     if _on_cpu(symmetric):
-        options = {"driver": "evd"}
+        options: dict[str, Any] = {"driver": "evd"}
         if top and top < d / 5:  # a larger part costs more than all
             options = {"driver": "evr", "subset_by_index": (d - top, d - 1)}
         values, vectors = map(

@@ -53,32 +53,38 @@ def _transformers(path: Path) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
     (name, *_) = config.architectures or ["AutoModel"]
-    architecture = getattr(transformers, name, None)
+    architecture: Any = getattr(transformers, name, None)
     if architecture is None:
         raise ValueError(f"transformers has no architecture {name!r}")
-    if hasattr(architecture, "from_config"):
-        return architecture.from_config(config)
-    return architecture(config)
+    build = getattr(architecture, "from_config", architecture)
+    model: nn.Module = build(config)
+    return model
 
 
 def _diffusers(config: dict[str, Any]) -> nn.Module:
-    architecture = getattr(importlib.import_module("diffusers"), config["_class_name"], None)
-    if not (isinstance(architecture, type) and issubclass(architecture, nn.Module)):
+    architecture: Any = getattr(importlib.import_module("diffusers"), config["_class_name"], None)
+    if not _is_model(architecture):
         raise ValueError(f"diffusers has no model {config['_class_name']!r}")
-    return architecture.from_config(config)
+    model: nn.Module = architecture.from_config(config)
+    return model
+
+
+def _is_model(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def _timm(config: dict[str, Any]) -> nn.Module:
     timm = importlib.import_module("timm")
-    own = config.get("model_args") or {}
+    arguments = config.get("model_args") or {}
     classes = {"num_classes": config["num_classes"]} if "num_classes" in config else {}
-    return timm.create_model(config["architecture"], pretrained=False, **classes | own)
+    name = config["architecture"]
+    model: nn.Module = timm.create_model(name, pretrained=False, **classes | arguments)
+    return model
 
 
 def _open_clip(path: Path) -> nn.Module:
-    import open_clip
-
+    open_clip = importlib.import_module("open_clip")
     config = json.loads(path.read_text())["model_cfg"]
     custom = config.pop("custom_text", False)
-    model = open_clip.CustomTextCLIP if custom else open_clip.CLIP
-    return model(**config)
+    model: nn.Module = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config)
+    return model

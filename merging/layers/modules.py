@@ -130,10 +130,10 @@ def _kind(
     return names.PARAMETER
 
 
-def _convolution(module: nn.Module, shape: tuple[int, ...]) -> Layer | str:
+def _convolution(module: nn.modules.conv._ConvNd, shape: tuple[int, ...]) -> Layer | str:
     """(out, in / groups, *kernel), or (in, out, *kernel) of a transposed convolution."""
     back = isinstance(module, _BACK)
-    channels: int = module.in_channels
+    channels = module.in_channels
     if module.groups > 1 and module.groups in (channels, module.out_channels):
         return names.DEPTHWISE
     if channels < names.STEM_CHANNELS:

@@ -97,7 +97,7 @@ def _in_loading_order(shapes: names.Shapes) -> list[str]:
     return sorted(shapes, key=lambda name: [p.zfill(9) for p in re.split(r"(\d+)", name)])
 
 
-def _transformers_names(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[Any, Any]:
+def _transformers_names(model: Any, state: dict[str, Tensor]) -> tuple[Any, Any]:
     """name on disk -> (name in memory, pattern of the converter), and {pattern: converter}."""
 
     def unchanged(name: str) -> tuple[str, None]:
@@ -114,8 +114,8 @@ def _transformers_names(model: nn.Module, state: Mapping[str, Tensor]) -> tuple[
         log.warning("transformers' table of names on disk is not where it was: %s", error)
         return unchanged, {}
     converters = [x for x in transforms if isinstance(x, converter)]
-    renamings = [x for x in transforms if not isinstance(x, converter)]
-    prefix = model.base_model_prefix
+    renamings: list[Any] = [x for x in transforms if not isinstance(x, converter)]
+    prefix: str = model.base_model_prefix
 
     def renamed(name: str) -> tuple[str, str | None]:
         target, pattern = rename(name, renamings, converters, prefix, state)
@@ -136,11 +136,12 @@ def _converted(
     patterns = converter.target_patterns
     targets = [target.replace(patterns[0], pattern, 1) for pattern in patterns]
     found = [known[name] for name in targets if name in known]
+    words = [kind for kind in found if isinstance(kind, str)]
     if len(found) < len(targets) or len(shape) < 2:
-        return found[0] if found and isinstance(found[0], str) else None
-    if told := [kind for kind in found if isinstance(kind, str)]:
-        return told[0]
-    layer = found[0]
+        return words[0] if found[:1] == words[:1] and words else None
+    if words:
+        return words[0]
+    layer = next(kind for kind in found if isinstance(kind, Layer))
     operations = [type(op).__name__ for op in converter.operations]
     turned = layer.transposed != (operations.count("Transpose") % 2 == 1)
     if len(shape) > 3 or layer.kernel:

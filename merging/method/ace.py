@@ -60,6 +60,7 @@ def _solve(N: Tensor, R: Tensor, prior: Tensor) -> Tensor:
     """N (R + 1 prior^T)^-1 by one Cholesky factor of R and the Sherman-Morrison formula."""
     solved = solve_positive(torch.cat([N, prior[None]]), R)
     if solved is None:  # no eps to speak of, and deltas of low rank
-        return N @ torch.linalg.pinv(R + prior)
+        inverted: Tensor = torch.linalg.pinv(R + prior)
+        return N @ inverted
     X, w = solved[:-1], solved[-1]
     return X - torch.outer(X.sum(1), w) / (1 + w.sum())

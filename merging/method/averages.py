@@ -105,8 +105,10 @@ def model_stock(deltas: Tensor) -> Tensor:
 
 def task_gram(deltas: Tensor) -> Tensor:
     """Inner products of T deltas, (T, *shape) -> (T, T), float64, in bounded memory."""
-    chunks = deltas.reshape(len(deltas), -1).split(_CHUNK, dim=1)
-    return sum(linalg.gram(chunk.double().mT) for chunk in chunks)
+    sums = deltas.new_zeros(len(deltas), len(deltas), dtype=torch.float64)
+    for chunk in deltas.reshape(len(deltas), -1).split(_CHUNK, dim=1):
+        sums += linalg.gram(chunk.double().mT)
+    return sums
 
 
 def cosines_of(gram: Tensor) -> Tensor:

@@ -43,8 +43,9 @@ triplets a = 1/2 is TSV-M (arXiv 2412.00081): the polar factor of U = [U_1 .. U_
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -167,7 +168,8 @@ def _one_side(
     """a = 0 or 1 by the interference family's own solver, for the mirror on transposes."""
     D, width = (D.mT, shape[0]) if outputs else (D, shape[1])
     S, N = normal_equations(D, covariance.estimate("delta", D, width, 1.0), w)
-    merged = solve(Equations(S, N, w, width), None, Filter("cut", rtol=rtol))
+    # a cut is made in whatever precision the equations have
+    merged = cast(Tensor, solve(Equations(S, N, w, width), None, Filter("cut", rtol=rtol)))
     return merged.mT if outputs else merged
 
 
@@ -247,49 +249,57 @@ def _assemble(
     solved: Tensor, F: Tensor | None, A: Tensor | None, left: Side, right: Side
 ) -> Tensor:
     """A + U ((solved - U^T A V) F) V^T with F in [0, 1], or all 1 if None."""
-    if F is None and A is None:
-        change = solved
-    elif A is None:
-        change = solved * F
-    else:
-        change = solved - _within(A, left, right)
-        change = change if F is None else change * F
+    change = solved if A is None else solved - _within(A, left, right)
+    change = change if F is None else change * F
     U, V = left.vectors.to(change), right.vectors.to(change)
     merged = product(product(U, change), V.mT)
     return merged if A is None else A.to(merged) + merged
 
 
-def _commutes(side: str) -> Callable[[Any], bool]:
-    def flag(choices: Any) -> bool:
-        anchor = choices["anchor"]
-        return anchor in {"zero", "sum"} or getattr(create(anchor), side)
-
-    return flag
+def _row_space(choices: Mapping[str, Any]) -> bool:
+    return choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).row_space
 
 
-_FLAGS = {"row_space": _commutes("row_space"), "column_space": _commutes("column_space")}
+def _column_space(choices: Mapping[str, Any]) -> bool:
+    return choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).column_space
 
-register("both_sides", source="ours, every choice open", **_FLAGS)(both_sides)
-register(
-    "mirror",
-    source="ours: ACTMat's mirror, a = 1",
-    formula="(sum_t R_t)^+ (sum_t R_t D_t) with R_t = D_t D_t^T",
-    settable=("rtol",),
-    a=1.0,
-    **_FLAGS,
-)(both_sides)
-register(
-    "symmetric",
-    source="ours: a = 1/2",
-    formula="R^-1/2 (sum_t D_t D_t^T D_t) C^-1/2 with R = sum_t D_t D_t^T, C = sum_t D_t^T D_t",
-    settable=("rtol",),
-    **_FLAGS,
-)(both_sides)
-register(
-    "sylvester",
-    source="ours: both interferences at once",
-    formula="the D of R D + D C = 2 sum_t D_t D_t^T D_t, R = sum_t D_t D_t^T, C = sum_t D_t^T D_t",
-    settable=("rtol",),
-    mean="arithmetic",
-    **_FLAGS,
-)(both_sides)
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A member of the family, as its choices and what stays settable."""
+
+    source: str
+    formula: str = ""
+    settable: tuple[str, ...] | None = ("rtol",)
+    choices: Mapping[str, Any] = field(default_factory=dict)
+
+
+FAMILY = {
+    "both_sides": Preset(source="ours, every choice open", settable=None),
+    "mirror": Preset(
+        source="ours: ACTMat's mirror, a = 1",
+        formula="(sum_t R_t)^+ (sum_t R_t D_t) with R_t = D_t D_t^T",
+        choices={"a": 1.0},
+    ),
+    "symmetric": Preset(
+        source="ours: a = 1/2",
+        formula="R^-1/2 (sum_t D_t D_t^T D_t) C^-1/2 with R = sum_t D_t D_t^T, C = sum_t D_t^T D_t",
+    ),
+    "sylvester": Preset(
+        source="ours: both interferences at once",
+        formula="the D of R D + D C = 2 sum_t D_t D_t^T D_t, R = sum_t D_t D_t^T, "
+        "C = sum_t D_t^T D_t",
+        choices={"mean": "arithmetic"},
+    ),
+}
+
+for _name, _preset in FAMILY.items():
+    register(
+        _name,
+        source=_preset.source,
+        formula=_preset.formula,
+        settable=_preset.settable,
+        row_space=_row_space,
+        column_space=_column_space,
+        **_preset.choices,
+    )(both_sides)

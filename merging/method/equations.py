@@ -77,7 +77,7 @@ def measured_normal_equations(
         raise InputError(
             f"expected covariances of shape {(len(deltas), *2 * deltas.shape[-1:])}, got {got}"
         )
-    S, N = 0.0, 0.0
+    S, N = torch.zeros_like(covariances[0], dtype=deltas.dtype), torch.zeros_like(deltas[0])
     for x, C, w in zip(deltas, covariances, weights, strict=True):
         C = w * C.to(deltas)
         C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ class Preset:
     sequential: bool = False
     breaks: tuple[Law, ...] = ()
 
-    def choices(self) -> dict[str, str]:
+    def choices(self) -> dict[str, Any]:
         """The four factors of the family."""
         return {k: getattr(self, k) for k in ("estimator", "task_weight", "filter", "anchor")}
 
@@ -218,7 +218,7 @@ def interference(
         merged = solve(equations, A, inverse)
         if merged is not None:
             break
-    return merged.to(deltas.dtype)
+    return cast(Tensor, merged).to(deltas.dtype)  # float64 solves them all
 
 
 def _estimated(estimator: str, D: Tensor, w: Tensor, width: int, k: float) -> Equations:
@@ -252,14 +252,14 @@ def _column_space(choices: Mapping[str, Any]) -> bool:
     return plain and (anchor in {"zero", "sum"} or create(anchor).column_space)
 
 
-_FLAGS = {"needs": _needs, "row_space": _row_space, "column_space": _column_space}
-
 register(
     "interference",
     source="every choice open",
     formula="A + (N V / l - A V) F V^T with S = sum_t w_t C_t = V diag(l) V^T, "
     "N = sum_t w_t D_t C_t",
-    **_FLAGS,
+    needs=_needs,
+    row_space=_row_space,
+    column_space=_column_space,
 )(interference)
 
 for _name, _preset in FAMILY.items():
@@ -270,6 +270,8 @@ for _name, _preset in FAMILY.items():
         settable=_preset.settable,
         sequential=_preset.sequential,
         breaks=_preset.breaks,
-        **_FLAGS,
+        needs=_needs,
+        row_space=_row_space,
+        column_space=_column_space,
         **_preset.choices(),
     )(interference)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.method.registry import Rest, Stream, create, register
+from merging.method.registry import Method, Rest, Stream, create, register
 from merging.method.sparse import agreed
 
 
-def _of(name: str) -> Any:
+def _of(name: str) -> Method:
     """The method a name stands for; "sum" is task arithmetic with alpha 1."""
     method = create("task_arithmetic", alpha=1.0) if name == "sum" else create(name)
     if method.needs:

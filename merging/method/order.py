@@ -31,8 +31,8 @@ def kth_largest(
     Else by radix selection on the values' bit patterns, 16 bits a pass: 2 passes over float32, 4
     over float64 (decided by the first piece).
     """
-    found = None if few is None else _near(stream, share, few)
-    return _by_digits(stream, share) if found is None else found
+    near = None if few is None else _near(stream, share, few)
+    return _by_digits(stream, share) if near is None else near
 
 
 def _near(
@@ -48,11 +48,11 @@ def _near(
     for piece in stream():
         rows = piece.reshape(len(piece), -1)
         total += rows.shape[1]
-        for own, row in zip(counts, rows, strict=True):
+        for count, row in zip(counts, rows, strict=True):
             for chunk in row.split(_BLOCK):
-                own.add(_order(chunk.cpu()))
+                count.add(_order(chunk.cpu()))
     rank = max(1, int(total * share))
-    keys = [own.kth(rank) for own in counts]
+    keys = [count.kth(rank) for count in counts]
     return None if None in keys else _from_order(torch.tensor(keys, dtype=torch.int32))
 
 
@@ -106,35 +106,36 @@ def _from_order(keys: Tensor) -> Tensor:
 
 
 def _by_digits(stream: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
-    dtype, bits, done = None, _DIGIT, 0
-    while done < bits:
-        counts = 0
+    dtype, bits, known = torch.float32, _DIGIT, 0
+    answer = rank = torch.empty(0, dtype=torch.int64)  # leading bits; rank among what has them
+    while known < bits:
+        counts = torch.zeros(1, 2**_DIGIT, dtype=torch.int64)
         for piece in stream():
-            if dtype is None:
-                dtype = piece.dtype if piece.dtype == torch.float64 else torch.float32
+            if not len(answer):  # the first piece of all
+                dtype = torch.float64 if piece.dtype == torch.float64 else torch.float32
                 bits = torch.finfo(dtype).bits
-                found = torch.zeros(len(piece), dtype=torch.int64)  # leading bits of the answer
-            counts = counts + _histogram(piece.to(dtype), done, found)
-        if done == 0:
-            rank = (counts.sum(1).double() * share).long().clamp_min(1)  # among those sharing them
+                answer = torch.zeros(len(piece), dtype=torch.int64)
+            counts = counts + _histogram(piece.to(dtype), known, answer)  # (T, 2^16)
+        if known == 0:
+            rank = (counts.sum(1).double() * share).long().clamp_min(1)
         at_least = counts.flip(1).cumsum(1).flip(1)  # (T, 2^16) values with this digit or a larger
         digit = (at_least >= rank[:, None]).sum(1) - 1
         rank = rank - (at_least - counts).gather(1, digit[:, None])[:, 0]
-        found = (found << _DIGIT) | digit
-        done += _DIGIT
-    return _from_keys(found, dtype)
+        answer = (answer << _DIGIT) | digit
+        known += _DIGIT
+    return _from_keys(answer, dtype)
 
 
-def _histogram(piece: Tensor, done: int, found: Tensor) -> Tensor:
-    """Counts (T, 2^16) of the digit after the `done` leading bits, where those are `found`."""
-    shift = torch.finfo(piece.dtype).bits - done - _DIGIT
+def _histogram(piece: Tensor, known: int, leading: Tensor) -> Tensor:
+    """Counts (T, 2^16) of the digit after the `known` leading bits, where those are `leading`."""
+    shift = torch.finfo(piece.dtype).bits - known - _DIGIT
     counts = torch.zeros(len(piece), 2**_DIGIT, dtype=torch.int64)
     for t, row in enumerate(piece.reshape(len(piece), -1)):
         for chunk in row.split(_CHUNK):
             keys = _keys(chunk)
-            if done:
-                higher = (keys >> (shift + _DIGIT)) & ((1 << done) - 1)
-                keys = keys[higher == found[t].to(keys.device)]
+            if known:
+                higher = (keys >> (shift + _DIGIT)) & ((1 << known) - 1)
+                keys = keys[higher == leading[t].to(keys.device)]
             digits = (keys >> shift) & (2**_DIGIT - 1)
             counts[t] += torch.bincount(digits, minlength=2**_DIGIT).cpu()
     return counts

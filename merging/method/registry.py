@@ -138,7 +138,7 @@ def register(
             raise ValueError(f"method {name!r} is registered twice")
         _TABLE[name] = Entry(
             name=name, function=function, source=source,
-            formula=formula or inspect.getdoc(function).partition("\n")[0],
+            formula=formula or (inspect.getdoc(function) or name).partition("\n")[0],
             needs=needs, rest=rest, alpha=alpha, row_space=row_space, column_space=column_space,
             elementwise=elementwise, sequential=sequential, prepare=prepare,
             breaks=frozenset(breaks), settable=settable, preset=preset,
@@ -184,7 +184,7 @@ class Method:
     @property
     def alpha(self) -> float:
         """Factor on the result."""
-        return self.hyperparameters["alpha"]
+        return float(self.hyperparameters["alpha"])
 
     def prepare(self, stream: Stream) -> dict[str, Any]:
         """Context from one pass over the whole model; empty for most methods."""

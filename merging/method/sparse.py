@@ -28,7 +28,7 @@ def whole_model(arguments: Mapping[str, Any]) -> bool:
     """Whether a method's thresholds are those of the whole model; given them, it is elementwise."""
     if arguments["scope"] not in ("model", "layer"):
         raise InputError(f"unknown scope {arguments['scope']!r}", "known: model, layer")
-    return arguments["scope"] == "model"
+    return bool(arguments["scope"] == "model")
 
 
 def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
     context = {"thresholds": kth_largest(partial(magnitudes, stream), k, sample)}
     if hyperparameters["cancelled"] == "majority":
         pieces = (trim(deltas, k, context["thresholds"]) for _, deltas in stream())
-        context["majority"] = sum(_signs(piece).sum() for piece in pieces).sign()
+        context["majority"] = torch.stack([_signs(piece).sum() for piece in pieces]).sum().sign()
     return context
 
 

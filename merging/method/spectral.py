@@ -103,7 +103,7 @@ def by_rank(arguments: Mapping[str, Any]) -> bool:
     """Whether a method does without the directions that no delta has, and so may run in a basis."""
     if arguments["rank"] not in ("nonzero", "full"):
         raise InputError(f"unknown rank {arguments['rank']!r}", "known: nonzero, full")
-    return arguments["rank"] == "nonzero"
+    return bool(arguments["rank"] == "nonzero")
 
 
 @register(

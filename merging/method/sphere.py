@@ -63,7 +63,7 @@ def slerp(
         merged = (joined if by == "row" else joined.mT).reshape(deltas.shape[1:])
     else:
         raise InputError(f"unknown by {by!r}", "known: tensor, row, column")
-    return merged if of == "deltas" else (merged - base).to(deltas)
+    return merged if base is None or of == "deltas" else (merged - base).to(deltas)
 
 
 def _arc(gram: Tensor, t: float) -> Tensor:
@@ -100,7 +100,7 @@ def karcher(
     """
     points = _points(deltas, of, base)
     merged = _mean_on_sphere(points, steps)
-    return merged if of == "deltas" else (merged - base).to(deltas)
+    return merged if base is None or of == "deltas" else (merged - base).to(deltas)
 
 
 def _mean_on_sphere(deltas: Tensor, steps: int) -> Tensor:

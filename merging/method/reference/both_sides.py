@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.method.reference.plain import pinv, printed, svd
+from merging.method.reference.plain import eigh, pinv, printed, svd
 
 
 def power(S: Tensor, exponent: float, rtol: float) -> Tensor:
     """Pseudo-inverse power of a symmetric positive semi-definite matrix."""
-    l, V = torch.linalg.eigh(S)
+    l, V = eigh(S)
     kept = l > rtol * l.max()
     return V[:, kept] @ torch.diag(l[kept] ** exponent) @ V[:, kept].mT
 
@@ -25,7 +25,7 @@ def both_sides(
     task_weight: str = "uniform",
 ) -> Tensor:  # fmt: skip
     k = min(D.shape[1:]) // len(D) if truncate else None
-    R = C = N = 0
+    R, C, N = torch.zeros_like(D[0] @ D[0].mT), torch.zeros_like(D[0].mT @ D[0]), 0 * D[0]
     for U, s, Vh in map(svd, D):
         U, s, Vh = U[:, :k], s[:k], Vh[:k]
         w = 1.0 if task_weight == "uniform" else 1 / s.square().sum() ** p
@@ -49,8 +49,8 @@ def symmetric(D: Tensor) -> Tensor:
 @printed
 def sylvester(D: Tensor) -> Tensor:
     R, C, N = (D @ D.mT).sum(0), (D.mT @ D).sum(0), (D @ D.mT @ D).sum(0)
-    l, U = torch.linalg.eigh(R)
-    m, V = torch.linalg.eigh(C)
+    l, U = eigh(R)
+    m, V = eigh(C)
     sums = l[:, None] + m
     kept = (l > eps(R) * l.max())[:, None] & (m > eps(C) * m.max())
     return U @ torch.where(kept, 2 * (U.mT @ N @ V) / sums, 0) @ V.mT

@@ -146,7 +146,7 @@ def ram(D: Tensor, eps: float = 1e-5, r: float = 0.0, cap: float = 0.2) -> Tenso
 def karcher(D: Tensor) -> Tensor:
     norms = D.flatten(1).norm(dim=1)
     unit = D.flatten(1) / norms[:, None]
-    x = torch.nn.functional.normalize(unit.mean(0), dim=0)
+    x: Tensor = torch.nn.functional.normalize(unit.mean(0), dim=0)
     for _ in range(100):
         theta = torch.acos((unit @ x).clamp(-1, 1))[:, None]
         step = (theta / theta.sin() * (unit - theta.cos() * x)).mean(0)

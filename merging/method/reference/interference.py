@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.method.reference.entries import top
-from merging.method.reference.plain import inverse, pinv, printed, svd
+from merging.method.reference.plain import eigh, inverse, pinv, printed, svd
 from merging.method.reference.spectral import tsv_m
 
 
@@ -47,7 +47,7 @@ def wudi_closed(D: Tensor) -> Tensor:
 @printed
 def swudi(D: Tensor, t: float = 1300.0, rho: float = 0.65) -> Tensor:
     C = inverse_norms(D) * (D.mT @ D)
-    l, V = torch.linalg.eigh(C.sum(0))
+    l, V = eigh(C.sum(0))
     F = -torch.expm1(-l * t)
     F[: len(l) - math.ceil(rho * len(l))] = 0
     A = D.sum(0)
@@ -58,7 +58,7 @@ def swudi(D: Tensor, t: float = 1300.0, rho: float = 0.65) -> Tensor:
 @printed
 def aswudi(D: Tensor, filter: str = "effective_rank") -> Tensor:
     C = inverse_norms(D) * (D.mT @ D)
-    l, V = torch.linalg.eigh(C.sum(0))
+    l, V = eigh(C.sum(0))
     K = math.ceil(l.clamp_min(0).sqrt().sum() ** 2 / l.clamp_min(0).sum())
     if filter == "gavish_donoho":
         s = torch.linalg.svdvals((inverse_norms(D).sqrt() * D).flatten(0, 1))
@@ -119,7 +119,7 @@ def balanced(D: Tensor) -> Tensor:
 def within_bound(D: Tensor, w: Tensor) -> Tensor:
     """ACTMat with task weights w (T,) where it moves little enough, TSV-M elsewhere."""
     C = w[:, None, None] * (D.mT @ D)
-    l, V = torch.linalg.eigh(C.sum(0))
+    l, V = eigh(C.sum(0))
     kept = l > len(l) * torch.finfo(torch.float32).eps * l.max()
     solved = (D @ C).sum(0) @ V / l
     near = solved.square().sum(0) <= 1.01 * l / w.mean()
@@ -131,12 +131,12 @@ def shrunk(D: Tensor, shrinkage: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """C_t = (1 - r) S_t + r tr(S_t) / p I of the rows of each delta, S_t = D_t^T D_t."""
     p = D.shape[2]
     eye = torch.eye(p, dtype=D.dtype)
-    C = []
+    moments = []
     for delta in D:
         S = delta.mT @ delta
         r = shrinkage(delta, S / len(delta)).clamp(0, 1)
-        C.append((1 - r) * S + r * S.trace() / p * eye)
-    C = torch.stack(C)
+        moments.append((1 - r) * S + r * S.trace() / p * eye)
+    C = torch.stack(moments)
     return (D @ C).sum(0) @ inverse(C.sum(0))
 
 
@@ -189,11 +189,11 @@ def ace(D: Tensor, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Ten
     uneven = len(D) > 1 and energy.log().var() > gamma * energy.log().mean() ** 2
     E = D - D.mean(1, keepdim=True)
     S = E.mT @ E
-    eps = torch.full_like(energy, eps)
+    ridge = torch.full_like(energy, eps)
     if uneven:
         traces = S.diagonal(dim1=1, dim2=2).sum(1)
-        S, eps = S / traces.view(-1, 1, 1), eps / traces
-    R = S + eps.view(-1, 1, 1) * torch.eye(D.shape[2], dtype=D.dtype)
+        S, ridge = S / traces.view(-1, 1, 1), ridge / traces
+    R = S + ridge.view(-1, 1, 1) * torch.eye(D.shape[2], dtype=D.dtype)
     prior = S.sum(0).mean(0) / (energy.mean() if uneven else 1)
     X = (E @ R).sum(0) @ inverse(R.sum(0) + prior)
     if uneven:

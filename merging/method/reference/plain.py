@@ -19,17 +19,24 @@ def printed(function: Formula) -> Formula:
 
 def pinv(S: Tensor, rtol: float | None = None) -> Tensor:
     """torch.linalg.pinv with the cut it has in float32, whatever S's precision."""
-    return torch.linalg.pinv(
-        S, rtol=len(S) * torch.finfo(torch.float32).eps if rtol is None else rtol
-    )
+    cut = len(S) * torch.finfo(torch.float32).eps if rtol is None else rtol
+    inverted: Tensor = torch.linalg.pinv(S, rtol=cut)
+    return inverted
 
 
 def inverse(S: Tensor, ridge: float | Tensor = 0.0) -> Tensor:
-    return torch.linalg.inv(S + ridge * torch.eye(len(S), dtype=S.dtype))
+    inverted: Tensor = torch.linalg.inv(S + ridge * torch.eye(len(S), dtype=S.dtype))
+    return inverted
+
+
+def eigh(S: Tensor) -> tuple[Tensor, Tensor]:
+    l, V = torch.linalg.eigh(S)
+    return l, V
 
 
 def svd(D: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.linalg.svd(D, full_matrices=False)
+    U, s, Vh = torch.linalg.svd(D, full_matrices=False)
+    return U, s, Vh
 
 
 def procrustes(U: Tensor) -> Tensor:

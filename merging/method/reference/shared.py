@@ -52,7 +52,7 @@ def pico(D: Tensor, of: str = "sum") -> Tensor:
     U, S, _ = svd(torch.cat(list(D), dim=1))
     a = 1 / (1 + (len(D) - 1) * S.square() / S.square().sum())
     merged = by(of, D + U @ (a - 1).diag() @ U.mT @ D)
-    return D.flatten(1).norm(dim=1).mean() / merged.norm() * merged
+    return merged * (D.flatten(1).norm(dim=1).mean() / merged.norm())
 
 
 @printed
@@ -62,7 +62,7 @@ def dc_merge(D: Tensor, k: float = 0.001, rank: int | None = None) -> Tensor:
     flat = torch.stack([s.mean() * U @ Vh for U, s, Vh in parts])
     U = procrustes(torch.cat([U for U, _, _ in parts], dim=1))
     V = procrustes(torch.cat([Vh for _, _, Vh in parts])).mT
-    blocks = torch.block_diag(*[torch.ones(r, r, dtype=D.dtype)] * len(D))
+    blocks: Tensor = torch.block_diag(*[torch.ones(r, r, dtype=D.dtype)] * len(D))
     return U @ (blocks * ties(U.mT @ flat @ V, k)) @ V.mT
 
 

@@ -25,7 +25,7 @@ def tsv_m(D: Tensor) -> Tensor:
 @printed
 def iso_c(D: Tensor) -> Tensor:
     U, s, Vh = svd(D.sum(0))
-    return U @ torch.full_like(s, s.mean()).diag() @ Vh
+    return s.mean() * U @ Vh
 
 
 @printed
@@ -40,7 +40,7 @@ def iso_cts(D: Tensor, common: float = 0.8) -> Tensor:
         U, s, Vh = svd(delta - U_c @ U_c.mT @ delta)
         parts.append((U[:, :n], s[:n], Vh[:n]))
     U, s, Vh = side_by_side(parts)
-    return procrustes(U) @ torch.full_like(s, s.mean()).diag() @ procrustes(Vh)
+    return s.mean() * procrustes(U) @ procrustes(Vh)
 
 
 @printed
