@@ -53,6 +53,8 @@ class Command(Generic[Settings]):
     show: prints what the task returned; returns what Optuna maximises.
     check: refuses, cheaply, settings (and their `hydra` part) that the task would refuse; every
         member of a sweep is checked before the first one runs.
+    found: what `show` returned when this was done before, None where it is to be done; a sweep
+        over processes then starts none.
     prepare: rewrites the command-line overrides before Hydra parses them.
     """
 
@@ -61,6 +63,7 @@ class Command(Generic[Settings]):
     task: Callable[[Settings], Any]
     show: Callable[[Settings, Any], Any] = lambda settings, outcome: None
     check: Callable[[Settings, DictConfig], None] = lambda settings, hydra: None
+    found: Callable[[Settings], float | None] = lambda settings: None
     prepare: Callable[[list[str]], list[str]] = list
 
 
@@ -108,7 +111,14 @@ def sweep(hydra: Hydra, command: Command[Any], *, config_name: str, overrides: l
         task_function=partial(job, command),
     )
     launches = getattr(sweeper, "sweeper", sweeper)  # Optuna's plugin wraps the one that does
-    launches.launcher = recorder = Recorder(launches.launcher, config)
+
+    def found(own: Sequence[str]) -> float | None:
+        composed = hydra.config_loader.load_sweep_config(config, list(own))
+        with suppress(InputError):  # for the job to tell
+            return command.found(read_settings(command.settings, composed))
+        return None
+
+    launches.launcher = recorder = Recorder(launches.launcher, config, found)
     with tidied(recorder):
         try:
             sweeper.sweep(arguments=OmegaConf.to_container(config.hydra.overrides.task))

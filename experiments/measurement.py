@@ -91,15 +91,30 @@ def is_done(settings: Experiment) -> bool:
     return records.record_path(Path(settings.records), _key(settings, check(settings))).exists()
 
 
+def found(settings: Experiment) -> Record | None:
+    """The record of a run that is done together with its references; costs no download."""
+    folder, names = Path(settings.records) / settings.suite["name"], REFERENCES
+    if not all(any(folder.glob(f"{n}-*.json")) for n in (settings.method["name"], *names)):
+        return None  # nor a look at the checkpoints, which decide a key
+    if settings.force or not all(is_done(_as_reference(settings, name)) for name in names):
+        return None
+    path = records.record_path(Path(settings.records), _key(settings, check(settings)))
+    return records.load(path) if path.exists() else None
+
+
 def references(settings: Experiment) -> dict[str, Record]:
     """Records of zero_shot and experts under the same settings, measured when absent."""
     return {name: _reference(settings, name) for name in REFERENCES}
 
 
 def _reference(settings: Experiment, name: str) -> Record:
+    return measure(_as_reference(settings, name))
+
+
+def _as_reference(settings: Experiment, name: str) -> Experiment:
     plain = {"method": {"name": name}, "selection": Selection(), "force": False}
     plain |= {"weights": {}, "weights_on": None}
-    return measure(replace(settings, **plain))
+    return replace(settings, **plain)
 
 
 def check(settings: Experiment) -> Suite:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ from rich.text import Text
 
 from merging.errors import InputError
 
-# raised by joblib and submitit when a process of theirs ends without an answer
-_KILLED = {"TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError", "FailedJobError"}
+# raised by joblib when a process of its pool ends without an answer
+_KILLED = {"TerminatedWorkerError", "BrokenProcessPool"}
+_NO_ANSWER = "its process ended without an answer; it may have been killed"
 
 
 class JobFailed(Exception):
@@ -51,35 +52,98 @@ class Member:
 
 
 class Recorder:
-    """A launcher that keeps what its jobs returned, in the place of the one it wraps."""
+    """A launcher that keeps what its jobs returned, in the place of the one it wraps.
 
-    def __init__(self, launcher: Launcher, config: DictConfig) -> None:
-        self.launcher, self.config = launcher, config
+    found: what a member returned when an earlier sweep was at it, None where it is to be run;
+        asked before jobs go to processes of their own, which take seconds to start.
+    """
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        config: DictConfig,
+        found: Callable[[Sequence[str]], float | None] = lambda overrides: None,
+    ) -> None:
+        self.launcher, self.config, self.found = launcher, config, found
         self.members: list[Member] = []
 
     def launch(self, overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
         """As `hydra.plugins.launcher.Launcher.launch`."""
-        if not self.members and (folder := _logs(self.config)):
-            sys.stderr.write(
-                f"{len(overrides)} jobs; their logs: {folder}, "
-                f"their records: {self.config.get('records')}\n"
-            )
-        try:
-            outcomes = self.launcher.launch(overrides, initial_job_idx=initial_job_idx)
-        except Exception as error:
-            if type(error).__name__ in _KILLED:
-                raise InputError(
-                    "a process of the sweep ended without an answer; it may have been killed",
-                    hint="finished runs are kept: start the sweep again, with fewer jobs at a time "
-                    "if memory was short"
-                    + (f"; logs of the jobs: {folder}" if (folder := _logs(self.config)) else ""),
-                ) from error
-            raise
+        values = [self.found(own) if in_processes(self.config) else None for own in overrides]
+        missing = [own for own, value in zip(overrides, values, strict=True) if value is None]
+        self._announce(len(overrides), len(missing))
+        launched = iter(self._launched(missing, initial_job_idx) if missing else ())
+        outcomes = [
+            next(launched) if value is None else _done(own, value)
+            for own, value in zip(overrides, values, strict=True)
+        ]
         self.members += [
             Member(tuple(filter_overrides(own)), outcome)
             for own, outcome in zip(overrides, outcomes, strict=True)
         ]
         return outcomes
+
+    def _launched(self, overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
+        try:
+            with _killed_jobs_fail():
+                return self.launcher.launch(overrides, initial_job_idx=initial_job_idx)
+        except Exception as error:
+            if type(error).__name__ in _KILLED:
+                raise InputError(
+                    "a process of the sweep ended without an answer; it may have been killed",
+                    hint="finished runs are kept: start the sweep again, with fewer jobs at a time "
+                    "if memory was short",
+                ) from error
+            raise
+
+    def _announce(self, count: int, missing: int) -> None:
+        if missing < count:
+            sys.stderr.write(f"{count - missing} of {count} runs are done already\n")
+        if missing and not self.members and (folder := _logs(self.config)):
+            records = self.config.get("records")
+            sys.stderr.write(
+                f"{missing} jobs; their logs: {folder}"
+                + (f", their records: {records}" if records else "")
+                + "\n"
+            )
+
+
+def _done(overrides: Sequence[str], value: float) -> JobReturn:
+    return JobReturn(overrides, status=JobStatus.COMPLETED, _return_value=value)
+
+
+@contextmanager
+def _killed_jobs_fail() -> Iterator[None]:
+    """A job of submitit that was killed fails alone.
+
+    Hydra's launcher asks one job after the other for its results; submitit raises for one that
+    left none, and the answers of the others would be lost.
+    """
+    try:
+        from submitit.core.core import Job
+        from submitit.core.utils import UncompletedJobError
+    except ImportError:
+        yield
+        return
+    results = Job.results
+
+    def told(job: Any) -> list[Any]:
+        try:
+            return results(job)
+        except UncompletedJobError:
+            sentence = f"{_NO_ANSWER}; its log: {job.paths.stderr}"
+            return [JobReturn(status=JobStatus.FAILED, _return_value=JobFailed(1, sentence))]
+
+    Job.results = told
+    try:
+        yield
+    finally:
+        Job.results = results
+
+
+def in_processes(config: DictConfig) -> bool:
+    """Whether each member runs in a process of its own."""
+    return "BasicLauncher" not in config.hydra.launcher._target_
 
 
 def _logs(config: DictConfig) -> Path | None:
@@ -96,7 +160,7 @@ def tidied(recorder: Recorder) -> Iterator[None]:
     finally:
         logs = _logs(recorder.config)
         for member in recorder.members:
-            if logs and member.failure is None:
+            if logs and member.failure is None and member.outcome.hydra_cfg:
                 job = str(member.outcome.hydra_cfg.hydra.job.id).split("_")[0]
                 shutil.rmtree(logs / job, ignore_errors=True)
         runs = Path(recorder.config.hydra.sweep.dir).glob("[0-9]*")

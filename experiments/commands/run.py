@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.hydra_run import Command
-from experiments.measurement import check, measure, references
+from experiments.measurement import check, found, measure, references
 from experiments.report.records import Record
 from experiments.settings import UNMERGED, Experiment
 from experiments.trackers import accuracy_rows, check_tracker, track_run
@@ -94,6 +94,15 @@ def name_weights(overrides: list[str]) -> list[str]:
     return [f"++{text}" if text.startswith("weights.") else text for text in overrides]
 
 
+def mean_found(settings: Experiment) -> float | None:
+    """The mean of a run that is done, references and all; a tracker is told by the run itself."""
+    if settings.tracker.get("name") != "none":
+        return None
+    record = found(settings)
+    return None if record is None else record["mean"]
+
+
 COMMAND = Command(
-    "experiment", Experiment, task=measure, show=show, check=check_run, prepare=name_weights
-)
+    "experiment", Experiment,
+    task=measure, show=show, check=check_run, found=mean_found, prepare=name_weights,
+)  # fmt: skip
