@@ -7,6 +7,7 @@ Source for its keys, defaults and meaning: mergekit's documentation (docs/merge_
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,8 @@ from yaml import YAMLError
 
 from merging.errors import InputError
 
+log = logging.getLogger(__name__)
+
 # mergekit's method -> ours, and whether its weights are divided by their sum unless it says not to
 _METHODS = {
     "linear": ("average", True),
@@ -27,8 +30,12 @@ _METHODS = {
     "dare_linear": ("dare", False),
     "dare_ties": ("dare_ties", False),
     "della": ("della", True),
+    "della_linear": ("della_linear", False),
     "breadcrumbs": ("breadcrumbs", False),
+    "breadcrumbs_ties": ("breadcrumbs_ties", False),
+    "sce": ("sce", False),
     "slerp": ("slerp", False),
+    "nuslerp": ("slerp", False),
     "karcher": ("karcher", False),
     "model_stock": ("model_stock", False),
 }
@@ -46,11 +53,17 @@ _PARAMETERS = {
     "dare_linear": _GLOBAL | _ELECTING | {"rescale"},
     "dare_ties": _GLOBAL | _ELECTING | {"rescale"},
     "della": _GLOBAL | _ELECTING | {"epsilon", "rescale"},
+    "della_linear": _GLOBAL | _ELECTING | {"epsilon", "rescale"},
     "breadcrumbs": _GLOBAL | _ELECTING | {"gamma"},
+    "breadcrumbs_ties": _GLOBAL | _ELECTING | {"gamma"},
+    "sce": {"select_topk", "int8_mask"},
     "slerp": {"t", "int8_mask"},
+    "nuslerp": {"weight", "nuslerp_flatten", "nuslerp_row_wise", "int8_mask"},
     "karcher": {"max_iter", "tol", "int8_mask"},
     "model_stock": {"filter_wise", "int8_mask"},
 }
+_ELECT = {"ties", "dare_ties", "della", "breadcrumbs_ties"}
+_UNREAD = {"normalize", "rescale"}  # mergekit passes over parameters that a method does not know
 _DEFAULTS = {"density": 1.0, "gamma": 0.01, "epsilon": 0.15}
 
 
@@ -105,7 +118,7 @@ class _Mergekit:
     def recipe(self) -> dict[str, Any]:
         """Base, experts, their weights, the method and the output's dtype."""
         models = dict(self.models)
-        if self.method in {"slerp", "karcher"}:
+        if self.method in {"slerp", "nuslerp", "karcher"}:
             return self._spherical(models)
         if self.method == "linear":
             base = self.base or next(iter(models))
@@ -117,7 +130,7 @@ class _Mergekit:
         names = _names(models)
         weights = {names[m]: self._of(m, "weight", 1.0) for m in models}
         found = self._recipe(base, names, {"name": _METHODS[self.method][0]})
-        if self.method != "model_stock":
+        if self.method not in {"model_stock", "sce"}:
             found |= self._weighted(found["method"], weights)
         found["method"] |= self._hyperparameters(list(models))
         return found
@@ -139,7 +152,7 @@ class _Mergekit:
                 self._refuse(f"weights that sum to {total:g} with normalize: false scale the model")
             return {"weights": weights, "weights_on": "task"}
         method["alpha"] = float(self.parameters.get("lambda", 1.0))
-        if self.method in {"ties", "dare_ties", "della"}:
+        if self.method in _ELECT:
             method["merge"] = "mean" if normalise else "sum"
             if normalise:
                 if not alike:
@@ -161,23 +174,38 @@ class _Mergekit:
             return {"k": density, "scope": "layer"}
         if self.method in {"dare_linear", "dare_ties"}:
             return {"p": _each(density, lambda d: 1 - d)}
-        if self.method == "della":
-            return {"density": density, "eps": same["epsilon"]}
-        if self.method == "breadcrumbs":
+        if self.method == "sce":
+            return {"k": self.parameters.get("select_topk", 1.0)}
+        if self.method in {"della", "della_linear"}:
+            return {"density": density, "eps": self._window(density, same["epsilon"])}
+        if self.method in {"breadcrumbs", "breadcrumbs_ties"}:
             gamma = same["gamma"]
             if not all(isinstance(x, int | float) for x in (gamma, density)):
-                self._refuse("a gradient of breadcrumbs' density or gamma has no equivalent")
+                self._refuse(f"a gradient of {self.method}'s density or gamma has no equivalent")
             gamma = min(gamma, 1 - density)  # density is what is kept in any case
             return {"beta": max(0.0, 1 - density - gamma), "gamma": gamma}
         return {}
 
+    def _window(self, density: Any, epsilon: Any) -> Any:
+        """della's half window; mergekit drops nothing where the density is 1."""
+        if not all(isinstance(x, int | float) for x in (density, epsilon)):
+            return epsilon
+        if density >= 1:
+            return 0.0
+        if not epsilon < min(density, 1 - density):
+            self._refuse(f"density {density:g} ± epsilon {epsilon:g} should lie between 0 and 1")
+        return epsilon
+
     def _spherical(self, models: dict[str, Any]) -> dict[str, Any]:
-        """slerp and karcher, which mergekit applies to the weights, not to differences."""
+        """slerp and karcher, of the weights in mergekit; nuslerp, of differences to a base."""
         order = list(models)
-        method: dict[str, Any] = {"name": self.method, "of": "weights"}
+        method: dict[str, Any] = {"name": _METHODS[self.method][0], "of": "weights"}
         parts: list[dict[str, Any]] = []
         if self.method == "karcher":
             method["steps"] = int(self.parameters.get("max_iter", 10))
+        elif self.method == "nuslerp":
+            order = [model for model in order if model != self.base]
+            method |= self._between(order)
         else:
             if self.base not in models and self.base:
                 order = [self.base, *order]
@@ -190,6 +218,24 @@ class _Mergekit:
         names = {model: f"m{i}_{name}" for i, (model, name) in enumerate(_names(order).items())}
         found = self._recipe(base, names, method)
         return found | ({"parts": parts} if parts else {})
+
+    def _between(self, order: Sequence[str]) -> dict[str, Any]:
+        """nuslerp's point on the arc, and what has an angle of its own, as mergekit's code has it.
+
+        Its `nuslerp_row_wise` runs over the first dimension: a vector is a column of a matrix
+        (d_out, d_in), although its documentation calls it a row.
+        """
+        if len(order) != 2:
+            self._refuse(f"nuslerp needs two models beside the base_model, it has {len(order)}")
+        first, second = (self._of(model, "weight", None) for model in order)
+        total = first + second
+        whole = self.parameters.get("nuslerp_flatten", True)
+        by = "column" if self.parameters.get("nuslerp_row_wise", False) else "row"
+        return {
+            "of": "deltas" if self.base else "weights",
+            "by": "tensor" if whole else by,
+            "t": 0.5 if abs(total) < 1e-6 else second / total,
+        }
 
     def _filtered(self, key: str) -> tuple[Any, list[dict[str, Any]]]:
         """A parameter with a value of its own where a filter is in a tensor's name."""
@@ -230,12 +276,22 @@ class _Mergekit:
         parameters = parameters or {}
         if not isinstance(parameters, dict):
             self._refuse("parameters should be names and values")
-        if unknown := sorted(set(parameters) - _PARAMETERS[self.method]):
+        unknown = sorted(set(parameters) - _PARAMETERS[self.method])
+        if unread := " and ".join(key for key in unknown if key in _UNREAD):
+            log.warning(
+                "recipe %s: %s of %s is left aside, as mergekit does",
+                self.path,
+                unread,
+                self.method,
+            )
+        if unknown := [key for key in unknown if key not in _UNREAD]:
             self._refuse(f"the parameter {unknown[0]!r} of {self.method} has no equivalent")
         return parameters
 
-    def _of(self, model: str, key: str, default: float) -> float:
+    def _of(self, model: str, key: str, default: float | None) -> float:
         value = self.models[model].get(key, self.parameters.get(key, default))
+        if value is None:
+            self._refuse(f"{self.method} needs the {key} of model {model}")
         if not isinstance(value, int | float) or isinstance(value, bool):
             self._refuse(f"the {key} of model {model} is {value!r}, only numbers are read")
         return float(value)

@@ -22,7 +22,7 @@ from merging.formats.checkpoints import Adapter, open_checkpoint
 TOLERANCE = {"mats": 2e-2}
 SHORTER = {"wudi": {"steps": 30}}  # of 300 that change nothing here but the time
 # These draw numbers that follow from the very bits of the differences.
-RANDOM = {"dare", "dare_ties", "della"}
+RANDOM = {"dare", "dare_ties", "della", "della_linear"}
 # What a method may be told of one layer; the others are told of the whole model (a depth, a
 # threshold over all entries, random numbers), which only the engine knows.
 LOCAL = {"covariances", "fishers", "d_in"}

@@ -149,8 +149,9 @@ def merge(adapters, method, output, form, **options):
 
 
 TOO_HIGH = {
-    "breadcrumbs", "consensus", "consensus_ta", "consensus_ties", "dare", "dare_ties",
-    "data_free_fisher", "della", "fisher", "pcb", "ram", "sce", "ties", "wudi",
+    "breadcrumbs", "breadcrumbs_ties", "consensus", "consensus_ta", "consensus_ties", "dare",
+    "dare_ties", "data_free_fisher", "della", "della_linear", "fisher", "pcb", "ram", "sce",
+    "ties", "wudi",
 }  # fmt: skip
 
 

@@ -25,6 +25,8 @@ def keeping(law):
 WITHOUT_LOSS = {
     "ties": {"k": 1.0}, "dare": {"p": 0.0}, "dare_ties": {"p": 0.0},
     "della": {"density": 1.0, "eps": 0.0}, "breadcrumbs": {"beta": 0.0, "gamma": 0.0},
+    "della_linear": {"density": 1.0, "eps": 0.0},
+    "breadcrumbs_ties": {"beta": 0.0, "gamma": 0.0},
     "consensus": {"agree": 1}, "consensus_ta": {"agree": 1},
     "consensus_ties": {"agree": 1, "k": 1.0}, "knots": {"k": 1.0},
     "star": {"eta": 1.0}, "subspace_boosting": {"beta": 1.0, "of": "sum"},

@@ -220,6 +220,17 @@ CASES = {
         create("breadcrumbs", beta=1 - 0.9 - 0.05, gamma=0.05, alpha=1.0),
         {},
     ),
+    "breadcrumbs_ties": (
+        {"top": "parameters: {density: 0.6, gamma: 0.1, normalize: true, lambda: 0.9}"},
+        create("breadcrumbs_ties", beta=1 - 0.6 - 0.1, gamma=0.1, alpha=0.9),
+        {},
+    ),
+    "della_linear": (
+        {"top": "parameters: {density: 0.6, epsilon: 0.1}", "math": "weight: 0.5"},
+        create("della_linear", density=0.6, eps=0.1, alpha=1.0),
+        {"weights": {"math": 0.5, "code": 1.0}, "weights_on": "delta"},
+    ),
+    "sce": ({"top": "parameters: {select_topk: 0.4}"}, create("sce", k=0.4), {}),
     "model_stock": ({}, create("model_stock"), {}),
 }
 
@@ -283,6 +294,50 @@ dtype: float32
         torch.testing.assert_close(tensor.double().flatten(), plain, rtol=1e-4, atol=1e-5)
 
 
+def arc(a, b, t):
+    angle = torch.acos((a @ b / (a.norm() * b.norm())).clamp(-1, 1))
+    return (torch.sin((1 - t) * angle) * a + torch.sin(t * angle) * b) / angle.sin()
+
+
+@pytest.mark.parametrize("base", [True, False])
+@pytest.mark.parametrize("by", ["tensor", "row", "column"])
+def test_nuslerp_by_its_weights_with_and_without_a_base(call, files, tmp_path, caplog, by, base):
+    """t is the second's share of the weights; vectors as mergekit's code cuts a matrix."""
+    flat, first = by == "tensor", by == "column"
+    said = f"nuslerp_flatten: {flat}, nuslerp_row_wise: {first}, normalize: true".lower()
+    recipe = tmp_path / "mergekit.yaml"
+    recipe.write_text(
+        mergekit(files, "nuslerp", f"parameters: {{{said}}}", "weight: 3", "weight: 1", base=base)
+    )
+    code, _, err = call(f"recipe={recipe}", f"output={tmp_path}/out.safetensors")
+    assert code == 0, err
+    assert "normalize of nuslerp is left aside, as mergekit does" in caplog.text
+    states = {t: load_file(p / "model.safetensors") for t, p in files.items()}
+    for name, tensor in load_file(tmp_path / "out.safetensors").items():
+        W0 = states["base"][name].double() * base
+        a, b = (states[t][name].double() - W0 for t in ("math", "code"))
+        if flat or a.ndim == 1:
+            plain = arc(a.flatten(), b.flatten(), 0.25).view(a.shape)
+        else:
+            pairs = zip(a.T, b.T, strict=True) if first else zip(a, b, strict=True)
+            plain = torch.stack([arc(x, y, 0.25) for x, y in pairs])
+            plain = plain.T if first else plain
+        torch.testing.assert_close(tensor.double(), W0 + plain, rtol=1e-4, atol=1e-5)
+
+
+def test_a_density_of_1_drops_nothing(call, files, tmp_path):
+    """mergekit's default for DELLA, whose window would reach beyond 1."""
+    recipe = tmp_path / "mergekit.yaml"
+    recipe.write_text(mergekit(files, "della_linear"))
+    code, _, err = call(f"recipe={recipe}", f"output={tmp_path}/out.safetensors")
+    assert code == 0, err
+    expected = by_hand(
+        files, create("task_arithmetic", alpha=1.0), tmp_path / "hand.safetensors", split_qkv=False
+    )
+    for name, tensor in load_file(tmp_path / "out.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
 def test_karcher_is_the_mean_on_the_sphere_of_weights(call, files, tmp_path):
     recipe = tmp_path / "mergekit.yaml"
     recipe.write_text(mergekit(files, "karcher", top="parameters: {max_iter: 20}", base=False))
@@ -312,6 +367,12 @@ def test_karcher_is_the_mean_on_the_sphere_of_weights(call, files, tmp_path):
         ({"method": "task_arithmetic", "math": "weight: [0, 1]"}, "only numbers are read"),
         ({"method": "slerp"}, "slerp needs two models"),
         ({"method": "dare_ties", "top": "parameters: {rescale: false}"}, "rescale: false"),
+        ({"method": "nuslerp"}, "nuslerp needs the weight of model"),
+        ({"method": "sce", "math": "weight: 1"}, "the parameter 'weight' of sce"),
+        ({"method": "sce", "base": False}, "sce needs a base_model"),
+        ({"method": "breadcrumbs_ties", "math": "gamma: 0.5"}, "models of different gamma"),
+        ({"method": "della", "top": "parameters: {density: 0.9}"}, "0.9 ± epsilon 0.15"),
+        ({"method": "multislerp"}, "merge_method 'multislerp' has no equivalent"),
     ],
 )
 def test_what_mergekit_has_and_we_have_not_is_refused(call, files, tmp_path, said, told):

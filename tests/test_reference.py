@@ -29,6 +29,7 @@ OTHER_SETTINGS = [
     ("dc_merge", {"k": 0.2, "rank": 2}),
     ("pico", {"of": "tsv_m"}),
     ("breadcrumbs", {"beta": 0.5, "gamma": 0.1, "scope": "row"}),
+    ("breadcrumbs_ties", {"beta": 0.5, "gamma": 0.1, "merge": "sum"}),
     ("consensus", {"lam": 0.6, "agree": 1}),
     ("consensus_ta", {"lam": 0.6, "agree": 1}),
     ("fisher", {"floor": 0.4}),

@@ -144,6 +144,14 @@ def test_della_keeps_large_entries_more_often():
     assert_close(merged[kept], (row / probabilities).expand(4000, 5)[kept])
 
 
+def test_della_linear_adds_what_della_keeps_of_each():
+    deltas = stack()
+    settings = {"density": 0.6, "eps": 0.2, "alpha": 1.0, "seed": 3}
+    alone = [merging.create("della", **settings)(delta[None]) for delta in deltas]
+    merged = merging.create("della_linear", **settings)(deltas)
+    assert_close(merged, torch.stack(alone).sum(0))
+
+
 @pytest.mark.parametrize(
     ("name", "hyperparameters"),
     [("dare", {"p": 1.5}), ("della", {"density": 0.05}), ("breadcrumbs", {"gamma": -1})],
@@ -178,6 +186,20 @@ def test_as_many_are_kept_as_were_asked_for_on_a_grid(count):
     assert kept.sum(1).tolist() == [min(count, 1000)] * 3
     masked = sparse.keep_largest(grid((40, 25)), 300)
     assert (masked != 0).flatten(1).sum(1).tolist() == [300] * 3
+
+
+def test_breadcrumbs_ties_elects_among_what_the_masks_leave():
+    deltas = torch.tensor([[1.0, -2, 3, -4, 5], [-5.0, 4, 3, 2, -1]])
+    settings = {"beta": 0.4, "gamma": 0.2}
+    # left: (0, 0, 3, -4, 0) and (0, 4, 3, 0, 0) without the two smallest and the largest
+    merged = merging.create("breadcrumbs_ties", **settings)(deltas)
+    assert_close(merged, torch.tensor([0.0, 4, 3, -4, 0]))
+    summed = merging.create("breadcrumbs_ties", merge="sum", **settings)(deltas)
+    assert_close(summed, torch.tensor([0.0, 4, 6, -4, 0]))
+    # opposed: 4 outweighs -3
+    opposed = torch.tensor([[9.0, -3, 0.5], [9.5, 4, 0.5]])
+    merged = merging.create("breadcrumbs_ties", beta=0.34, gamma=0.34)(opposed)
+    assert_close(merged, torch.tensor([0.0, 4, 0]))
 
 
 def test_breadcrumbs_by_row():

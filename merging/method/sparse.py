@@ -169,13 +169,33 @@ def della(
     density - eps + 2 eps (i - 1) / (n - 1), and divided by it. A vector is one row; equal
     magnitudes rank by position. Defaults: the authors' drop rate 0.3, window 0.14, lambda 1.1.
     """
+    return elect(_mag_prune(deltas, density, eps, seed), merge)
+
+
+@register(
+    "della_linear",
+    source="arXiv 2406.11617",
+    formula="alpha sum_t of D_t dropped and rescaled as in della",
+    breaks=("scale", "outputs", "inputs"),
+    rest="method",
+    alpha=0.3,
+)
+def della_linear(
+    deltas: Tensor, *, density: float = 0.7, eps: float = 0.07, seed: int = 0
+) -> Tensor:
+    """MagPrune without an election, (T, *shape) -> (*shape): mergekit's della_linear."""
+    return _mag_prune(deltas, density, eps, seed).sum(0)
+
+
+def _mag_prune(deltas: Tensor, density: float, eps: float, seed: int) -> Tensor:
+    """(T, *shape) with each entry kept by the rank of its magnitude in its row, and rescaled."""
     share("density - eps", density - eps)
     share("density + eps", density + eps)
     rows = deltas.reshape(len(deltas), -1, deltas.shape[-1] if deltas.ndim > 1 else 1)
     rank = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(deltas)
     n = rows.shape[-1]
     keep = density - eps + 2 * eps * rank / (n - 1) if n > 1 else torch.full_like(rank, density)
-    return elect(drop(deltas, keep.view_as(deltas), seed), merge)
+    return drop(deltas, keep.view_as(deltas), seed)
 
 
 def drop(deltas: Tensor, keep: float | Tensor, seed: int) -> Tensor:
@@ -217,6 +237,30 @@ def breadcrumbs(
         down to counts. The authors search 5 to 20 % kept, .1 to 1 % removed at the large end.
     scope: what the shares are of, a "layer" (the paper's words) or each "row" of it (their code).
     """
+    return _crumbs(deltas, beta, gamma, scope).sum(0)
+
+
+@register(
+    "breadcrumbs_ties",
+    source="arXiv 2312.06795, mergekit",
+    formula="the mean of breadcrumbs' entries that agree with the sign of their sum",
+    breaks=("outputs", "inputs"),
+    rest="method",
+)
+def breadcrumbs_ties(
+    deltas: Tensor,
+    *,
+    beta: float = 0.9,
+    gamma: float = 0.01,
+    scope: str = "layer",
+    merge: str = "mean",
+) -> Tensor:
+    """Breadcrumbs' masks, then TIES' election and merge, (T, *shape) -> (*shape)."""
+    return elect(_crumbs(deltas, beta, gamma, scope), merge)
+
+
+def _crumbs(deltas: Tensor, beta: float, gamma: float, scope: str) -> Tensor:
+    """(T, *shape) with the smallest and the largest entries of each tensor, or row, at 0."""
     if scope not in ("layer", "row"):
         raise InputError(f"unknown scope {scope!r}", "known: layer, row")
     by_row = scope == "row" and deltas.ndim > 2
@@ -228,7 +272,7 @@ def breadcrumbs(
     n = rows.shape[1]
     kept = largest(rows, n - int(share("beta", beta) * n))
     kept &= ~largest(rows, int(share("gamma", gamma) * n))
-    return torch.where(kept.view_as(deltas), deltas, 0).sum(0)
+    return torch.where(kept.view_as(deltas), deltas, 0)
 
 
 def keep_largest(deltas: Tensor, count: int) -> Tensor:

@@ -15,6 +15,6 @@ from merging.method.reference import (  # noqa: F401  (fill the table)
 )
 from merging.method.reference.plain import TEXTBOOK
 
-RANDOM = frozenset({"dare", "dare_ties", "della"})  # the same only in distribution
+RANDOM = frozenset({"dare", "dare_ties", "della", "della_linear"})  # the same only in distribution
 
 __all__ = ["RANDOM", "TEXTBOOK"]

@@ -84,6 +84,13 @@ def della(D: Tensor) -> Tensor:
 
 
 @printed
+def della_linear(D: Tensor) -> Tensor:
+    rank = D.abs().argsort(-1).argsort(-1)
+    keep = 0.63 + 0.14 * rank / (D.shape[-1] - 1)
+    return 0.3 * (D * (torch.rand_like(D) < keep) / keep).sum(0)
+
+
+@printed
 def breadcrumbs(D: Tensor, beta: float = 0.9, gamma: float = 0.01, scope: str = "layer") -> Tensor:
     rows = D.abs().flatten(0, 1) if scope == "row" else D.abs().flatten(1)
     n = rows.shape[1]
@@ -91,6 +98,14 @@ def breadcrumbs(D: Tensor, beta: float = 0.9, gamma: float = 0.01, scope: str = 
     kept = torch.zeros_like(rows)
     kept.scatter_(1, order[:, int(beta * n) : n - int(gamma * n)], 1.0)
     return 0.3 * (D * kept.view_as(D)).sum(0)
+
+
+@printed
+def breadcrumbs_ties(
+    D: Tensor, beta: float = 0.9, gamma: float = 0.01, scope: str = "layer", merge: str = "mean"
+) -> Tensor:
+    one = [breadcrumbs(d[None], beta, gamma, scope) / 0.3 for d in D]
+    return elect(torch.stack(one), merge)
 
 
 def agreed(merged: Tensor, D: Tensor, lam: float, agree: int) -> Tensor:
