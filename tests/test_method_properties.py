@@ -69,14 +69,16 @@ def stack(T, shape, seed=0):
 
 
 def statistics(deltas, seed=0):
-    """Every statistic a method can need, for deltas (T, d_out, d_in) or (T, *shape)."""
+    """All a method can ask for, for deltas (T, d_out, d_in) or (T, *shape)."""
     generator = torch.Generator().manual_seed(seed)
     fishers = torch.rand(deltas.shape, generator=generator).to(deltas)
+    base = torch.randn(deltas.shape[1:], generator=generator, dtype=torch.float64).to(deltas)
     if deltas.ndim != 3:
-        return {"fishers": fishers}
+        return {"fishers": fishers, "base": base}
     T, d_in = len(deltas), deltas.shape[-1]
     inputs = torch.randn(T, 4 * d_in, d_in, generator=generator, dtype=torch.float64)
-    return {"covariances": (inputs.mT @ inputs / (4 * d_in)).to(deltas), "fishers": fishers}
+    covariances = (inputs.mT @ inputs / (4 * d_in)).to(deltas)
+    return {"covariances": covariances, "fishers": fishers, "base": base}
 
 
 def close(merged, expected, tolerance=1e-4):
@@ -105,7 +107,7 @@ def test_shape_dtype_and_determinism(name, shape, seed):
 def test_the_order_of_the_tasks_changes_nothing(name, data):
     (deltas, stats), method = data.draw(problems(name)), merging.create(name)
     order = data.draw(st.permutations(range(len(deltas))))
-    shuffled = {key: value[order] for key, value in stats.items()}
+    shuffled = {key: value if key == "base" else value[order] for key, value in stats.items()}
     close(method(deltas[order], **shuffled), method(deltas, **stats))
 
 
@@ -124,7 +126,8 @@ def test_scaling_every_delta_scales_the_merge(name, data, exponent, sign):
 def test_rotating_the_outputs_rotates_the_merge(name, data):
     (deltas, stats), method = data.draw(problems(name)), merging.create(name)
     P = rotation(deltas.shape[1], data.draw(seeds))
-    close(method(P @ deltas, **stats), P @ method(deltas, **stats))
+    rotated = stats | {"base": P @ stats["base"]}
+    close(method(P @ deltas, **rotated), P @ method(deltas, **stats))
 
 
 @keeping("inputs")
@@ -133,7 +136,8 @@ def test_rotating_the_outputs_rotates_the_merge(name, data):
 def test_rotating_the_inputs_rotates_the_merge(name, data):
     (deltas, stats), method = data.draw(problems(name)), merging.create(name)
     Q = rotation(deltas.shape[2], data.draw(seeds))
-    rotated = stats | {"covariances": Q.mT @ stats["covariances"] @ Q}
+    rotated = {"covariances": Q.mT @ stats["covariances"] @ Q, "base": stats["base"] @ Q}
+    rotated = stats | rotated
     close(method(deltas @ Q, **rotated), method(deltas, **stats) @ Q)
 
 

@@ -1,6 +1,7 @@
 """Every method against its plain float64 formula, at its defaults and beside them."""
 
 import doctest
+import inspect
 
 import pytest
 import torch
@@ -34,6 +35,8 @@ OTHER_SETTINGS = [
     ("consensus_ta", {"lam": 0.6, "agree": 1}),
     ("fisher", {"floor": 0.4}),
     ("consensus_ties", {"k": 0.5, "lam": 0.6}),
+    ("ct_merging", {"support": 0.8, "rank": 2}),
+    ("iso_merger", {"keep": 0.5}),
     ("iso_cts", {"common": 0.5}),
     ("knots", {"k": 0.7}),
     ("knots", {"merge": "tsv_m", "values": "after"}),
@@ -45,6 +48,7 @@ OTHER_SETTINGS = [
     ("ram", {"eps": 0.1, "r": 0.5, "cap": 3.0}),
     ("sce", {"k": 0.4}),
     ("pcb", {"ratio": 0.25}),
+    ("polarised", {"of": "iso_c"}),
     ("pcb", {"clip": 0.1}),
     ("regmean", {"gram_scale": 0.9}),
     ("ridge", {"lam": 0.3, "relative": True}),
@@ -70,6 +74,9 @@ def compared(name, deltas, **settings):
     needed = {None: [], "covariance": ["covariances"], "fisher": ["fishers"]}[method.needs]
     measured = {k: v for k, v in statistics(deltas).items() if k in needed}
     measured_wide = {k: v.double() for k, v in measured.items()}
+    if "base" in inspect.signature(TEXTBOOK[name]).parameters:
+        measured_wide["base"] = 5 * stack(1, deltas.shape[1:], seed=50)[0].double()
+        measured["base"] = measured_wide["base"].float()
     merged = method(deltas, **measured, **context)
     assert merged.dtype == torch.float32
     expected = TEXTBOOK[name](wide, **measured_wide, **hyper, **context)

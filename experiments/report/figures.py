@@ -48,7 +48,7 @@ def family(method: str, data: str) -> str:
     families = dict.fromkeys(
         ("averages", "layered", "pcb", "sparse", "sphere"), "averaging, sparsity"
     )
-    families |= dict.fromkeys(("spectral", "knots", "posthoc"), "spectral")
+    families |= dict.fromkeys(("spectral", "knots", "posthoc", "frames", "core_space"), "spectral")
     return families.get(module, "interference, data-free")
 
 

@@ -6,6 +6,7 @@ from merging.method import (  # noqa: F401
     both_sides,
     core_space,
     descent,
+    frames,
     interference,
     knots,
     layered,

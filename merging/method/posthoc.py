@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.method.averages import task_gram
-from merging.method.registry import create, register
+from merging.method.registry import Stream, create, register
 from merging.method.spectral import (
     RANK_RTOL,
     by_rank,
@@ -106,6 +107,58 @@ def svc(
     present = energy > RANK_RTOL**2 * task_gram(deltas).diagonal().max()
     ratio = torch.where(present, overlap / energy, floor)
     return scaled_product(U * (s / ratio.clamp_min(floor).mean(0)), V, deltas)
+
+
+def _column_space(name: str) -> bool:
+    return name == "sum" or create(name).column_space
+
+
+def _mean_norms(stream: Stream, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Mean norm of what `_polarised` makes, over the layers of each shape (d_out, d_in)."""
+    norms: dict[tuple[int, ...], list[float]] = {}
+    for _, deltas in stream():
+        found = _polarised(deltas, arguments["of"], None).norm().item()
+        norms.setdefault(tuple(deltas.shape[1:]), []).append(found)
+    return {"thresholds": {shape: fmean(found) for shape, found in norms.items()}}
+
+
+@register(
+    "polarised", source="arXiv 2602.20208, section on scaling", prepare=_mean_norms,
+    column_space=lambda arguments: _column_space(arguments["of"]), breaks=("inputs", "expert"),
+    formula="a merge whose tasks, columns and layers all count by the squares of their norms",
+)  # fmt: skip
+def polarised(
+    deltas: Tensor,
+    *,
+    of: str = "tsv_m",
+    thresholds: Mapping[tuple[int, ...], float] | None = None,
+    d_in: int | None = None,
+    d_out: int | None = None,
+) -> Tensor:
+    """ESM's polarised scaling of a merge: the strong counts for more (arXiv 2602.20208).
+
+    (T, d_out, d_in) -> (d_out, d_in). Each D_t times (|D_t| / mean_t |D_t|)^2, merged; each column
+    d_j of the merge times (|d_j| / mean_j |d_j|)^2; the layer times (|D| / mean of its type)^2.
+    The paper's own subspace of activations needs data and is left out, as in its ablation.
+    of: the method whose merge is scaled, or "sum".
+    thresholds: the mean norms, from the whole model, by shape. The paper compares layers of one
+        type, which it does not define: here those of one shape (d_out, d_in).
+    """
+    merged = _polarised(deltas, of, d_in)
+    shape = (d_out or deltas.shape[1], d_in or deltas.shape[2])
+    mean = (thresholds or {}).get(shape, 0.0)
+    return merged * (merged.norm() / mean).square() if mean else merged
+
+
+def _polarised(deltas: Tensor, of: str, d_in: int | None) -> Tensor:
+    """A merge with tasks and columns scaled, of one layer."""
+    share = _relative(deltas.flatten(1).norm(dim=1)).square()  # (T,)
+    merged = _merge(of, share.view(-1, 1, 1) * deltas, d_in)
+    return merged * _relative(merged.norm(dim=0)).square()
+
+
+def _relative(norms: Tensor) -> Tensor:
+    return norms / norms.mean().clamp_min(torch.finfo(norms.dtype).tiny)
 
 
 def _reaching(s: Tensor, share: float) -> int:

@@ -84,3 +84,60 @@ def svc(D: Tensor, floor: float | None = 1.0) -> Tensor:
 @printed
 def consensus(D: Tensor, lam: float = 0.4, agree: int = 2) -> Tensor:
     return agreed(tsv_m(D), D, lam, agree)
+
+
+@printed
+def ct_merging(D: Tensor, support: float = 0.5, rank: int | None = None) -> Tensor:
+    r = rank or max(1, min(D.shape[1:]) // len(D))
+    parts = [(U[:, :r], s[:r], Vh[:r].mT) for U, s, Vh in map(svd, D)]
+    shared = []
+    for side in (0, 2):
+        l, E = torch.linalg.eigh(sum(part[side] @ part[side].mT for part in parts) / len(D))
+        shared.append(E[:, l > support + 1e-6].flip(1))
+    k = min(E.shape[1] for E in shared)
+    P, Q = (E[:, :k] @ E[:, :k].mT for E in shared)
+    mean = sum(U @ s.diag() @ V.mT for U, s, V in parts) / len(D)
+    own = P.new_ones(r)
+    U = torch.cat([U - P @ U for U, _, _ in parts], 1)
+    V = torch.cat([V - Q @ V for _, _, V in parts], 1)
+    s = torch.cat([own * s.square().mean().sqrt() for _, s, _ in parts])
+    return P @ mean @ Q + partial(U) @ s.diag() @ partial(V).mT
+
+
+def partial(U: Tensor) -> Tensor:
+    """The polar factor on the directions that U has."""
+    P, s, Qh = svd(U)
+    return P[:, s > 1e-5] @ Qh[s > 1e-5]
+
+
+@printed
+def iso_merger(D: Tensor, base: Tensor, keep: float = 0.9) -> Tensor:
+    U0, s0, Vh0 = svd(base)
+    V0, S0 = Vh0.mT, s0.diag()
+    mask = (torch.arange(len(s0)) < round(keep * len(s0))).to(s0).diag()
+
+    def project(F: Tensor, Z: Tensor) -> Tensor:
+        return Z - F @ (F.mT @ Z + Z.mT @ F) / 2
+
+    X, Y = [], []
+    for delta in D:
+        U, _, Vh = svd(base + delta)
+        signs = torch.diag((U.mT @ U0 + Vh @ V0).diagonal().sign())
+        X.append(project(U0, U @ signs - U0) @ mask)
+        Y.append(project(V0, Vh.mT @ signs - V0) @ mask)
+    G = torch.stack([x @ S0 @ Vh0 + U0 @ S0 @ y.mT for x, y in zip(X, Y, strict=True)]).flatten(1)
+    c = torch.linalg.lstsq(G @ G.mT, (G @ G.mT).diagonal()).solution.clamp(0, 1.5)
+    U = procrustes(U0 + sum(x * w for x, w in zip(X, c, strict=True)))
+    V = procrustes(V0 + sum(y * w for y, w in zip(Y, c, strict=True)))
+    return U @ S0 @ V.mT - base
+
+
+@printed
+def polarised(D: Tensor, of: str = "tsv_m") -> Tensor:
+    norms = torch.stack([delta.norm() for delta in D])
+    merge = {"tsv_m": tsv_m, "iso_c": iso_c}[of]
+    merged = merge(
+        torch.stack([d * (n / norms.mean()) ** 2 for d, n in zip(D, norms, strict=True)])
+    )
+    columns = merged.square().sum(0).sqrt()
+    return merged @ torch.diag((columns / columns.mean()) ** 2)
