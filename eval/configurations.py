@@ -26,16 +26,22 @@ _IGNORED = {
     "_commit_hash",
 }  # fmt: skip
 
+_TEXT = "text_config."
 
-def differences(base: Path, experts: Mapping[str, Path]) -> list[str]:
+
+def differences(
+    base: Path, experts: Mapping[str, Path], into: Mapping[str, str] | None = None
+) -> list[str]:
     """What experts' config.json say otherwise than the base's of how weights are used.
 
     A setting that one of two configurations leaves out is not compared: versions differ in what
     they write.
+    into: the experts of a part of the base, whose settings stand in a table of their own.
     """
-    ours = dict(_settings(base))
-    found = []
+    whole, found = dict(_settings(base)), []
+    text = {n.removeprefix(_TEXT): v for n, v in whole.items() if n.startswith(_TEXT)}
     for task, path in experts.items():
+        ours = text if task in (into or {}) else whole
         for name, value in _settings(path):
             if name in ours and ours[name] != value:
                 found.append(

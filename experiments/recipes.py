@@ -92,6 +92,19 @@ def read(path: Path) -> dict[str, Any]:
         return _Mergekit(path, content).recipe()
     if isinstance(content.get("method"), str):
         content["method"] = {"name": content["method"]}
+    return _with_parts(path, content)
+
+
+def _with_parts(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Experts written as {path: ..., into: ...} in the keys of configs/merge.yaml."""
+    experts = content.get("experts")
+    for name, expert in dict(experts).items() if isinstance(experts, dict) else ():
+        if isinstance(expert, dict):
+            if set(expert) - {"path", "into"} or not isinstance(expert.get("path"), str):
+                raise InputError(f"recipe {path}: expert {name} should be a path, or path and into")
+            experts[name] = expert["path"]
+            if "into" in expert:
+                content["into"] = {**(content.get("into") or {}), name: expert["into"]}
     return content
 
 

@@ -94,12 +94,13 @@ def plan(
     *,
     methods: Sequence[str | Method] = PLANNED,
     layers: object = None,
+    into: Mapping[str, str] | None = None,
     subsets: bool = True,
 ) -> Plan:
     """Diagnose a merge of checkpoints; nothing is written.
 
     methods: what r_t is computed for; those that need statistics are refused.
-    layers: as in `merge_state_dicts`.
+    layers, into: as in `merge_checkpoints`.
     subsets: the best method on all pairs and on all experts but one, too.
     Raises InputError for unreadable files and unknown methods; what does not fit is in `problems`.
     """
@@ -112,7 +113,7 @@ def plan(
     try:
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved = resolve_layers(layers, shapes, base)
-        opened = fit(source, opened, resolved)
+        opened = fit(source, opened, resolved, into, layers if isinstance(layers, Path) else None)
         found = Plan(list(opened), problems(source, opened))
         _count(found, source, opened, resolved)
         if not found.problems:

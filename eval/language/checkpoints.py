@@ -189,12 +189,18 @@ def load_into(model: nn.Module, expert: Expert) -> None:
 
 
 def require_mergeable(
-    base: Path, experts: Mapping[str, Path], *, vocabulary: str, name: str
+    base: Path,
+    experts: Mapping[str, Path],
+    *,
+    vocabulary: str,
+    name: str,
+    into: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Everything that headers and tokenizers can tell, before a merge reads any weight.
 
-    name: of the base, as adapters call it. Raises one InputError with every problem found:
-    damaged, missing or superfluous files and tensors, shapes, adapters of another base.
+    name: of the base, as adapters call it. into: as in `merge_checkpoints`.
+    Raises one InputError with every problem found: damaged, missing or superfluous files and
+    tensors, shapes, adapters of another base.
     Returns what the base's config.json must say otherwise for the merge.
     """
     with ExitStack() as stack:
@@ -202,7 +208,7 @@ def require_mergeable(
         if source.partial:
             raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
         opened = {t: stack.enter_context(closing(open_checkpoint(p))) for t, p in experts.items()}
-        opened = fit(source, opened)
+        opened = fit(source, opened, into=into)
         found = problems(source, opened, common_rows=vocabulary == "common_rows")
         for task, expert in opened.items():
             named = expert.hub_base and not Path(name).exists()

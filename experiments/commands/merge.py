@@ -26,7 +26,9 @@ from merging.formats.hashes import Hashes
 from merging.progress import track
 
 log = logging.getLogger(__name__)
-PATHS = r"\+*((?:experts|statistics|weights)\.[^=]+|base|expert|output|architecture|recipe)=(.*)"
+PATHS = (
+    r"\+*((?:experts|statistics|weights|into)\.[^=]+|base|expert|output|architecture|recipe)=(.*)"
+)
 _PLAIN = re.compile(r"(?!(null|true|false|nan|inf)$)[a-z_]\w*", re.ASCII | re.IGNORECASE)
 _ENCODED = "name_"  # before names that Hydra's grammar has no way to write
 
@@ -39,6 +41,7 @@ class MergeCheckpoints:
     experts: dict[str, str]
     method: dict[str, Any]
     output: str
+    into: dict[str, str] = field(default_factory=dict)
     recipe: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
     weights_on: str | None = None
@@ -67,12 +70,12 @@ def read_recipe(overrides: list[str]) -> list[str]:
 
 
 def quote_paths(overrides: list[str]) -> list[str]:
-    """Spare users Hydra's grammar: experts, weights and statistics need no `+`, paths no quotes.
+    """Spare users Hydra's grammar: experts, weights and the like need no `+`, paths no quotes.
 
     Names of any characters are allowed: those that Hydra would take apart travel as hexadecimals.
     """
     prepared = []
-    for override in overrides:
+    for override in told_parts(overrides):
         match = re.fullmatch(PATHS, override)
         if match:
             key, path = match.groups()
@@ -86,6 +89,16 @@ def quote_paths(overrides: list[str]) -> list[str]:
             override = f"{plus}{key}=" + (path if quoted else "'" + path.replace("'", r"\'") + "'")
         prepared.append(override)
     return prepared
+
+
+def told_parts(overrides: list[str]) -> list[str]:
+    """experts.NAME.into=PART as into.NAME=PART, where experts.NAME is an expert."""
+    named = {text.lstrip("+").partition("=")[0] for text in overrides}
+    matches = [re.fullmatch(r"\+*(experts\.(.+))\.into=(.*)", text) for text in overrides]
+    return [
+        f"into.{match[2]}={match[3]}" if match and match[1] in named else text
+        for match, text in zip(matches, overrides, strict=True)
+    ]
 
 
 def plain_names(paths: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +116,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     settings.experts = plain_names(settings.experts)
     settings.statistics = plain_names(settings.statistics)
     settings.weights = plain_names(settings.weights)
+    settings.into = plain_names(settings.into)
     method = merging.create(**settings.method)
     base, output = Path(settings.base), Path(settings.output)
     if not settings.experts:
@@ -110,8 +124,10 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
     devices = settings.device if isinstance(settings.device, list) else [settings.device]
     devices = [resolve_device(device) for device in devices]
     experts = {task: Path(path) for task, path in settings.experts.items()}
-    changes = require_mergeable(base, experts, vocabulary=settings.vocabulary, name=settings.base)
-    for told in differences(base, experts):
+    changes = require_mergeable(
+        base, experts, vocabulary=settings.vocabulary, name=settings.base, into=settings.into
+    )
+    for told in differences(base, experts, settings.into):
         log.warning("%s", told)
     parts = shared_modules(base, experts)
     for part in parts:
@@ -136,6 +152,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         experts,
         method,
         output,
+        into=settings.into or None,
         parts=settings.parts,
         shard_size=settings.shard_size,
         rank=settings.rank,
@@ -231,6 +248,7 @@ def _choices(settings: MergeCheckpoints) -> str:
     if settings.weights:
         on = f" on {settings.weights_on}" if settings.weights_on else ""
         lines.append(f"- weights{on}: `{json.dumps(settings.weights, sort_keys=True)}`")
+    lines += [f"- expert {task} into {part}" for task, part in settings.into.items()]
     lines += [f"- part: `{json.dumps(part, sort_keys=True)}`" for part in settings.parts]
     return "\n" + "\n".join(lines) + "\n" if lines else ""
 

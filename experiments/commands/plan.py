@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import merging
-from experiments.commands.merge import quote_paths
+from experiments.commands.merge import plain_names, quote_paths
 from experiments.hydra_run import Command
 from experiments.report.plan_page import page
 from experiments.report.plan_words import sentences
@@ -20,6 +20,7 @@ class PlanMerge:
 
     base: str
     experts: dict[str, str]
+    into: dict[str, str] = field(default_factory=dict)
     methods: list[str] = field(default_factory=lambda: list(merging.PLANNED))
     subsets: bool = True
     architecture: str | None = None
@@ -36,8 +37,9 @@ def plan(settings: PlanMerge) -> None:
     base = Path(settings.base)
     planned = merging.plan(
         base,
-        settings.experts,
+        plain_names(settings.experts),
         methods=settings.methods,
+        into=plain_names(settings.into),
         layers=Path(settings.architecture) if settings.architecture else None,
         subsets=settings.subsets,
     )

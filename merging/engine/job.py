@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merging.engine.choices import (
     Part,
@@ -49,6 +49,9 @@ class Options(TypedDict, total=False):
     # "common_rows" admits experts with more or fewer rows in an embedding or head: the rows that
     # both have are merged, the base's other rows kept. "refuse" is the default
     vocabulary: Vocabulary
+    # task -> the part of the base that the expert is one of: "language_model" for a language model
+    # into a vision-language base, or a module's name; the base's config.json or `layers` tells them
+    into: Mapping[str, str] | None
     # task -> number, 1 for those not named; an expert of weight 0 is left out. On "delta" it is a
     # factor on the expert's differences D_t before any method sees them, negative ones too; on
     # "task" it is what the expert counts for (> 0): a factor on w_t in the interference family, the
@@ -179,7 +182,8 @@ def prepare(
     if not split_qkv:
         resolved = {name: whole(layer) for name, layer in resolved.items()}
     common_rows = settings.get("vocabulary") == "common_rows"
-    experts = fit(base, dict(sorted(experts.items())), resolved)
+    model = layers if isinstance(layers, nn.Module | Path) else None
+    experts = fit(base, dict(sorted(experts.items())), resolved, options.get("into"), model)
     if found := problems(base, experts, common_rows=common_rows):
         raise InputError(several(found), hint="nothing was merged")
     base = base.with_ties(still_tied(base, experts))
@@ -204,6 +208,10 @@ def _read(options: FileOptions) -> dict[str, Any]:
         weights_on=(options.get("weights_on"), WeightsOn),
     )
     device, size, rank = (options.get(k) for k in ("device", "shard_size", "rank"))
+    if options.get("into") and options.get("form") == "adapter":
+        raise InputError(
+            "into= makes a whole model of the base, not an adapter of it", hint="use form=dense"
+        )
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise InputError(f"rank is {rank!r}, expected a whole number of 1 or more")
     return {k: v for k, v in options.items() if k in known and v is not None} | {

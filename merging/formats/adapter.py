@@ -170,13 +170,18 @@ class Adapter:
         factors = ((name, x) for name in self.keys() for x in self.factors(name)[:2])
         return itertools.chain(factors, self.dense.items())
 
-    def fitted(self, base: Source, layers: Mapping[str, Layer]) -> Adapter:
+    def fitted(
+        self, base: Source, layers: Mapping[str, Layer], names: Mapping[str, str] | None = None
+    ) -> Adapter:
         """The adapter in the base's names, with the base's own layout of each matrix.
 
+        names: {its own: the base's}; None: told by comparing all names.
         What belongs to a head or a tower that the base lacks is left out, and noted.
         """
         ours = base.keys()
-        there = self._flat_names(ours) if self.flat else renamed(self.names(), ours)
+        if names is None:
+            names = self._flat_names(ours) if self.flat else renamed(self.names(), ours)
+        there = names
         left, unknown = apart([n for n in self.names() if n not in there], there.values())
         fitted = copy.copy(self)
         fitted.pairs = {there[n]: pair for n, pair in self.pairs.items() if n in there}

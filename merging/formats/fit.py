@@ -6,13 +6,14 @@ heads and towers. What follows from the base is taken from it and noted; the res
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merging.experts import Dense, Expert, Source
+from merging.formats.into import Part, parts_of
 from merging.formats.names import apart, is_buffer, listed, renamed, top_parts
 from merging.formats.shapes import compare_shapes
 from merging.layers import Layer
@@ -93,30 +94,37 @@ class Fitted(Dense):
 
 
 def fit(
-    base: Source, experts: Mapping[str, Expert], layers: Mapping[str, Layer] | None = None
+    base: Source,
+    experts: Mapping[str, Expert],
+    layers: Mapping[str, Layer] | None = None,
+    into: Mapping[str, str] | None = None,
+    model: nn.Module | Path | None = None,
 ) -> dict[str, Expert]:
     """The experts in the names and layouts of their base; those that are already stay as they are.
 
     layers: the base's linear layers, which say how a square matrix is stored.
+    into: {expert: the part of the base that it is an expert of}; model: the base's, if it is known.
     """
-    return {
-        task: expert.fitted(base, layers or {}) if expert.is_adapter else _fit_dense(expert, base)
-        for task, expert in experts.items()
-    }
+    parts = parts_of(base, into or {}, experts, model)
+    fitted: dict[str, Expert] = {}
+    for task, expert in experts.items():
+        part = parts.get(task)
+        if expert.is_adapter:
+            names = part.names(expert) if part else None
+            fitted[task] = expert.fitted(base, layers or {}, names)
+            fitted[task].notes += [_placed(part, names, base)] if part else []
+        elif part:
+            fitted[task] = _fit_part(expert, base, part)
+        else:
+            fitted[task] = _fit_dense(expert, base)
+    return fitted
 
 
-def _fit_dense(expert: Source, base: Source) -> Expert:
+def _fit_dense(expert: Expert, base: Source) -> Expert:
     ours, theirs = base.keys(), expert.keys()
     there = renamed(theirs, ours)  # {theirs: ours}
-    names = {
-        name: other
-        for other, name in there.items()
-        if not _differing_buffer(name, other, base, expert)
-    }
-    lost = [n for n in ours if n not in names and not is_buffer(n, base.shape(n))]
-    lost = [n for n in lost if not _tied_to_any(n, names, base)]
-    more = [n for n in theirs if n not in there and not is_buffer(n, expert.shape(n))]
-    more = [n for n in more if not _copy_of_any(n, there, expert)]
+    names = _same_kind(there, base, expert)
+    lost, more = _unplaced(ours, names, there, base, expert)
     kept, lacking = apart(lost, names)
     left, surplus = apart(more, there)
     identity = bool(there) and all(a == b for a, b in there.items())
@@ -125,8 +133,7 @@ def _fit_dense(expert: Source, base: Source) -> Expert:
         left = [name for name in left if not name.endswith("lm_head.weight")]
     tied = _tied_heads(kept, names, base) if identity else {}
     names, kept = names | tied, [name for name in kept if name not in tied]
-    notes = [f"is quantised ({expert.quantised}), and its rounding counts as a difference"]
-    notes = notes if expert.quantised and not base.quantised else []
+    notes = _rounding(expert, base)
     if kept:
         notes.append(f"has nothing of {_parts(kept)}: there the base's values count for it")
     if tied:
@@ -134,6 +141,51 @@ def _fit_dense(expert: Source, base: Source) -> Expert:
     if left:
         notes.append(f"has {_parts(left)}, which the base has not: left out")
     return Fitted(expert, names, lacking, surplus, notes, partial=bool(kept))
+
+
+def _fit_part(expert: Expert, base: Source, part: Part) -> Expert:
+    """An expert that is all of a part of the base and nothing else of it."""
+    ours = list(part.tensors.values())
+    there = part.names(expert)
+    names = _same_kind(there, base, expert)
+    lacking, more = _unplaced(ours, names, there, base, expert)
+    tied = _tied_heads(lacking, names, base)
+    names, lacking = names | tied, [name for name in lacking if name not in tied]
+    notes = [*_rounding(expert, base), _placed(part, names, base)]
+    if tied:
+        notes.append(f"ties {listed(list(tied))} to its embedding, where the base does not")
+    return Fitted(expert, names, lacking, more, notes, partial=True)
+
+
+def _placed(part: Part, names: Collection[str], base: Source) -> str:
+    others = len(base.keys()) - len(names)
+    return f"is merged into {part.name}: {len(names)} tensors, and into none of the {others} others"
+
+
+def _same_kind(there: Mapping[str, str], base: Source, expert: Source) -> dict[str, str]:
+    """{the base's name: the expert's}, without buffers that differ."""
+    return {
+        name: other
+        for other, name in there.items()
+        if not _differing_buffer(name, other, base, expert)
+    }
+
+
+def _unplaced(
+    ours: Sequence[str], names: Mapping[str, str], there: Mapping[str, str], base: Source,
+    expert: Source,
+) -> tuple[list[str], list[str]]:  # fmt: skip
+    """What the expert lacks of the base's names, and what it has more; copies are neither."""
+    lost = [n for n in ours if n not in names and not is_buffer(n, base.shape(n))]
+    lost = [n for n in lost if not _tied_to_any(n, names, base)]
+    more = [n for n in expert.keys() if n not in there and not is_buffer(n, expert.shape(n))]
+    return lost, [n for n in more if not _copy_of_any(n, there, expert)]
+
+
+def _rounding(expert: Source, base: Source) -> list[str]:
+    if not expert.quantised or base.quantised:
+        return []
+    return [f"is quantised ({expert.quantised}), and its rounding counts as a difference"]
 
 
 def _tied_heads(lacking: Sequence[str], names: Mapping[str, str], base: Source) -> dict[str, str]:
