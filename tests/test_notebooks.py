@@ -23,17 +23,21 @@ def read(path):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A folder of records like the committed ones: two methods more than the references."""
+    """A folder of records like the committed ones: methods, and an alpha of several values."""
     suite = LinearSuite(tmp_path)
     monkeypatch.setattr(measurement, "load_suite", lambda config, device: suite)
     found = [
         measure(
             Experiment(
-                {}, {"name": name}, {}, finetuning=finetuning, seed=seed,
+                {}, {"name": name} | alpha, {}, finetuning=finetuning, seed=seed,
                 records=str(tmp_path), device="cpu",
             )
         )
-        for name in ("zero_shot", "experts", "average", "tsv_m", "actmat")
+        for name, alpha in [
+            *((name, {}) for name in ("zero_shot", "experts", "average", "tsv_m", "actmat")),
+            ("average", {"alpha": 0.5}),
+            ("average", {"alpha": 2.0}),
+        ]
         for finetuning in ("full", "lora")
         for seed in (0, 1)
     ]  # fmt: skip

@@ -113,6 +113,25 @@ def test_departures_from_the_defaults_are_named(runs):
     assert [len(d) for d in frame.departs[-4:]] == [1, 1, 1, 0]
 
 
+def test_what_was_held_out_has_its_column_and_weights_are_told_apart():
+    """Runs that differ in what they score beside are one row; a weighted run is another."""
+    beside = {"arc_easy": {"accuracy": 0.25, "count": 4, "constant": False}}
+    found = [
+        record("actmat", hyperparameters=ACTMAT),
+        record("actmat", hyperparameters=ACTMAT, key={"heldout": ["arc_easy"]}, heldout=beside),
+        record("experts", key={"heldout": ["arc_easy"]}, heldout=beside),
+        record("actmat", accuracy=(0.9, 0.9), hyperparameters=ACTMAT, key={
+            "weights": {"first": 2.0}, "weights_on": "task",
+        }),
+    ]  # fmt: skip
+    rows = frames.summarise(frames.to_frame(found), "actmat").set_index("row")
+    assert rows.loc["actmat", "mean"] == pytest.approx(60)
+    assert rows.loc["actmat", ["seeds", "held out: arc_easy"]].tolist() == [1, 25]
+    assert rows.loc["actmat (weights.first=2.0, weights_on=task)", "mean"] == pytest.approx(90)
+    header, lines = tables.cells(rows.reset_index(), "actmat")
+    assert header[-1] == "held out: arc_easy" and "**25.0**" in lines[1]
+
+
 def test_render_writes_the_same_bytes_from_the_committed_records_alone(runs, tmp_path):
     tables.render(runs, tmp_path)
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

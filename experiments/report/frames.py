@@ -42,6 +42,8 @@ def _line(record: Record, whole: int) -> dict[str, Any]:
     key, selection = record["key"], record["selection"]
     settings = key["hyperparameters"] | (key["statistics"] or {}) | {"tasks": len(key["tasks"])}
     settings |= {"split_qkv": False} if key.get("split_qkv") is False else {}
+    settings |= {f"weights.{task}": weight for task, weight in key.get("weights", {}).items()}
+    settings |= {"weights_on": key["weights_on"]} if key.get("weights_on") else {}
     known = key["method"] in merging.methods()
     defaults = dict(merging.create(key["method"]).hyperparameters) if known else {}
     defaults |= asdict(Statistics()) | {"tasks": whole, "seed": key["seed"]}
@@ -63,6 +65,10 @@ def _line(record: Record, whole: int) -> dict[str, Any]:
         "statistics_seconds": record["seconds"]["statistics"],
         "peak_gib": record["peak_bytes"] / 2**30,
         "accuracy": {task: 100 * score["accuracy"] for task, score in record["scores"].items()},
+        "heldout": {
+            f"held out: {task}": 100 * score["accuracy"]
+            for task, score in record.get("heldout", {}).items()
+        },
         "constant": {task for task, score in record["scores"].items() if score["constant"]},
     }
 
@@ -70,11 +76,13 @@ def _line(record: Record, whole: int) -> dict[str, Any]:
 def summarise(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """One line per fine-tuning and row, best mean first: means over seeds and standard errors.
 
-    `difference` is the mean over seeds of accuracy minus the baseline's with the same seed.
+    `difference` is the mean over seeds of accuracy minus the baseline's with the same seed. Runs
+    that differ in what they score beside, "held out: NAME", are one: their scores are joined.
     """
-    lines = []
-    for (finetuning, row), part in frame.groupby(["finetuning", "row"]):
-        reference = frame[(frame.row == baseline) & (frame.finetuning == finetuning)]
+    lines, single = [], frame.drop_duplicates(["finetuning", "row", "seed"])
+    for (finetuning, row), part in single.groupby(["finetuning", "row"]):
+        reference = single[(single.row == baseline) & (single.finetuning == finetuning)]
+        beside = frame.heldout[(frame.row == row) & (frame.finetuning == finetuning)]
         paired = part.set_index("seed")["mean"] - reference.set_index("seed")["mean"]
         first = part.iloc[0]
         lines.append(
@@ -96,6 +104,7 @@ def summarise(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
                 "constant": " ".join(sorted(set().union(*part.constant))),
             }
             | pd.DataFrame(list(part.accuracy)).mean().to_dict()
+            | pd.DataFrame(list(beside)).mean().to_dict()
         )
     # the last bits depend on the order of the records; they decide how a tie is printed
     rows = pd.DataFrame(lines).round(9)
