@@ -18,6 +18,8 @@ from merging.factors import Factors
 
 if TYPE_CHECKING:
     from merging.formats.hashes import Hashes
+    from merging.formats.into import Part
+    from merging.layers import Layer
 
 
 class Source(Protocol):
@@ -27,9 +29,12 @@ class Source(Protocol):
     """
 
     path: str
-    bytes_read: int
     tied: Mapping[str, str]
     quantised: str  # the format of weights that are worked out when they are read; "": none are
+    partial: bool  # it holds what it changes of a base: it can be none itself
+
+    @property
+    def bytes_read(self) -> int: ...
 
     def keys(self) -> list[str]:
         """Names in file order."""
@@ -43,6 +48,18 @@ class Source(Protocol):
 
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         """The tensor, or those rows of its first dimension: on the CPU, in the stored dtype."""
+        ...
+
+    def stored(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor by its name."""
+        ...
+
+    def file(self, name: str) -> Path | None:
+        """The file that holds a tensor; None: it lies in memory."""
+        ...
+
+    def stamp(self) -> object:
+        """Changes whenever what it holds may have."""
         ...
 
     def with_ties(self, tied: Mapping[str, str]) -> Source:
@@ -91,10 +108,14 @@ class Expert(Protocol):
 
     path: str
     base_name: str | None  # the base it says it belongs to
-    hub_base: bool  # that name is an "owner/name" id, comparable between experts
     partial: bool  # it holds what it changes only: all else is as in the base
     is_adapter: bool  # what it changes it holds as factors
     notes: Sequence[str]  # what was left out of it, or taken from the base for it
+
+    @property
+    def hub_base(self) -> bool:
+        """Whether `base_name` is an "owner/name" id, comparable between experts."""
+        ...
 
     @property
     def bytes_read(self) -> int: ...
@@ -123,6 +144,13 @@ class Expert(Protocol):
         """Every tensor that it holds, by the base's names."""
         ...
 
+    def fitted(self, base: Source, layers: Mapping[str, Layer], part: Part | None = None) -> Expert:
+        """The expert in the names and layouts of a base with these linear layers.
+
+        part: of the base, if it is an expert of that alone.
+        """
+        ...
+
     def problems(self, base: Source, common_rows: bool = False) -> list[str]:
         """What headers tell that keeps it from being merged into the base, a sentence each.
 
@@ -140,8 +168,9 @@ class Expert(Protocol):
 class Dense(Source):
     """An expert stored in full: all that a source of named tensors needs to be one."""
 
-    partial, base_name, hub_base, is_adapter = False, None, False, False
-    notes: tuple[str, ...] = ()
+    partial, hub_base, is_adapter = False, False, False
+    base_name: str | None = None
+    notes: Sequence[str] = ()
     quantised = ""
 
     def names(self) -> list[str]:
@@ -164,6 +193,14 @@ class Dense(Source):
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.read(name)) for name in self.keys())
+
+    def fitted(self, base: Source, layers: Mapping[str, Layer], part: Part | None = None) -> Expert:
+        from merging.formats.fit import fit_dense  # which makes experts of this class
+
+        return fit_dense(self, base, part)
+
+    def problems(self, base: Source, common_rows: bool = False) -> list[str]:
+        return self.fitted(base, {}).problems(base, common_rows)
 
     def with_ties(self, tied: Mapping[str, str]) -> Source:
         """The same tensors, of which other names count as one."""
@@ -203,8 +240,8 @@ def apply(base: Mapping[str, Tensor], expert: Expert) -> dict[str, Tensor]:
     """
     state = dict(base) if expert.partial else {}
     for name in expert.names():
-        values = expert.values(name)
-        state[name] = values.weight(base[name]) if values.moved else values.tensor
+        if (values := expert.values(name)) is not None:
+            state[name] = values.weight(base[name]) if values.moved else values.tensor
     return state
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from merging.engine.routes import read_deltas as differences
 from merging.errors import InputError, several
-from merging.experts import Source
+from merging.experts import Expert, Source
 from merging.factors import Factors
-from merging.formats.checkpoints import open_checkpoint
+from merging.formats.checkpoints import open_base, open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.fit import fit
 from merging.formats.writer import write_adapter
@@ -60,12 +60,10 @@ def extract(
     Raises InputError for checkpoints that do not fit, or an adapter of another kind of layer.
     """
     _check_choice(rank, energy)
-    source, tuned = open_checkpoint(base), open_checkpoint(expert)
+    source, tuned = open_base(base), open_checkpoint(expert)
     try:
         if tuned.partial:
             raise InputError(f"expert {expert} is an adapter already")
-        if source.partial:
-            raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved = resolve_layers(layers, shapes, base)
         fitted = fit(source, {"expert": tuned}, resolved)
@@ -105,7 +103,7 @@ def _adaptable(layers: Mapping[str, Layer]) -> dict[str, Layer]:
 
 
 def _factor(
-    base: Source, expert: Source, layers: Mapping[str, Layer], rank: int | None,
+    base: Source, expert: Expert, layers: Mapping[str, Layer], rank: int | None,
     energy: float | None,
 ) -> tuple[Extraction, dict[str, tuple[Tensor, Tensor]]]:  # fmt: skip
     """Stream both checkpoints: what is kept and left, and {weight name: (A, B)}."""
@@ -123,7 +121,7 @@ def _factor(
     return extraction, factors
 
 
-def _difference(base: Source, expert: Source, name: str) -> Tensor:
+def _difference(base: Source, expert: Expert, name: str) -> Tensor:
     """(1, *shape) in float32, or float64 where the base is."""
     W0 = base.read(name)
     if not W0.is_floating_point():

@@ -7,8 +7,9 @@ vectors, and the residuals of several merges of all experts and of subsets: `mer
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from merging.diagnosis import LayerDiagnosis, diagnose, residual
 from merging.engine.routes import read_deltas as differences
 from merging.errors import InputError
 from merging.experts import Expert, Source
-from merging.formats.checkpoints import open_checkpoint
+from merging.formats.checkpoints import open_base, open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.fit import fit
 from merging.formats.readers import READERS
-from merging.layers import Layer, cut, parts, resolve_layers
+from merging.layers import Layer, Layers, cut, parts, resolve_layers
 from merging.method.registry import Method, create
 from merging.progress import track
 
@@ -60,23 +61,21 @@ class Plan:
 
     @property
     def cosine(self) -> Tensor:
-        return _normalised(sum(g.diagnosis.inner for g in self.groups))
+        return _normalised(_total(g.diagnosis.inner for g in self.groups))
 
     @property
     def overlap(self) -> Tensor:
-        return _normalised(sum(g.diagnosis.shared for g in self.groups))
+        return _normalised(_total(g.diagnosis.shared for g in self.groups))
 
     @property
     def conflict(self) -> Tensor:
-        opposed, common = (
-            sum(getattr(g.diagnosis, name) for g in self.groups) for name in ("opposed", "common")
-        )
-        return opposed / common.clamp_min(1e-300)
+        opposed = _total(g.diagnosis.opposed for g in self.groups)
+        return opposed / _total(g.diagnosis.common for g in self.groups).clamp_min(1e-300)
 
     @property
     def movement(self) -> dict[str, float]:
         """|D_t| / |W_0| over all layers, per task."""
-        moved = sum(g.diagnosis.inner.diagonal() for g in self.groups)
+        moved = _total(g.diagnosis.inner.diagonal() for g in self.groups)
         base = sum(g.diagnosis.base for g in self.groups)
         return dict(zip(self.tasks, (moved / base).sqrt().tolist(), strict=True))
 
@@ -93,7 +92,7 @@ def plan(
     experts: Mapping[str, str | Path],
     *,
     methods: Sequence[str | Method] = PLANNED,
-    layers: object = None,
+    layers: Layers = None,
     into: Mapping[str, str] | None = None,
     subsets: bool = True,
 ) -> Plan:
@@ -108,8 +107,8 @@ def plan(
     for method in named:
         if method.needs or method.sequential:
             raise InputError(f"method {method.name!r} needs statistics, a plan has none")
-    source = open_checkpoint(base)
-    opened = {task: open_checkpoint(path) for task, path in sorted(experts.items())}
+    source = open_base(base)
+    opened: dict[str, Expert] = {t: open_checkpoint(path) for t, path in sorted(experts.items())}
     try:
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved = resolve_layers(layers, shapes, base)
@@ -119,8 +118,9 @@ def plan(
         if not found.problems:
             _read(found, source, opened, resolved, named, subsets)
     finally:
-        for checkpoint in (source, *opened.values()):
-            checkpoint.close()
+        source.close()
+        for expert in opened.values():
+            expert.close()
     return found
 
 
@@ -133,7 +133,8 @@ def _count(found: Plan, source: Source, experts: Experts, layers: Mapping[str, L
     """Bytes, the largest matrix and coverage, from headers."""
     sizes = {name: torch.Size(source.shape(name)).numel() for name in source.keys()}
     matrices = [n for n in sizes if len(source.shape(n)) > 1 and source.dtype(n).is_floating_point]
-    found.bytes = sum(_weight_bytes(Path(opened.path)) for opened in (source, *experts.values()))
+    paths = [source.path, *(expert.path for expert in experts.values())]
+    found.bytes = sum(_weight_bytes(Path(path)) for path in paths)
     found.largest = 4 * max((sizes[n] for n in layers if n in sizes), default=0)
     found.matrices = sum(sizes[n] for n in matrices)
     found.covered = sum(sizes[n] for n in matrices if n in layers)
@@ -177,10 +178,12 @@ def _read(
             group = Group(kind, block, 1, diagnose(part, deltas), residuals)
             groups[kind, block] = _merged(groups.get((kind, block)), group)
     found.groups = sorted(groups.values(), key=lambda g: (g.block is None, g.block or 0, g.kind))
-    own = sum(g.diagnosis.shared.diagonal() for g in found.groups)
+    if not found.groups:
+        return
+    energies = _total(g.diagnosis.shared.diagonal() for g in found.groups)  # (T,)
     for (name, subset), numerators in sums.items():
         tasks = tuple(found.tasks[i] for i in subset)
-        ratios = (numerators / own[list(subset)].clamp_min(1e-300)).T.tolist()
+        ratios = (numerators / energies[list(subset)].clamp_min(1e-300)).T.tolist()
         found.residuals[name, tasks] = dict(zip(tasks, map(tuple, ratios), strict=True))
 
 
@@ -209,6 +212,10 @@ def _place(name: str) -> tuple[str, int | None]:
     """(attention, mlp or other; number of the block), from a tensor's name."""
     kind = parts.kind(name)
     return kind if kind in {"attention", "mlp"} else "other", parts.block(name)
+
+
+def _total(tensors: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, tensors)
 
 
 def _normalised(square: Tensor) -> Tensor:

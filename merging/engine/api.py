@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from merging.engine.report import UNCHANGED, Report, Watch
 from merging.engine.sinks import Files, Memory, file_sink
 from merging.errors import InputError
 from merging.experts import Expert
-from merging.formats.checkpoints import StateDict, open_checkpoint
+from merging.formats.checkpoints import StateDict, open_base, open_checkpoint
 from merging.formats.fit import notes
 from merging.formats.hashes import Hashes
 from merging.method.registry import Method
@@ -122,17 +122,18 @@ def _open(
 ) -> Job:
     """The job on files, which the stack closes, also after a failure."""
 
-    def opened(path: str | Path) -> Any:
-        return stack.enter_context(closing(open_checkpoint(path)))
-
-    source, sources = opened(base), {task: opened(path) for task, path in experts.items()}
+    source = stack.enter_context(closing(open_base(base)))
+    sources = {t: stack.enter_context(closing(open_checkpoint(p))) for t, p in experts.items()}
     if hashes:
-        for path, checkpoint in ((base, source), *((experts[t], s) for t, s in sources.items())):
-            checkpoint.hash_files(path, hashes)
-    if options.get("statistics") is not None:
+        source.hash_files(base, hashes)
+        for task, expert in sources.items():
+            expert.hash_files(experts[task], hashes)
+    if (statistics := options.get("statistics")) is not None:
         options["statistics"] = {
-            task: found if isinstance(found, Mapping) else LazyStatistics(opened(found))
-            for task, found in options["statistics"].items()
+            task: tensors
+            if isinstance(tensors, Mapping)
+            else LazyStatistics(stack.enter_context(closing(open_base(tensors))))
+            for task, tensors in statistics.items()
         }
     return prepare(source, sources, method, folder=base, **options)
 

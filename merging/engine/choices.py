@@ -41,8 +41,8 @@ def read_parts(parts: Iterable[Mapping[str, Any]]) -> tuple[Part, ...]:
         made = create(method, **own) if isinstance(method, str) else method
         read.append(Part(str(part["match"]), made))
         matcher(read[-1].match)
-    for part in read:
-        check_gradients(part.method)
+    for method in (part.method for part in read):
+        check_gradients(method)
     return tuple(read)
 
 

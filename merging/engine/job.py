@@ -116,7 +116,8 @@ class Job:
         """The statistics of a tensor (T, ...), or of some rows of it, that a method needs."""
         if not method.needs:
             return {}
-        tensors = [self.statistics[task][name] for task in self.experts]
+        statistics = self.statistics or {}
+        tensors = [statistics[task][name] for task in self.experts]
         for task, tensor in zip(self.experts, tensors, strict=True):
             check_finite(tensor, name, f"the {method.needs} statistics of task {task!r}", "")
         if method.needs == "fisher":
@@ -129,7 +130,7 @@ class Job:
     def key(self) -> str:
         """What the output depends on: a partial output is continued only under the same key."""
         methods = [self.method, *(part.method for part in self.parts)]
-        used = self.statistics if any(method.needs for method in methods) else {}
+        used = (self.statistics or {}) if any(method.needs for method in methods) else {}
         return repr(
             (
                 self.base.stamp(),
@@ -143,7 +144,7 @@ class Job:
         )
 
 
-class LazyStatistics(Mapping):
+class LazyStatistics(Mapping[str, Tensor]):
     """A checkpoint of statistics as a mapping that reads a tensor when it is asked for."""
 
     def __init__(self, source: Source) -> None:
@@ -153,7 +154,7 @@ class LazyStatistics(Mapping):
         return self.source.read(name)
 
     def __contains__(self, name: object) -> bool:  # without reading it, as Mapping's own would
-        return name in self.source
+        return isinstance(name, str) and name in self.source
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.source.keys())
@@ -167,19 +168,17 @@ def prepare(
     experts: Mapping[str, Expert],
     method: Method,
     *,
-    layers: Layers = None,
-    split_qkv: bool = True,
     folder: str | Path | None = None,
     **options: Unpack[FileOptions],
 ) -> Job:
     """The job, with everything checked that headers can tell; folder: where the base lies."""
-    if base.partial:
-        raise InputError(f"base {base.path} is an adapter, expected a whole checkpoint")
     if not experts:
         raise InputError("no experts were given, expected at least one")
     settings = _read(options)
-    resolved, reasons = choose_layers(layers, {n: base.shape(n) for n in base.keys()}, folder)
-    if not split_qkv:
+    shapes = {name: base.shape(name) for name in base.keys()}
+    layers = options.get("layers")
+    resolved, reasons = choose_layers(layers, shapes, folder)
+    if not options.get("split_qkv", True):
         resolved = {name: whole(layer) for name, layer in resolved.items()}
     common_rows = settings.get("vocabulary") == "common_rows"
     model = layers if isinstance(layers, nn.Module | Path) else None
@@ -207,7 +206,8 @@ def _read(options: FileOptions) -> dict[str, Any]:
         space=(options.get("space"), Space),
         weights_on=(options.get("weights_on"), WeightsOn),
     )
-    device, size, rank = (options.get(k) for k in ("device", "shard_size", "rank"))
+    device, size = options.get("device") or "cpu", options.get("shard_size")
+    rank = options.get("rank")
     if options.get("into") and options.get("form") == "adapter":
         raise InputError(
             "into= makes a whole model of the base, not an adapter of it", hint="use form=dense"
@@ -215,7 +215,7 @@ def _read(options: FileOptions) -> dict[str, Any]:
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise InputError(f"rank is {rank!r}, expected a whole number of 1 or more")
     return {k: v for k, v in options.items() if k in known and v is not None} | {
-        "devices": (device or "cpu",) if isinstance(device, str | None) else tuple(device),
+        "devices": (device,) if isinstance(device, str) else tuple(device),
         "parts": read_parts(options.get("parts") or ()),
         "dtype": read_dtype(options.get("dtype")),
         "rank": rank,
@@ -287,5 +287,7 @@ def _stamp(statistics: Mapping[str, Tensor]) -> object:
     content = blake2b()
     for name, tensor in sorted(statistics.items()):
         content.update(name.encode() + str(tensor.dtype).encode())
-        content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        content.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        )
     return content.hexdigest()

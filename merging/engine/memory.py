@@ -44,9 +44,11 @@ def _peak(devices: Sequence[str]) -> int:
         return sum(torch.cuda.max_memory_allocated(d) for d in gpus)
     try:
         status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
-    except (OSError, TypeError):
-        import resource  # not Linux
+    except OSError:  # not Linux
+        status = ""
+    if match := re.search(r"VmHWM:\s+(\d+) kB", status):
+        return int(match[1]) * 1024
+    import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

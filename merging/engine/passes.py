@@ -38,7 +38,7 @@ _PLACES = 16  # of a tensor that a sample is taken from
 
 def contexts(job: Job, items: Sequence[Item]) -> Contexts:
     """What each method gathers in a pass of its own over all that it will merge."""
-    methods = {id(item.method): item.method for item in items if item.rule == "method"}
+    methods = {id(item.method): item.merger for item in items if item.rule == "method"}
     return {
         key: method.prepare(Passes(job, [item for item in items if item.method is method]))
         for key, method in methods.items()
@@ -105,11 +105,11 @@ def _blocks(job: Job, item: Item) -> Iterator[Tensor]:
 
     Of what has thresholds bit by bit as its method will see them: those are some of their values.
     """
-    inside = item.method.space != "full"
+    inside = item.merger.space != "full"
     if item.route is TO_FACTORS or (inside and item.route is FACTORS):
         factors, layer = read_factors(job.experts, item.name), upright(item.layer)
-        if inside and item.method.row_space:
-            yield from (block.deltas for block in narrowed(factors, item.method, layer))
+        if inside and item.merger.row_space:
+            yield from (block.deltas for block in narrowed(factors, item.merger, layer))
         else:
             yield from cut(torch.stack([f.dense() for f in factors]), layer)
         return

@@ -51,6 +51,13 @@ class Item:
     copies: tuple[str, ...] = ()  # a file cannot share memory: they are written under each name
 
     @property
+    def merger(self) -> Method:
+        """The method, of a tensor that is merged."""
+        if self.method is None:
+            raise ValueError(f"{self.name!r} keeps the base's values")
+        return self.method
+
+    @property
     def in_block(self) -> bool:
         """Whether the name has a block's number."""
         return bool(_NUMBER.search(f".{self.name}"))
@@ -70,7 +77,7 @@ class Item:
         if self.rule != "method":
             return self.rule
         parts = self.layer.blocks if self.layer else 1
-        return f"{self.method.name} ({parts} parts)" if parts > 1 else self.method.name
+        return f"{self.merger.name} ({parts} parts)" if parts > 1 else self.merger.name
 
 
 class Piece(NamedTuple):
@@ -174,7 +181,7 @@ def _factored(job: Job, name: str) -> bool:
 
 def outside(job: Job, items: Iterable[Item]) -> list[str]:
     """What a merge's space does not hold of what the method merges, a sentence."""
-    left = [i.name for i in items if i.rule == "method" and i.method.space != job.space]
+    left = [i.name for i in items if i.rule == "method" and i.merger.space != job.space]
     if not left:
         return []
     return [

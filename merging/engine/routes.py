@@ -32,7 +32,7 @@ _SAMPLE = 32  # rows
 class Loaded(NamedTuple):
     """A piece of a tensor as it was read."""
 
-    W0: Tensor | None  # the base's values; None where they are not needed
+    W0: Tensor  # the base's values; of no entries where they are not needed
     experts: Any  # as the route merges them
 
 
@@ -87,14 +87,14 @@ class Entries:
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
     ) -> Tensor:
         item = piece.item
-        statistics = job.context(item.name, item.method, piece.rows)
+        statistics = job.context(item.name, item.merger, piece.rows)
         merged = torch.empty_like(loaded.W0, dtype=job.output_dtype(item.name))
         for rows, base, deltas in entry_blocks(*loaded):
-            if not item.method.row_space:  # what is linear shows it in its result
+            if not item.merger.row_space:  # what is linear shows it in its result
                 check_deltas(deltas, item.name, job.experts)
             own = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
-            own |= {"base": base} if "base" in item.method.context else {}
-            moved = item.method(deltas, **own, **context)
+            own |= {"base": base} if "base" in item.merger.context else {}
+            moved = item.merger(deltas, **own, **context)
             part = merged if rows is None else merged[rows]
             add(base, moved, item.name, merged.dtype, out=part)
         return merged
@@ -119,19 +119,20 @@ class Dense:
     ) -> Tensor:
         W0, item = loaded.W0, piece.item
         deltas, dtype = loaded.experts.to(device), job.output_dtype(item.name)
-        statistics = on(job.context(item.name, item.method, piece.rows), device)
-        statistics |= {"base": lift(W0).to(device)} if "base" in item.method.context else {}
+        statistics = on(job.context(item.name, item.merger, piece.rows), device)
+        statistics |= {"base": lift(W0).to(device)} if "base" in item.merger.context else {}
         if item.layer is None:
-            return add(W0, item.method(deltas, **statistics, **context).cpu(), item.name, dtype)
+            return add(W0, item.merger(deltas, **statistics, **context).cpu(), item.name, dtype)
         layer, merged = item.layer, []
         if piece.rows is not None:  # some of its experts
             layer = replace(layer, experts=len(W0))
         for block, own in blocks(deltas, layer, statistics):
-            merged.append(item.method(block, **own, **context))
+            merged.append(item.merger(block, **own, **context))
         return add(W0, join(merged, layer).cpu(), item.name, dtype)
 
     def sample(self, loaded: Loaded) -> Tensor:
-        return loaded.experts[:, :_SAMPLE]
+        deltas: Tensor = loaded.experts
+        return deltas[:, :_SAMPLE]
 
 
 class InFactors:
@@ -148,8 +149,8 @@ class InFactors:
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
     ) -> Tensor:
         item, factors = piece.item, [f.to(device) for f in loaded.experts]
-        merged = merge_factors(factors, item.method, upright(item.layer), **context).dense()
-        merged = merged.mT if item.layer.transposed else merged
+        merged = merge_factors(factors, item.merger, upright(item.layer), **context).dense()
+        merged = merged.mT if item.layer and item.layer.transposed else merged
         merged = merged.reshape(loaded.W0.shape).cpu()
         return add(loaded.W0, merged, item.name, job.output_dtype(item.name))
 
@@ -163,24 +164,24 @@ class ToFactors:
     windows = False
 
     def load(self, job: Job, piece: Piece) -> Loaded:
-        return Loaded(None, read_factors(job.experts, piece.item.name))
+        return Loaded(torch.empty(0), read_factors(job.experts, piece.item.name))
 
     def merge(
         self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
     ) -> Factors:
         item, factors = piece.item, [f.to(device) for f in loaded.experts]
         layer = upright(item.layer)
-        if item.method.row_space:
-            return merge_factors(factors, item.method, layer, **context).to("cpu")
+        if item.merger.row_space:
+            return merge_factors(factors, item.merger, layer, **context).to("cpu")
         deltas = torch.stack([f.dense() for f in factors])
-        statistics, merged = on(job.context(item.name, item.method), device), []
+        statistics, merged = on(job.context(item.name, item.merger), device), []
         for block, own in blocks(deltas, layer, statistics):
-            merged.append(item.method(block, **own, **context))
+            merged.append(item.merger(block, **own, **context))
         rank = sum(len(f.A) for f in factors)
         found = factorise(join(merged, layer), rank)
         if found is None:
             raise InputError(
-                f"method {item.method.name!r} makes a difference of {item.name!r} that no adapter "
+                f"method {item.merger.name!r} makes a difference of {item.name!r} that no adapter "
                 f"of rank {rank} holds",
                 hint="use form=dense",
             )

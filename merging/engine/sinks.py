@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from merging.engine.report import Report
 from merging.errors import InputError
 from merging.experts import Source
 from merging.factors import Factors, truncate
-from merging.formats.adapter import joint_settings
+from merging.formats.adapter import Adapter, joint_settings
 from merging.formats.folders import output_files
 from merging.formats.writer import Writer, write_adapter
 
@@ -28,7 +28,9 @@ class Sink(Protocol):
 
     done: set[str]
 
-    def write(self, name: str, merged: Tensor | Factors, rows: slice | None = None) -> None: ...
+    def write(self, name: str, merged: Any, rows: slice | None = None, /) -> None:
+        """A tensor, or those rows of it; where the sink takes them, a difference as `Factors`."""
+        ...
 
 
 class FileSink(Sink, Protocol):
@@ -67,8 +69,9 @@ class AdapterFolder:
         self.output, self.overwrite = output, overwrite
         self.rank, self.report = job.rank, report
         # as the adapters say: peft reads names as a model has them in memory
-        self.own_names = {k: v for e in job.experts.values() for k, v in e.own_names.items()}
-        self.settings = joint_settings(job.experts, job.base.path)
+        adapters = cast(Mapping[str, Adapter], job.experts)  # nothing else has this form
+        self.own_names = {k: v for e in adapters.values() for k, v in e.own_names.items()}
+        self.settings = joint_settings(adapters, job.base.path)
         self.order = [item.name for item in items if item.method]
         self.done = {name for i in items if not i.method for name in (i.name, *i.copies)}
         self.factors: dict[str, Factors] = {}
@@ -116,7 +119,7 @@ def file_sink(
     return Writer(
         output,
         layout,
-        shards=output_files({name: base.file(name) for name in base.keys()})
+        shards=output_files({n: file for n in base.keys() if (file := base.file(n))})
         if job.shard_bytes is None
         else _cut(layout, job.shard_bytes),
         key=job.key(),

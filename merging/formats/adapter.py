@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from merging.errors import InputError
 from merging.experts import Source, Values
 from merging.factors import Factors
 from merging.formats.hashes import Hashes
+from merging.formats.into import Part
 from merging.formats.names import apart, listed, renamed, top_parts
 from merging.formats.shapes import compare_shapes
 from merging.layers import Layer
@@ -68,7 +69,7 @@ class Adapter:
         name = self.config.get("base_model_name_or_path")
         self.base_name = name if isinstance(name, str) and name else None
         self.transposed = bool(self.config.get("fan_in_fan_out"))
-        self.notes: list[str] = []
+        self.notes: Sequence[str] = []
         self.unknown: list[str] = []  # targets that the base has not
         self.own_names: dict[str, str] = {}  # {the base's name: the adapter's}, where they differ
         self._base: Source | None = None
@@ -92,9 +93,9 @@ class Adapter:
         """Whether any of its matrices is stored (d_in, d_out) in the base."""
         return any(self._back(name) and not pair.table for name, pair in self.pairs.items())
 
-    def stamp(self) -> list[tuple]:
+    def stamp(self) -> object:
         """Changes whenever the weights or their scales may have."""
-        return [*self.source.stamp(), *sorted((n, pair.scale) for n, pair in self.pairs.items())]
+        return self.source.stamp(), sorted((n, pair.scale) for n, pair in self.pairs.items())
 
     def keys(self) -> list[str]:
         return list(self.pairs)
@@ -145,43 +146,46 @@ class Adapter:
 
     def values(self, name: str, rows: slice | None = None) -> Values | None:
         if name in self.pairs:
-            if self.pairs[name].magnitude:
-                return Values(self._rescaled(name, rows), moved=False)
+            if magnitude := self.pairs[name].magnitude:
+                return Values(self._rescaled(name, magnitude, rows), moved=False)
             return Values(self.delta(name, rows or slice(None)), moved=True)
         if name not in self.dense:
             return None
         tensor = self.dense[name]
         return Values(tensor[rows] if rows and tensor.ndim else tensor, moved=False)
 
-    def _rescaled(self, name: str, rows: slice | None) -> Tensor:
+    def _rescaled(self, name: str, magnitude: str, rows: slice | None) -> Tensor:
         """DoRA's weight in float32: m (W_0 + s B A) / |W_0 + s B A|, row by row of (d_out, d_in).
 
         Source: arXiv 2402.09353, eq. 5; peft's DoraLinearLayer.
         """
-        magnitude = self.source.read(self.pairs[name].magnitude).float().reshape(-1)
+        if self._base is None:
+            raise ValueError("magnitudes are those of whole weights: fit the adapter to its base")
+        lengths = self.source.read(magnitude).float().reshape(-1)
         if self._back(name):  # a row of (d_out, d_in) is a column of what is stored
             whole = self._base.read(name).float() + self.delta(name)
-            return (whole * (magnitude / whole.norm(dim=0)))[rows or slice(None)]
+            return whole.mul(lengths / whole.norm(dim=0))[rows or slice(None)]
         chosen = rows or slice(None)
         moved = self._base.read(name, rows).float() + self.delta(name, chosen)
-        return moved * (magnitude[chosen] / moved.norm(dim=1))[:, None]
+        return moved.mul((lengths[chosen] / moved.norm(dim=1))[:, None])
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         factors = ((name, x) for name in self.keys() for x in self.factors(name)[:2])
         return itertools.chain(factors, self.dense.items())
 
     def fitted(
-        self, base: Source, layers: Mapping[str, Layer], names: Mapping[str, str] | None = None
+        self, base: Source, layers: Mapping[str, Layer], part: Part | None = None
     ) -> Adapter:
         """The adapter in the base's names, with the base's own layout of each matrix.
 
-        names: {its own: the base's}; None: told by comparing all names.
+        part: of the base, if it is an adapter of that alone; None: told by comparing all names.
         What belongs to a head or a tower that the base lacks is left out, and noted.
         """
         ours = base.keys()
-        if names is None:
-            names = self._flat_names(ours) if self.flat else renamed(self.names(), ours)
-        there = names
+        if part:
+            there = part.names(self)
+        else:
+            there = self._flat_names(ours) if self.flat else renamed(self.names(), ours)
         left, unknown = apart([n for n in self.names() if n not in there], there.values())
         fitted = copy.copy(self)
         fitted.pairs = {there[n]: pair for n, pair in self.pairs.items() if n in there}
@@ -191,8 +195,10 @@ class Adapter:
         } or self.own_names
         fitted.unknown, fitted._base = unknown, base
         if left:
-            parts = ", ".join(f"{part} ({n})" for part, n in list(top_parts(left).items())[:6])
+            parts = ", ".join(f"{top} ({n})" for top, n in list(top_parts(left).items())[:6])
             fitted.notes = [f"has {parts}, which the base has not: left out"]
+        if part:
+            fitted.notes = [*fitted.notes, part.note(there, base)]
         fitted._stored_back = {n: fitted._is_back(n, base, layers) for n in fitted.pairs}
         return fitted
 

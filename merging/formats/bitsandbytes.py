@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -130,8 +131,9 @@ def four_bit(
         return None
     parts = {part: slots.get(f"{name}.{part}") for part in _PARTS}
     state = _state(states[0], slots[states[0]], path)
-    shape, block = shape_of(state.get("shape")), state.get("blocksize")
-    nested = parts["nested_absmax"] and parts["nested_quant_map"]
+    shape, block = shape_of(state.get("shape")), state.get("blocksize", 0)
+    scales, levels = parts["nested_absmax"], parts["nested_quant_map"]
+    nested = (scales, levels) if scales and levels else None
     inner, offset = state.get("nested_blocksize", 1), state.get("nested_offset", 0.0)
     sizes = all(type(n) is int and n > 0 for n in (block, inner))
     codes, absmax, table = slots[name], parts["absmax"], parts["quant_map"]
@@ -149,8 +151,7 @@ def four_bit(
             f"{path}: tensor {name!r} is no weight that bitsandbytes saved in 4 bits: "
             "shape, block size, absmax and codes do not fit",
         )
-    pair = (parts["nested_absmax"], parts["nested_quant_map"]) if nested else None
-    slot = FourBit(codes, absmax, table, shape, block, pair, inner, float(offset))
+    slot = FourBit(codes, absmax, table, shape, block, nested, inner, float(offset))
     used = [name, states[0], *(f"{name}.{part}" for part, found in parts.items() if found)]
     return slot, tuple(used)
 
@@ -165,7 +166,7 @@ def eight_bit(name: str, codes: Slot, scale: Slot, path: Path) -> EightBit:
     return EightBit(codes, scale)
 
 
-def _state(name: str, slot: Slot, path: Path) -> dict:
+def _state(name: str, slot: Slot, path: Path) -> dict[str, Any]:
     """The JSON that bitsandbytes packs into a tensor of bytes."""
     file = os.open(slot.files[0], os.O_RDONLY)
     try:

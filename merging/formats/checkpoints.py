@@ -39,7 +39,7 @@ class StateDict(Dense):
                 raise InputError(
                     f"{path}: entry {name!r} is a {type(tensor).__name__}, expected a tensor"
                 )
-        self.path, self.bytes_read, self._tensors = path, 0, tensors
+        self.path, self._bytes_read, self._tensors = path, 0, tensors
         self.tied = _tied({k: _identity(t) for k, t in tensors.items() if t.numel()})
 
     def keys(self) -> list[str]:
@@ -57,8 +57,18 @@ class StateDict(Dense):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         tensor = self._tensors[name].detach()
         tensor = (tensor if rows is None else tensor[rows]).cpu()
-        self.bytes_read += tensor.nbytes
+        self._bytes_read += tensor.nbytes
         return tensor
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
+
+    def file(self, name: str) -> None:
+        return None
+
+    def stamp(self) -> object:
+        return [(name, _identity(tensor)) for name, tensor in self._tensors.items()]
 
     def close(self) -> None:
         pass
@@ -80,13 +90,17 @@ class Checkpoint(Dense):
         if not slots:
             raise InputError(f"{path} holds no tensors")
         slots, self.quantised = dequantised(slots, path, settings or {})
-        self.path, self.bytes_read, self._slots = str(path), 0, slots
+        self.path, self._bytes_read, self._slots = str(path), 0, slots
         self.tied = _tied({k: s for k, s in slots.items() if s.nbytes})
         files = {file: None for slot in slots.values() for file in slot.files}
         self._stamps = {file: _stamp(file) for file in files}
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._hashes: Hashes | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes_read
 
     def keys(self) -> list[str]:
         return list(self._slots)
@@ -112,7 +126,7 @@ class Checkpoint(Dense):
         slot = self._slots[name]
         slot = slot if rows is None else slot.rows(rows)
         with self._lock:
-            self.bytes_read += slot.nbytes
+            self._bytes_read += slot.nbytes
         tensor = slot.load(self._opened)
         if self._hashes:
             self._hashes.see(slot, tensor)
@@ -148,7 +162,7 @@ def _stamp(file: Path | int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _identity(tensor: Tensor) -> tuple:
+def _identity(tensor: Tensor) -> tuple[object, ...]:
     """What two names of one and the same tensor have in common."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
@@ -182,6 +196,15 @@ def open_checkpoint(path: str | Path) -> Checkpoint | Adapter:
         return Checkpoint(path, slots, _quantisation(file.parent))
     except OSError as error:
         raise InputError(f"{error.filename or path} cannot be read: {error.strerror}") from None
+
+
+def open_base(path: str | Path) -> Checkpoint:
+    """A whole checkpoint, as `open_checkpoint` reads it; InputError for an adapter."""
+    source = open_checkpoint(path)
+    if isinstance(source, Adapter):
+        source.close()
+        raise InputError(f"base {path} is an adapter, expected a whole checkpoint")
+    return source
 
 
 def _adapter_folder(path: Path) -> Path | None:

@@ -27,7 +27,8 @@ def problems(
     for task, expert in experts.items():
         told = expert.problems(base, common_rows)
         found += [f"expert {task!r} ({expert.path}): {problem}" for problem in told]
-    hubs = {task: expert.base_name for task, expert in experts.items() if expert.hub_base}
+    names = {task: expert.base_name for task, expert in experts.items() if expert.hub_base}
+    hubs = {task: name for task, name in names.items() if name}
     if len({model_name(name) for name in hubs.values()}) > 1:
         trained = ", ".join(f"{task!r} on {name}" for task, name in hubs.items())
         found.append(
@@ -70,7 +71,7 @@ def check_finite(
     )
 
 
-def not_finite(source: Expert, label: str) -> list[str]:
+def not_finite(source: Source | Expert, label: str) -> list[str]:
     """A sentence for each tensor with values that are not finite; reads every tensor."""
     found = []
     for name, tensor in source.stored():

@@ -86,7 +86,7 @@ def _swap(a: Path, b: Path) -> bool:
     """Exchange two paths in one step; False where the system cannot (only Linux can)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return bool(rename) and not rename(here, os.fsencode(a), here, os.fsencode(b), exchange)
+    return rename is not None and not rename(here, os.fsencode(a), here, os.fsencode(b), exchange)
 
 
 def remove(path: Path) -> None:

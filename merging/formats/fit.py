@@ -6,7 +6,7 @@ heads and towers. What follows from the base is taken from it and noted; the res
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ class Fitted(Dense):
     def read(self, name: str, rows: slice | None = None) -> Tensor:
         return self.source.read(self._names[name], rows)
 
-    def file(self, name: str) -> Path:
+    def file(self, name: str) -> Path | None:
         return self.source.file(self._names[name])
 
     def stamp(self) -> object:
@@ -106,21 +106,13 @@ def fit(
     into: {expert: the part of the base that it is an expert of}; model: the base's, if it is known.
     """
     parts = parts_of(base, into or {}, experts, model)
-    fitted: dict[str, Expert] = {}
-    for task, expert in experts.items():
-        part = parts.get(task)
-        if expert.is_adapter:
-            names = part.names(expert) if part else None
-            fitted[task] = expert.fitted(base, layers or {}, names)
-            fitted[task].notes += [_placed(part, names, base)] if part else []
-        elif part:
-            fitted[task] = _fit_part(expert, base, part)
-        else:
-            fitted[task] = _fit_dense(expert, base)
-    return fitted
+    return {t: expert.fitted(base, layers or {}, parts.get(t)) for t, expert in experts.items()}
 
 
-def _fit_dense(expert: Expert, base: Source) -> Expert:
+def fit_dense(expert: Dense, base: Source, part: Part | None) -> Fitted:
+    """A dense expert in the names of its base, or of a part of it, and what does not match."""
+    if part:
+        return _fit_part(expert, base, part)
     ours, theirs = base.keys(), expert.keys()
     there = renamed(theirs, ours)  # {theirs: ours}
     names = _same_kind(there, base, expert)
@@ -143,7 +135,7 @@ def _fit_dense(expert: Expert, base: Source) -> Expert:
     return Fitted(expert, names, lacking, surplus, notes, partial=bool(kept))
 
 
-def _fit_part(expert: Expert, base: Source, part: Part) -> Expert:
+def _fit_part(expert: Dense, base: Source, part: Part) -> Fitted:
     """An expert that is all of a part of the base and nothing else of it."""
     ours = list(part.tensors.values())
     there = part.names(expert)
@@ -151,15 +143,10 @@ def _fit_part(expert: Expert, base: Source, part: Part) -> Expert:
     lacking, more = _unplaced(ours, names, there, base, expert)
     tied = _tied_heads(lacking, names, base)
     names, lacking = names | tied, [name for name in lacking if name not in tied]
-    notes = [*_rounding(expert, base), _placed(part, names, base)]
+    notes = [*_rounding(expert, base), part.note(names, base)]
     if tied:
         notes.append(f"ties {listed(list(tied))} to its embedding, where the base does not")
     return Fitted(expert, names, lacking, more, notes, partial=True)
-
-
-def _placed(part: Part, names: Collection[str], base: Source) -> str:
-    others = len(base.keys()) - len(names)
-    return f"is merged into {part.name}: {len(names)} tensors, and into none of the {others} others"
 
 
 def _same_kind(there: Mapping[str, str], base: Source, expert: Source) -> dict[str, str]:

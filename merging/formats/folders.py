@@ -67,7 +67,7 @@ def indexed_slots(index: Path) -> dict[str, Slot]:
         for name, slot in file_slots(index.parent / shard).items():
             if name in slots:
                 raise InputError(
-                    f"{index}: tensor {name!r} is in {slots[name].path.name} and {shard}"
+                    f"{index}: tensor {name!r} is in {slots[name].files[0].name} and {shard}"
                 )
             if weight_map.get(name) != shard:
                 raise InputError(f"{index} does not list tensor {name!r} of {shard}")

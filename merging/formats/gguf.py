@@ -91,7 +91,7 @@ def gguf_slots(path: Path) -> dict[str, Slot]:
         config = AutoConfig.from_pretrained(
             path.parent, gguf_file=path.name, trust_remote_code=False
         )
-        kind = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
+        kind: Any = tables.TENSOR_PROCESSORS.get(architecture, tables.TensorProcessor)
         if kind.__name__ not in _ONE_TO_ONE:
             raise InputError(f"{path}: GGUF files of {architecture} are not read here", _HINT)
         processor = kind(config=config.to_dict())

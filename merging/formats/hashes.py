@@ -6,6 +6,7 @@ import hashlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -73,7 +74,7 @@ class Hashes:
             if sha256 := self._lookup(name):
                 self._known[name] = sha256
             elif name not in self._files:
-                self._files[name] = FileHash(lambda name=name: files(name))
+                self._files[name] = FileHash(partial(files, name))
 
     def see(self, slot: Slot, tensor: Tensor) -> None:
         """What was read of a file; of numbers that are worked out of their bytes, nothing."""

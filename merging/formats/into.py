@@ -51,6 +51,11 @@ class Part:
         outputs = {_head(model), "lm_head.weight"} if model is not None else {"lm_head.weight"}
         return found | {n: head for n in own if head and known.get(n) in outputs}
 
+    def note(self, names: Collection[str], base: Source) -> str:
+        """What becomes of an expert whose tensors these names of the base are."""
+        others = f"none of the {len(base.keys()) - len(names)} others"
+        return f"is merged into {self.name}: {len(names)} tensors, and into {others}"
+
 
 def parts_of(
     base: Source, into: Mapping[str, str], experts: Collection[str], model: nn.Module | Path | None
@@ -96,7 +101,8 @@ def _module(model: nn.Module, part: str, path: str) -> str:
             f"the model of {path} has no part {part!r}",
             hint=f"its parts are: {', '.join(n for n in top if n)}",
         )
-    return min(found, key=len)
+    shortest: str = min(found, key=len)
+    return shortest
 
 
 def _head(model: nn.Module) -> str | None:

@@ -132,7 +132,8 @@ def apart(names: Iterable[str], shared: Iterable[str]) -> tuple[list[str], list[
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[name.partition(".")[0]].append(name)
-    kept, rest = [], []
+    kept: list[str] = []
+    rest: list[str] = []
     for top, members in groups.items():
         tower = top not in tops and any(re.search(r"\.\d+\.", name) for name in members)
         for name in members:

@@ -94,7 +94,8 @@ def _scale(name: str, key: str, source: Source, config: Mapping[str, Any], path:
     if type(alpha) not in (int, float) or not abs(alpha) < 1e9:
         raise InputError(f"{path}: lora_alpha is {short(alpha)}, expected a number")
     twice = owner != module and _peft_version(config) < _ADDED_ONCE_SINCE
-    return (1 + twice) * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale: float = (1 + twice) * alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scale
 
 
 def _peft_version(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import InputError
-from merging.formats.slots import Slot, Strided
+from merging.formats.slots import Strided
 from merging.formats.unpickler import Global, Interpreter, Storage, StoredTensor, Stub
 
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
@@ -26,7 +26,7 @@ _DEPTH_LIMIT = 100
 _NAME_LIMIT = 10_000  # characters
 
 
-def pickled_slots(path: Path) -> dict[str, Slot]:
+def pickled_slots(path: Path) -> dict[str, Strided]:
     """The tensors of a .pt, .pth or .bin file by state dict name, in file order.
 
     Takes what torch.save writes, in its zip and its older format: a state dict, a state dict
@@ -139,10 +139,11 @@ def _named_entries(root: Any, path: Path) -> dict[str, StoredTensor]:
             )
     if root and all(name.startswith("module.") for name in root):  # DistributedDataParallel
         return {name.removeprefix("module."): tensor for name, tensor in root.items()}
-    return root
+    tensors: dict[str, StoredTensor] = root
+    return tensors
 
 
-def _unwrapped(root: dict, path: Path) -> Any:
+def _unwrapped(root: dict[Any, Any], path: Path) -> Any:
     """What a wrapper holds: a state dict under one of `WRAPPERS`, or the only one under any key."""
     known = [root[k] for k in WRAPPERS if k in root and isinstance(root[k], dict | Stub)]
     for value in known:

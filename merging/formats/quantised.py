@@ -112,7 +112,9 @@ def dequantised(
     Raises InputError for codes without a rule, without their scales, or of impossible shapes.
     """
     _refuse_unknown(slots, path)
-    weights, used, kinds = dict(slots), set(), {}
+    weights = dict(slots)
+    used: set[str] = set()
+    kinds: dict[str, None] = {}  # in the order they were met
     for name in slots:
         for rule in RULES:
             if name not in used and (found := rule(name, slots, path, settings)):

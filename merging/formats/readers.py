@@ -5,7 +5,7 @@ To add one, write `(path) -> {tensor name: Slot}` in a file of its own and name 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from merging.errors import InputError
@@ -14,7 +14,7 @@ from merging.formats.pickles import pickled_slots
 from merging.formats.safetensors import safetensors_slots
 from merging.formats.slots import Slot
 
-Reader = Callable[[Path], dict[str, Slot]]
+Reader = Callable[[Path], Mapping[str, Slot]]
 
 READERS: dict[str, Reader] = {
     ".safetensors": safetensors_slots,
@@ -26,7 +26,7 @@ READERS: dict[str, Reader] = {
 }
 
 
-def file_slots(path: Path) -> dict[str, Slot]:
+def file_slots(path: Path) -> Mapping[str, Slot]:
     """The tensors of one weight file by name, from its header; other suffixes count as torch's."""
     if not path.is_file():
         raise InputError(f"{path} is not a file")

@@ -10,7 +10,7 @@ import torch
 
 from merging.errors import InputError
 from merging.formats.json_files import HEADER_LIMIT, parse_json
-from merging.formats.slots import Slot, Strided, contiguous_strides, integers, shape_of
+from merging.formats.slots import Strided, contiguous_strides, integers, shape_of
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -32,7 +32,7 @@ SAFETENSORS_DTYPES = {
 }
 
 
-def safetensors_slots(path: Path) -> dict[str, Slot]:
+def safetensors_slots(path: Path) -> dict[str, Strided]:
     """The tensors of a safetensors file in file order, from its header alone.
 
     The checks are those of the safetensors library (header length, known dtypes, offsets that

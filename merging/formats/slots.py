@@ -126,7 +126,7 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, as they lie in memory."""
     flat = tensor.detach().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def integers(value: Any) -> tuple[int, ...] | None:

@@ -174,6 +174,11 @@ class Interpreter(pickle._Unpickler):
     The Python implementation is used because the C one allocates memory at a pickle's word.
     """
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+    pop_mark: Callable[[], list[Any]]
+
     dispatch = pickle._Unpickler.dispatch.copy()
     for _opcode in (
         pickle.NEXT_BUFFER,
@@ -289,7 +294,7 @@ class Interpreter(pickle._Unpickler):
         items = self.pop_mark()
         self.stack[-1].extend(items)
 
-    for _opcode, _step in (
+    _steps: tuple[tuple[bytes, Callable[[Any], Any]], ...] = (
         (pickle.BYTEARRAY8, load_bytearray8),
         (pickle.REDUCE, load_reduce),
         (pickle.NEWOBJ, load_reduce),
@@ -301,7 +306,8 @@ class Interpreter(pickle._Unpickler):
         (pickle.EMPTY_SET, lambda self: self.append([])),
         (pickle.FROZENSET, load_set),
         (pickle.ADDITEMS, load_additems),
-    ):
+    )
+    for _opcode, _step in _steps:
         dispatch[_opcode[0]] = _step
 
 

@@ -42,11 +42,11 @@ def _range(stream: Stream, few: Stream | None, clip: float) -> tuple[Tensor, Ten
     def magnitudes(sign: int, passes: Stream) -> Iterable[Tensor]:
         return (sign * deltas.abs() for _, deltas in passes())
 
-    low, high = (
-        kth_largest(partial(magnitudes, sign, stream), clip, few and partial(magnitudes, sign, few))
-        for sign in (-1, 1)
-    )
-    return -low, high
+    def end(sign: int) -> Tensor:
+        some = None if few is None else lambda: magnitudes(sign, few)
+        return sign * kth_largest(lambda: magnitudes(sign, stream), clip, some)
+
+    return end(-1), end(1)
 
 
 @register(

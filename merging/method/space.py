@@ -63,16 +63,18 @@ def within(method: Method, space: Space) -> Method:
         merged = product(left, method.function(inner, **call))
         return (merged if right is None else product(merged, right)).to(deltas)
 
+    whole_model = method.whole_model
+
     def prepare(stream: Stream, arguments: Any) -> dict[str, Any]:
         def inside() -> Iterator[tuple[str, Tensor]]:
             return ((name, enter(deltas).inner) for name, deltas in stream())
 
-        return method.whole_model(inside, arguments)
+        return whole_model(inside, arguments) if whole_model else {}
 
     own_axes = {"base", "d_in", "d_out"}
     return replace(
         method, name=f"{method.name} in {space} space", function=function, space=space,
-        whole_model=method.whole_model and prepare, context=method.context - own_axes,
+        whole_model=whole_model and prepare, context=method.context - own_axes,
         row_space=space == "core" or method.row_space, column_space=True, elementwise=False,
         rest="average",
     )  # fmt: skip

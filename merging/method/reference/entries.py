@@ -168,7 +168,8 @@ def karcher(D: Tensor) -> Tensor:
         if step.norm() < 1e-12:
             break
         x = step.norm().cos() * x + step.norm().sin() / step.norm() * step
-    return norms.mean() * x.view_as(D[0])
+    merged: Tensor = norms.mean() * x.view_as(D[0])
+    return merged
 
 
 @printed

@@ -52,7 +52,8 @@ def pico(D: Tensor, of: str = "sum") -> Tensor:
     U, S, _ = svd(torch.cat(list(D), dim=1))
     a = 1 / (1 + (len(D) - 1) * S.square() / S.square().sum())
     merged = by(of, D + U @ (a - 1).diag() @ U.mT @ D)
-    return merged * (D.flatten(1).norm(dim=1).mean() / merged.norm())
+    size: Tensor = D.flatten(1).norm(dim=1).mean() / merged.norm()
+    return size * merged
 
 
 @printed

@@ -101,7 +101,8 @@ def ct_merging(D: Tensor, support: float = 0.5, rank: int | None = None) -> Tens
     U = torch.cat([U - P @ U for U, _, _ in parts], 1)
     V = torch.cat([V - Q @ V for _, _, V in parts], 1)
     s = torch.cat([own * s.square().mean().sqrt() for _, s, _ in parts])
-    return P @ mean @ Q + partial(U) @ s.diag() @ partial(V).mT
+    merged: Tensor = P @ mean @ Q + partial(U) @ s.diag() @ partial(V).mT
+    return merged
 
 
 def partial(U: Tensor) -> Tensor:
