@@ -27,6 +27,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("MODEL_MERGING_CACHE") or "~/.cache/model-merging").expanduser()
 
 
+def checkpoints_root() -> Path:
+    """`$MODEL_MERGING_CHECKPOINTS`, or `checkpoints`: where people unpack what they download."""
+    return Path(os.environ.get("MODEL_MERGING_CHECKPOINTS") or "checkpoints").expanduser()
+
+
 def digest(key: Mapping[str, Any]) -> str:
     """16 hex digits that name a JSON-serialisable key, whatever the order of its items."""
     text = json.dumps(key, sort_keys=True, allow_nan=False)

@@ -5,15 +5,18 @@ Only headers are read, so that a table can say what it will take before anything
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 
 from eval.data import hub
 from merging.errors import InputError
+
+_SHARD = re.compile(r"(.*)-\d+-of-(\d+)(\.[a-z.]+)")  # model-00001-of-00005.safetensors
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,23 @@ def of_folder(
     except InputError as error:
         return _refused(what, repository, error)
     names = [s.rfilename for s in listed if any(fnmatch(s.rfilename, p) for p in patterns)]
+    if shards := _missing_shards(names):
+        problem = f"{repository} has no file {shards[0]} on the hub, one of its shards"
+        hint = f"what it has: {constants.ENDPOINT}/{repository}/tree/{revision or 'main'}"
+        return Requirement(what, repository, problem=problem, hint=hint)
     return _of_files(what, repository, names, revision, "model")
+
+
+def _missing_shards(names: Sequence[str]) -> list[str]:
+    """Those of "model-00001-of-00005.safetensors" and its like that are not among the names."""
+    found = (_SHARD.fullmatch(name) for name in names)
+    sets = {(match[1], match[2], match[3]) for match in found if match}
+    every = [
+        f"{start}-{i:0{len(count)}}-of-{count}{end}"
+        for start, count, end in sorted(sets)
+        for i in range(1, int(count) + 1)
+    ]
+    return [name for name in every if name not in names]
 
 
 def of_checkpoints(named: Mapping[str, str], patterns: Sequence[str]) -> list[Requirement]:
@@ -58,20 +77,28 @@ def of_checkpoints(named: Mapping[str, str], patterns: Sequence[str]) -> list[Re
     found = []
     for what, name in named.items():
         repository, _, revision = name.partition("@")
-        if repository.count("/") != 1 or Path(name).expanduser().exists():
+        if Path(name).expanduser().exists():
             found.append(Requirement(what, name))
+        elif name.startswith((".", "/", "~")) or repository.count("/") != 1:
+            problem = f"{what}: {name} does not exist"
+            hint = "name a file or a folder that is here, or OWNER/NAME of the hub"
+            found.append(Requirement(what, name, problem=problem, hint=hint))
         else:
             found.append(of_folder(what, repository, revision or None, patterns))
     return found
 
 
 def of_rows(
-    what: str, repository: str, config: str | None, revision: str | None, splits: Sequence[str]
+    what: str,
+    repository: str,
+    config: str | None,
+    revision: str | None,
+    splits: Sequence[str] | None = None,
 ) -> Requirement:
-    """Splits of a data set on the hub; downloads its card, a few kB."""
+    """Splits of a data set on the hub, all of them by default; downloads its card, a few kB."""
     names: list[str] = []
     commit = revision
-    for split in dict.fromkeys(splits):
+    for split in [None] if splits is None else dict.fromkeys(splits):
         try:
             found = hub.rows(repository, config, revision, split)
         except InputError as error:

@@ -12,6 +12,7 @@ from torch import Tensor
 from merging.errors import InputError
 
 if TYPE_CHECKING:
+    from eval.requirements import Requirement
     from merging.layers import Layer
 
 Finetuning = Literal["full", "lora"]
@@ -56,8 +57,6 @@ class Suite(Protocol):
     `InputError`. What only some suites can do is typed below: `MultiTask`, `Measurable`, `OnDisk`.
     Two more, where a protocol asks for them: `rest`, the rule for all tensors that are no layer,
     whatever the method says of them; `unmeasured`, the layers through which no inputs are seen.
-    For `experiments.paper`: `requirements(tasks, *, finetuning, inputs, validation)`, a list of
-    `eval.requirements.Requirement`, and `footprint(tasks, images)`, bytes of disk and memory.
     Suites that train their experts inherit what is cached from `eval.trained.TrainedSuite`.
     """
 
@@ -140,6 +139,19 @@ class Suite(Protocol):
 
     def sources(self) -> dict[str, str]:
         """What was downloaded for the latest work: {repository: resolved commit}."""
+        return {}
+
+    def requirements(
+        self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
+    ) -> list[Requirement]:
+        """What a run on these tasks reads from elsewhere, told from headers.
+
+        inputs: training inputs too, for statistics. validation: validation examples too.
+        """
+        return []
+
+    def footprint(self, tasks: Sequence[str], images: int, inputs: bool) -> dict[str, int]:
+        """Bytes of `disk` and `memory` that a run takes beside what it downloads."""
         return {}
 
 

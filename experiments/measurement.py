@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -12,7 +13,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
-from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
@@ -32,7 +32,9 @@ from experiments.settings import (
     resolve_device,
 )
 from experiments.suites import collect, load_expert, load_suite, pick_tasks, under_protocol
+from merging.engine.job import LazyStatistics
 from merging.errors import InputError
+from merging.formats.checkpoints import open_checkpoint
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,7 @@ def measure(settings: Experiment) -> Record:
         finally:
             merge.discard()
         records.save(path, record)
-    return record
+        return records.load(path)  # in the order in which it is found the next time
 
 
 def is_done(settings: Experiment) -> bool:
@@ -303,13 +305,15 @@ def merge_suite(
     }
     if isinstance(suite, OnDisk):
         return _merge_on_disk(suite, paths, method, collected, seconds, options)
-    state = merging.merge_state_dicts(
-        suite.base(),
-        {task: load_expert(path) for task, path in paths.items()},
-        method,
-        statistics={task: load_file(path) for task, path in collected.items()} or None,
-        **options,
-    )
+    with ExitStack() as stack:  # experts and statistics are read where they lie, layer by layer
+        read = {t: stack.enter_context(closing(open_checkpoint(p))) for t, p in collected.items()}
+        state = merging.merge_state_dicts(
+            suite.base(),
+            {task: load_expert(path) for task, path in paths.items()},
+            method,
+            statistics={task: LazyStatistics(source) for task, source in read.items()} or None,
+            **options,
+        )
     report = state.report
     return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
 

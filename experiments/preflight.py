@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from eval.cache import cache_root
-from eval.language.checkpoints import FILES
-from eval.requirements import Requirement, of_checkpoints
+from eval.data.hub import Unreachable
+from eval.requirements import Requirement
 from eval.suite import Suite
 from experiments.measurement import is_done
 from experiments.report.paper import Cost, Paper
@@ -52,33 +52,40 @@ def survey(paper: Paper, named: Sequence[tuple[str, Experiment]]) -> Survey:
     """Everything a table needs that is not done yet: files, disk, memory, a GPU, time."""
     suite = _suite(named[0][1])
     tasks = list(named[0][1].tasks or suite.tasks)
-    own = hasattr(suite, "requirements")
-    checkpoints = [] if own else of_checkpoints(_checkpoints(suite), FILES)
-    # such a suite's runs are known by the checksums of its checkpoints, which must be here for that
-    unknown = any(r.files or r.problem for r in checkpoints)
-    found = Survey([Row(name, run, not unknown and is_done(run)) for name, run in named])
+    found = Survey([])
+    _find_records(found, named)
     left = [row.settings for row in found.rows if not row.done]
     if not left:
         return found
-    found.requirements = checkpoints
-    if own:
-        found.requirements = suite.requirements(
-            tasks,
-            finetuning=left[0].finetuning,
-            inputs=any(_needs_inputs(settings) for settings in left),
-            validation=any(settings.selection.parameter is not None for settings in left),
-        )
-    found.problems = [(r.problem, r.hint) for r in found.requirements if r.problem]
-    _measure_room(found, suite, tasks, paper.cost)
+    inputs = any(_needs_inputs(settings) for settings in left)
+    found.requirements = suite.requirements(
+        tasks,
+        finetuning=left[0].finetuning,
+        inputs=inputs,
+        validation=any(settings.selection.parameter is not None for settings in left),
+    )
+    found.problems += [(r.problem, r.hint) for r in found.requirements if r.problem]
+    own: Mapping[str, int] = {}
+    try:
+        own = suite.footprint(tasks, paper.cost.images, inputs)
+    except InputError as error:
+        found.problems.append((error.message, error.hint))
+    _measure_room(found, own, paper.cost)
     found.minutes = _minutes(paper.cost, len(left), resolve_device(left[0].device))
     return found
 
 
-def _checkpoints(suite: Suite) -> dict[str, str]:
-    """What a language suite names: its base and experts."""
-    experts = getattr(suite, "experts", None) or {}
-    named = {"base": suite.model} if hasattr(suite, "model") else {}
-    return named | {f"expert {task}": name for task, name in experts.items() if name}
+def _find_records(found: Survey, named: Sequence[tuple[str, Experiment]]) -> None:
+    """Add every row, and what keeps one from being looked up: then it is not done."""
+    silent = False
+    for name, run in named:
+        done = False
+        try:
+            done = not silent and is_done(run)
+        except InputError as error:
+            silent |= isinstance(error, Unreachable)  # it would be silent for every other row too
+            found.problems.append((error.message, error.hint))
+        found.rows.append(Row(name, run, done))
 
 
 def _suite(settings: Experiment) -> Suite:
@@ -90,11 +97,11 @@ def _needs_inputs(settings: Experiment) -> bool:
     return name not in UNMERGED and create(**dict(settings.method)).needs is not None
 
 
-def _measure_room(found: Survey, suite: Suite, tasks: Sequence[str], cost: Cost) -> None:
-    """Add what disks, memory and GPU have beside what they must have."""
-    own: Mapping[str, int] = {}
-    if hasattr(suite, "footprint"):
-        own = suite.footprint(tasks, cost.images)
+def _measure_room(found: Survey, own: Mapping[str, int], cost: Cost) -> None:
+    """Add what disks, memory and GPU have beside what they must have.
+
+    own: the suite's footprint.
+    """
     fetched = sum(requirement.bytes for requirement in found.requirements)
     disks: dict[int, tuple[Path, float]] = {}  # one disk may hold both caches
     for folder, needed in ((Path(constants.HF_HUB_CACHE), fetched), (cache_root(), fetched)):
@@ -152,14 +159,16 @@ def show(found: Survey, paper: Paper, console: Console) -> None:
         console.print(f"{what}: {needed / GB:.1f} GB needed, {free / GB:.1f} GB free")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     console.print(f"GPU: {gpu}")
-    console.print(f"estimated time: {_duration(found.minutes)}")
+    device = resolve_device(found.rows[0].settings.device)
+    where = "without a GPU" if device == "cpu" else "on one GPU"
+    console.print(f"estimated time: {_duration(found.minutes)} {where}")
     if paper.cost.note:
         console.print(paper.cost.note)
 
 
 def _duration(minutes: float | None) -> str:
     if minutes is None:
-        return "no sensible one without a GPU"
+        return "no sensible one"
     return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"
 
 

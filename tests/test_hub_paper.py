@@ -6,11 +6,8 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-import torch
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 
-from eval import tiny_lm
 from eval.language import prompts
 from experiments import preflight, suites
 from experiments.commands import paper
@@ -182,7 +179,8 @@ def test_what_is_asked_for_wrongly_is_one_sentence(make, arguments, told):
 
 
 def test_experts_trained_here_are_refused_before_they_are_trained(make):
-    err = make("language7_t5_base_full", code=2)
+    own = ["suite.published=null", "suite.family='T5-base, fine-tuned here'"]
+    err = make("language7_t5_base_full", *own, code=2)
     assert "about checkpoints of 'ACTMat T5-base'" in err
 
 
@@ -204,32 +202,77 @@ def test_every_table_says_time_and_disk(name):
         assert "hour" in cost
 
 
-@pytest.mark.parametrize("name", ["language7_t5_base_full", "language7_t5_large_lora"])
-def test_a_t5_table_with_the_authors_experts(make, hub, tmp_path, name):
-    """Whole models under the names that their wrapper gives them, in full and LoRA tables."""
+T5_TABLES = {
+    "language7_t5_base_full": ["average", "tsv_m", "task_arithmetic (alpha selected)"],
+    "language7_t5_base_lora": ["regmean", "tsv_m (rank=full)", "knots (alpha=1.0, merge=iso_c,"],
+    "actmat_later_language7": ["tact (k=0.7)", "fisher", "iso_c (alpha=3.0)", "ties (scope=layer)"],
+    "language7_t5_large_full": ["average", "iso_c", "task_arithmetic (alpha=1.0)"],
+    "language7_t5_large_lora": ["actmat", "iso_c (rank=full)", "knots (alpha=1.0, merge=tsv_m,"],
+    "actmat_later_language7_large": ["tact", "data_free_fisher", "task_arithmetic (alpha=0.4)"],
+    "latency": ["average", "regmean", "actmat"],
+}
+FEW = ["statistics.batches=1", "statistics.batch_size=8", "selection.values=[0.3]"]
+
+
+def test_every_t5_table_whole(make, hub, tmp_path):
+    """All seven tasks, from the authors' folders and an empty cache, one command a table."""
     language.add_language7(hub, tmp_path / "sets")
-    cloze = language.cloze_folder(tmp_path / "cloze")
-    size = "large" if "large" in name else "base"
-    base = load_file(tiny_lm.model("t5_relu_tied") / "model.safetensors")
-    files = {}
-    for seed, task in enumerate(prompts.TASKS):
-        generator = torch.Generator().manual_seed(seed)
-        state = {
-            f"transformer.{k}": v + 0.02 * torch.randn(v.shape, generator=generator)
-            for k, v in base.items()
-        }
-        files[task] = tmp_path / f"{task}.pt"
-        torch.save(state, files[task])
-    arguments = [name, f"suite.family=ACTMat T5-{size}", f"suite.data.story_cloze={cloze}"]
-    arguments += [f"suite.experts.{task}={file}" for task, file in files.items()]
-    arguments += ["statistics.batches=1", "statistics.batch_size=8", "selection.values=[0.3]"]
-    arguments += ["tasks=[qasc,wsc]"] if size == "large" else []
-    out = make(*arguments)
-    assert "difference" in out
-    frame = pd.read_csv(make.results / f"{name}.csv")
-    ours = frame[frame.task == "qasc"].set_index("method").ours
-    tsv_m = "tsv_m (rank=full)" if "lora" in name else "tsv_m"
-    assert ours[["actmat", tsv_m, "task_arithmetic (alpha selected)"]].notna().all()
+    language.download_t5(tmp_path / "home/checkpoints")
+    language.cloze_folder(tmp_path / "home/data/LSDSem/story_cloze")
+    for name, rows in T5_TABLES.items():
+        out = make(name, *FEW)
+        assert "difference" in out
+        (written,) = [p for p in make.results.glob("*.csv") if _is(name, p.stem)]
+        frame = pd.read_csv(written)
+        ours = frame[frame.task == "mean"].set_index("method").ours
+        for row in rows:
+            assert ours[[row in own for own in ours.index]].notna().any(), (name, row)
+        if name != "latency":
+            assert set(frame.task) == {*prompts.TASKS, "mean"}
+    assert "to do" not in out  # the rows of language7_t5_large_full are those of latency
     assert set(hub.downloads.values()) == {1}
-    hub.requests.clear()
-    assert "to do" not in make(*arguments)
+    assert not any("script" in file or file.endswith(".py") for _, file in hub.downloads)
+    for name in T5_TABLES:
+        hub.requests.clear()
+        assert "to do" not in make(name, *FEW)
+        assert not hub.downloads
+
+
+def _is(name, stem):
+    backbone = {"actmat_later_language7": "t5-base", "actmat_later_language7_large": "t5-large"}
+    if name in backbone:
+        return stem == f"actmat_later_language7_{backbone[name]}_full"
+    return stem == name
+
+
+def test_what_a_t5_table_lacks_is_told_with_its_data(make, hub, tmp_path, monkeypatch):
+    """Missing experts, Story Cloze, a gated data set and a shard that is not there, in one go."""
+    language.add_language7(hub, tmp_path / "sets")
+    line = ["language7_t5_base_full", "--dry-run", *FEW]
+    err = make(*line, code=2)
+    assert "t5-base/**/qasc/finetuned.pt is not there" in err
+    assert "1Vc-cGalI9bE5M099x6t4XqGTN-YkQ0Lf" in err
+    assert len(err.strip().splitlines()) <= 3
+    language.download_t5(tmp_path / "home/checkpoints", ["base"])
+    err = make(*line, code=2)
+    assert "Story Cloze has to be asked for" in err
+    folder = tmp_path / "home/data/LSDSem/story_cloze"
+    folder.mkdir(parents=True)
+    assert "story_cloze has no data of task 'story_cloze'" in make(*line, code=2)
+    language.cloze_folder(folder)
+    paws = hub.repositories["datasets", "google-research-datasets/paws"]
+    paws.gated = True
+    assert "google-research-datasets/paws is gated" in make(*line, code=2)
+    paws.gated = False
+    with hub.without(paws, "labeled_final/test-00000-of-00001.parquet"):
+        assert "paws has no file labeled_final/test-00000" in make(*line, code=2)
+    with hub.offline():
+        assert "cannot be reached: no network" in make(*line, code=2)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "does not accept the token" in make(*line, code=2)
+    monkeypatch.delenv("HF_TOKEN")
+    assert "has no revision 'v9'" in make(*line, "suite.data.wsc=aps/super_glue@v9", code=2)
+    out = make(*line)
+    assert "data winogrande │ allenai/winogrande" in out
+    assert "disk of" in out
+    assert {file for _, file in hub.downloads} <= {"README.md", "config.json"}

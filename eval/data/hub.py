@@ -60,6 +60,15 @@ def information(repository: str, revision: str | None = None, kind: Kind = "mode
         )
 
 
+def checksums(repository: str, revision: str | None = None) -> dict[str, tuple[str | None, int]]:
+    """{file: (SHA-256, bytes)} of a model repository, as the hub states them of large files.
+
+    One small request; None for files that are small enough to be kept without a checksum.
+    """
+    listed = information(repository, revision).siblings
+    return {s.rfilename: (s.lfs.sha256 if s.lfs else None, s.size or 0) for s in listed}
+
+
 def commit(path: Path) -> str | None:
     """The commit that a file or folder of the hub's cache belongs to."""
     parts = path.parts
@@ -131,7 +140,7 @@ def _refusal(error: Exception, repository: str, revision: str | None, name: str)
 
 @dataclass(frozen=True)
 class Rows:
-    """One split of a data set on the hub: which files hold it and how they are read.
+    """A split of a data set on the hub, or all: which files hold it and how they are read.
 
     builder: of `datasets`, "parquet" or "webdataset". files: names in the repository.
     bytes: their sizes together. features: columns and types, where the repository states them.
@@ -144,9 +153,10 @@ class Rows:
     features: dict[str, Any] | None
 
 
-def rows(repository: str, config: str | None, revision: str | None, split: str) -> Rows:
+def rows(repository: str, config: str | None, revision: str | None, split: str | None) -> Rows:
     """Which files hold a split: asked of the hub, or as it answered last where it is silent.
 
+    split: None for every one of the configuration.
     Raises InputError for a split or configuration that is not there. Downloads a data card.
     """
     key = {"repository": repository, "config": config, "revision": revision, "split": split}
@@ -165,7 +175,7 @@ def rows(repository: str, config: str | None, revision: str | None, split: str) 
     return found
 
 
-def _ask(repository: str, config: str | None, revision: str | None, split: str) -> Rows:
+def _ask(repository: str, config: str | None, revision: str | None, split: str | None) -> Rows:
     import datasets
 
     about = information(repository, revision, "dataset")
@@ -177,11 +187,13 @@ def _ask(repository: str, config: str | None, revision: str | None, split: str) 
         except (ValueError, RuntimeError) as error:  # a configuration it lacks, or a script
             raise InputError(f"data set {repository}: {str(error).splitlines()[0]}") from error
     splits = builder.config.data_files or {}
-    if split not in splits:
+    if split is not None and split not in splits:
         raise InputError(
             f"data set {repository} has no split {split!r}", hint=f"known: {', '.join(splits)}"
         )
-    files = tuple(str(file).partition("@")[2].partition("/")[2] for file in splits[split])
+    parts = splits.values() if split is None else [splits[split]]
+    named = (str(file).partition("@")[2].partition("/")[2] for part in parts for file in part)
+    files = tuple(dict.fromkeys(named))
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in about.siblings}
     features = builder.info.features.to_dict() if builder.info.features else None
     name = type(builder).__module__.rpartition(".")[2]

@@ -24,6 +24,7 @@ from eval.cache import cached
 from eval.companions import companions, with_config
 from eval.data import hub
 from eval.language import checkpoints, judge
+from eval.requirements import Requirement, of_checkpoints, of_rows
 from eval.suite import Finetuning, Score, Split, Statistic, Suite, Unsupported
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
@@ -162,8 +163,7 @@ class CausalSuite(Suite):
 
     def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """Names and SHA-256 of the checkpoints; nothing depends on `seed`."""
-        digests = {role: checkpoints.file_digests(path) for role, path in self._checked.items()}
-        return {"suite": self.name, "model": self.model, "experts": digests}
+        return {"suite": self.name, "model": self.model, "experts": self._digests}
 
     def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
         """Benchmarks with all their settings, tokenizer, backend, and the rule for vocabularies."""
@@ -183,8 +183,36 @@ class CausalSuite(Suite):
         """{repository: commit} of all that was taken from the hub so far."""
         return dict(sorted(self._commits.items()))
 
+    def requirements(
+        self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
+    ) -> list[Requirement]:
+        """Checkpoints, tokenizers, the benchmarks' data and, for `inputs`, the texts."""
+        found = of_checkpoints(self._named, checkpoints.FILES)
+        templates = {b.chat_template for b in self._benchmarks.values()}
+        words = {w for w in (self._set("tokenizer"), *templates) if isinstance(w, str)}
+        others = {f"tokenizer {w}": w for w in sorted(words - set(self._named.values()))}
+        found += of_checkpoints(others, checkpoints.TOKENIZER)
+        asked: dict[tuple[str, str | None], list[str]] = {}
+        for column, benchmark in self._benchmarks.items():
+            if self._columns[column]["expert"] in tasks:
+                for place in judge.data_sets(benchmark.task, self._manager):
+                    asked.setdefault(place, []).append(column)
+        if inputs:
+            for task, own in self._texts.items():
+                if task in tasks and "/" in own["path"] and not Path(own["path"]).exists():
+                    asked.setdefault((own["path"], own.get("name")), []).append(f"inputs {task}")
+        return found + [
+            of_rows(f"data {', '.join(columns)}", path, name, None)
+            for (path, name), columns in asked.items()
+        ]
+
+    def footprint(self, tasks: Sequence[str], images: int, inputs: bool) -> dict[str, int]:
+        """Bytes of `disk`: a merge while it is judged."""
+        return {"disk": checkpoints.size(self.model)}
+
     def check(self, tasks: Sequence[str]) -> None:
         """Benchmarks, room for their answers, chat templates and code, without any weight."""
+        judge.require_backend(self.backend)
         said, context = self._context
         judge.require_room(self._benchmarks, self._manager, context, said)
         for column in self._benchmarks:
@@ -380,6 +408,16 @@ class CausalSuite(Suite):
         if commit := hub.commit(path):
             self._commits[name.partition("@")[0]] = commit
         return path
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """What the suite's checkpoints are called, for people."""
+        return {"base": self.model} | {f"expert {t}": name for t, name in self.experts.items()}
+
+    @cached_property
+    def _digests(self) -> dict[str, dict[str, str]]:
+        named = {"base": self.model, **self.experts}
+        return {role: checkpoints.digests(name) for role, name in named.items()}
 
     @cached_property
     def _checked(self) -> dict[str, Path]:

@@ -15,7 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import merging
-from eval.cache import cache_root, cached, digest, file_sha256, hub_sha256
+from eval.cache import (
+    cache_root,
+    cached,
+    checkpoints_root,
+    digest,
+    file_sha256,
+    hub_sha256,
+)
 from eval.companions import companions
 from eval.data import hub
 from eval.tokenizers import require_same_tokenizers
@@ -37,6 +44,7 @@ TOKENIZER = (
     "config.json",
 )  # fmt: skip
 WRAPPER = "transformer."  # before each name in the ACTMat authors' pickled language models
+LENGTH = "tokenizer_length"  # beside the weights in their later ones
 
 
 def local(name: str) -> Path:
@@ -52,6 +60,20 @@ def local(name: str) -> Path:
     if name.startswith((".", "/", "~")) or repository.count("/") != 1:
         raise InputError(f"checkpoint {name} does not exist")
     return hub.folder(repository, revision or None, FILES)
+
+
+def unpacked(pattern: str, origin: str | None) -> str:
+    """The first file that a pattern with `*` finds below $MODEL_MERGING_CHECKPOINTS.
+
+    origin: for people: where it is downloaded from. Raises InputError where nothing is found.
+    """
+    if found := sorted(checkpoints_root().glob(pattern)):
+        return str(found[0])
+    raise InputError(
+        f"checkpoint {checkpoints_root() / pattern} is not there",
+        hint=f"download {origin or 'it'}, or set MODEL_MERGING_CHECKPOINTS to the folder that "
+        f"holds {pattern.partition('/')[0]}",
+    )
 
 
 def part(name: str, files: Sequence[str]) -> Path:
@@ -127,25 +149,29 @@ def wrapped(text: str | Sequence[Mapping[str, str]], name: str) -> str:
 def unwrapped(path: Path, base: Mapping[str, Tensor], suite: str) -> Path:
     """A checkpoint under the base's names: the file itself, or a copy in the cache.
 
-    The ACTMat authors pickle a wrapper whose tensors are called `transformer.<name>`; a copy
-    without the prefix, safetensors in their own dtypes, is made once.
+    The ACTMat authors pickle a wrapper whose tensors are called `transformer.<name>` or, later, the
+    bare state dict with the tokenizer's length in it; a copy of the base's tensors alone,
+    safetensors in their own dtypes, is made once.
     """
     source = open_checkpoint(path)
-    if not isinstance(source, Checkpoint) or not all(
-        name.startswith(WRAPPER) for name in source.keys() if name.removeprefix(WRAPPER) in base
-    ):
+    names = set(source.keys())
+    if not isinstance(source, Checkpoint):
         return path
-    if missing := sorted(name for name in base if WRAPPER + name not in source.keys()):
+    wrapped = all(name.startswith(WRAPPER) for name in names if name.removeprefix(WRAPPER) in base)
+    prefix = WRAPPER if wrapped else ""
+    if not wrapped and LENGTH not in names:
+        return path
+    if missing := sorted(name for name in base if prefix + name not in names):
         raise InputError(
             f"checkpoint {path} is no expert of suite {suite!r}: it has no tensor "
             f"{missing[0]!r}, with or without {WRAPPER!r}, and {len(missing) - 1} others"
         )
 
     def build(folder: Path) -> None:
-        tensors = {name: source.read(WRAPPER + name).contiguous() for name in base}
+        tensors = {name: source.read(prefix + name).contiguous() for name in base}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    key = {"of": file_digests(path), "without": WRAPPER, "names": digest({"names": sorted(base)})}
+    key = {"of": file_digests(path), "without": prefix, "names": digest({"names": sorted(base)})}
     return cached("experts", key, build) / "model.safetensors"
 
 
@@ -153,6 +179,37 @@ def file_digests(path: Path) -> dict[str, str]:
     """SHA-256 of a checkpoint's weight files, by name."""
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return {file.name: _digest(file, file.stat().st_mtime_ns) for file in files}
+
+
+def digests(name: str) -> dict[str, str]:
+    """As `file_digests`, of a path or a hub name: the hub states what its large files hold, so that
+    a checkpoint is known before it is fetched and after it was removed."""
+    if Path(name).expanduser().exists():
+        return file_digests(Path(name).expanduser())
+    try:
+        own = _stated(name)
+    except hub.Unreachable:
+        own = {}
+    known = {file: sha256 for file, (sha256, _) in own.items() if sha256}
+    return known if known and len(known) == len(own) else file_digests(local(name))
+
+
+def size(name: str) -> int:
+    """Bytes of a checkpoint's weights: of the files here, or as the hub states them."""
+    path = Path(name).expanduser()
+    if path.exists():
+        files = [path] if path.is_file() else path.glob("*.safetensors")
+        return sum(file.stat().st_size for file in files)
+    return sum(bytes_ for _, bytes_ in _stated(name).values())
+
+
+def _stated(name: str) -> dict[str, tuple[str | None, int]]:
+    """{weight file: (SHA-256, bytes)} as the hub states them, of a folder's top level alone."""
+    repository, _, revision = name.partition("@")
+    if name.startswith((".", "/", "~")) or repository.count("/") != 1:
+        raise InputError(f"checkpoint {name} does not exist")
+    listed = hub.checksums(repository, revision or None)
+    return {f: v for f, v in listed.items() if f.endswith(".safetensors") and "/" not in f}
 
 
 def tokenizer_digests(folder: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -148,6 +149,15 @@ def require_room(
             )
 
 
+def require_backend(name: str) -> None:
+    """InputError for a backend whose package is not installed: it is loaded after a merge only."""
+    if name == "vllm" and importlib.util.find_spec(name) is None:
+        raise InputError(
+            f"backend {name!r} needs the package {name!r}, which is not installed",
+            hint="pip install 'model-merging[vllm]', or use suite.backend=hf",
+        )
+
+
 def require_resources(benchmarks: Iterable[Benchmark]) -> None:
     """InputError where a benchmark needs what no package brings: IFEval counts sentences."""
     if not any("ifeval" in benchmark.task for benchmark in benchmarks):
@@ -163,6 +173,15 @@ def require_resources(benchmarks: Iterable[Benchmark]) -> None:
                 "could not be downloaded",
                 hint="where there is a network: python -m nltk.downloader punkt_tab",
             ) from None
+
+
+def data_sets(name: str, manager: TaskManager) -> list[tuple[str, str | None]]:
+    """(hub name, configuration) of what a task, or the tasks of a group, are asked from."""
+    configs = (entry.cfg or {} for entry in _entries(name, manager))
+    named = [(c.get("dataset_path"), c.get("dataset_name")) for c in configs]
+    return [
+        (path, name) for path, name in named if path and "/" in path and not Path(path).exists()
+    ]
 
 
 def _written(name: str, manager: TaskManager) -> int:

@@ -6,6 +6,7 @@ Tokenising the seven T5 tasks takes minutes; it is done once for each data, word
 from __future__ import annotations
 
 import json
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,12 +22,14 @@ from eval import tiny
 from eval.cache import cached, digest, file_sha256
 from eval.data import hub
 from eval.language import prompts, promptsource
+from eval.requirements import Requirement, of_rows
 from merging.errors import InputError
 
 Protocol = Literal["ours", "paper"]
 HELD_OUT = 32  # validation examples that the paper cuts off a labelled split, shuffled with
 SHUFFLED = 42  # this seed of Python's generator
 SPLITS = ("train", "validation", "test")
+DATA = (".csv", ".json", ".jsonl", ".parquet", ".arrow")  # what folders of data sets hold
 Asked = tuple[str, list[str], int]  # a prompt, the answers to choose from, the right one's number
 # Story Cloze's files as its authors name them, and as the ACTMat authors' code does.
 CLOZE = {
@@ -83,6 +86,16 @@ class Source:
         files = (path for path in self.folder.rglob("*") if path.is_file())
         return {str(path.relative_to(self.folder)): file_sha256(path) for path in sorted(files)}
 
+    def requirement(self, what: str, splits: Sequence[str]) -> Requirement:
+        """Whether these splits are here, or can be had."""
+        if self.folder is None:
+            return of_rows(what, self.place, self.configuration, self.revision, splits)
+        if any(file.suffix in DATA for file in self.folder.rglob("*")):
+            return Requirement(what, self.place)
+        problem = f"the folder {self.place} has no data of task {self.task!r}"
+        hint = f"it should hold files of {', '.join(DATA)}, one or more a split"
+        return Requirement(what, self.place, problem=problem, hint=hint)
+
     def rows(self, split: str) -> tuple[list[dict[str, Any]], str | None]:
         """The rows of a split, and the commit that they came from."""
         try:
@@ -100,7 +113,7 @@ class Source:
 
 
 def source(task: str, data: str | Mapping[str, str | None] | None) -> Source:
-    """Where a task's data is.
+    """Where a task's data is; the folder $MODEL_MERGING_DATA/OWNER/NAME goes before the hub.
 
     data: a folder with a data set folder per task, {task: folder, or OWNER/NAME[@REVISION] of the
         hub}, or None. What it does not have comes from the hub.
@@ -119,11 +132,15 @@ def source(task: str, data: str | Mapping[str, str | None] | None) -> Source:
         if name.count("/") != 1 or name.startswith((".", "/", "~")):
             raise InputError(f"suite.data.{task} is {given}, which is no folder")
         return Source(task, name, None, revision or None)
+    kept = Path(os.environ.get("MODEL_MERGING_DATA", "/nonexistent"), published.path)
+    if kept.is_dir():
+        return Source(task, str(kept))
     if task == "story_cloze":
         raise Absent(
             "Story Cloze has to be asked for from its authors: the hub has only a script for it",
             hint="give suite.data.story_cloze=FOLDER with cloze_validation_2016.csv and "
-            "cloze_test_2016.csv, or leave the task out with "
+            "cloze_test_2016.csv, put these into $MODEL_MERGING_DATA/LSDSem/story_cloze, or leave "
+            "the task out with "
             f"'tasks=[{','.join(t for t in prompts.TASKS if t != task)}]'",
         )
     return Source(task, published.path, published.configuration)
@@ -182,6 +199,14 @@ class Questions:
             own = prompts.TASKS[self.task].templates
             told["sha256"] = digest({"prompts": [list(template) for template in own]})
         return told
+
+    @property
+    def splits(self) -> list[str]:
+        """The published splits that the questions are made of."""
+        own = prompts.TASKS[self.task]
+        if self.protocol == "ours":
+            return [own.train, own.test]
+        return [own.train, *(["validation", "test"] if own.held_out is None else [own.held_out])]
 
     def key(self) -> dict[str, Any]:
         """JSON that determines the questions."""

@@ -27,6 +27,7 @@ from eval.data import hub
 from eval.language import checkpoints, prompts, promptsource, questions
 from eval.language.causal import IGNORED
 from eval.language.questions import Asked, Example, Protocol, Questions, Splits
+from eval.requirements import Requirement, of_checkpoints
 from eval.suite import Finetuning, Score, Split, Statistic, bits
 from eval.trained import TrainedSuite
 from merging.errors import InputError
@@ -122,8 +123,10 @@ class Seq2SeqSuite(TrainedSuite):
     templates: promptsource's folder `templates`; null: an installed promptsource's, if any.
     data: a folder with a data set folder per task (as `datasets.load_dataset` reads them), or per
         task a folder or OWNER/NAME[@REVISION] of the hub; what is not there comes from the hub.
-    experts: checkpoint (folder, file or hub name) per task, the authors' pickles included; tasks
-        without one are fine-tuned.
+    experts: checkpoint (folder, file or hub name) per task, the authors' pickles included.
+    published: of tasks without one, a pattern such as "actmat/**/{task}/finetuned.pt" below
+        $MODEL_MERGING_CHECKPOINTS; null: they are fine-tuned here. origin: for people: where what
+        the pattern means is downloaded from.
     recipes: per fine-tuning the fields of `Recipe`.
     validation, template: of protocol "ours": examples of each task kept from its training data,
         and which of a task's prompts asks for evaluation; training uses all in turn.
@@ -138,6 +141,8 @@ class Seq2SeqSuite(TrainedSuite):
     protocol: Protocol = "ours"
     templates: str | None = None
     experts: Mapping[str, str | None] | None = None
+    published: str | None = None
+    origin: str | None = None
     data: str | Mapping[str, str | None] | None = None
     validation: int = 300
     train: int | None = None
@@ -187,13 +192,12 @@ class Seq2SeqSuite(TrainedSuite):
             self._questions(task)
 
     def _origin(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        if (given := (self.experts or {}).get(task)) is None:
+        if (given := self._given(task)) is None:
             try:
                 return self._expert_key(task, finetuning, seed)
             except questions.Absent:
                 return {"absent": task}
-        here = Path(given).expanduser()
-        return {"given": checkpoints.file_digests(here) if here.exists() else given}
+        return {"given": self._digests(given)}
 
     def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
         """Prompts and their words, data, subsets, score, lengths, precision."""
@@ -216,10 +220,49 @@ class Seq2SeqSuite(TrainedSuite):
         """{repository: commit} of all that was taken from the hub so far."""
         return dict(sorted(self._commits.items()))
 
+    def requirements(
+        self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
+    ) -> list[Requirement]:
+        """The base, the experts that are given, and the splits of every task's data."""
+        found = of_checkpoints({} if self._tiny else {"base": self.model}, checkpoints.FILES)
+        for task in tasks:
+            found += [self._expert_requirement(task), self._data_requirement(task)]
+        return found
+
+    def _expert_requirement(self, task: str) -> Requirement:
+        what = f"expert {task}"
+        try:
+            given = self._given(task)
+        except InputError as error:
+            place = (self.published or "").format(task=task)
+            return Requirement(what, place, problem=error.message, hint=error.hint)
+        if given is None:
+            return Requirement(what, "fine-tuned here")
+        return of_checkpoints({what: given}, checkpoints.FILES)[0]
+
+    def _data_requirement(self, task: str) -> Requirement:
+        what = f"data {task}"
+        try:
+            own = self._questions(task)
+        except questions.Absent as error:
+            return Requirement(what, "its authors", problem=error.message, hint=error.hint)
+        if own.source is None:
+            return Requirement(what, "made here")
+        return own.source.requirement(what, own.splits)
+
+    def footprint(self, tasks: Sequence[str], images: int, inputs: bool) -> dict[str, int]:
+        """Bytes that a run takes: `disk` for experts under the base's names and for second
+        moments, `memory` for the base, a merge, the model and an expert."""
+        shapes = {name: tensor.shape for name, tensor in self._empty.named_parameters()}
+        model = sum(4 * shape.numel() for shape in shapes.values())
+        widths = [shapes[name][-1] for name in linear_layers(self._empty)]
+        moments = sum(4 * width**2 for width in widths) if inputs else 0
+        return {"disk": len(tasks) * (model + moments), "memory": 4 * model + (1 << 30)}
+
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """The checkpoint that was given, else one made here: `model.safetensors` or an adapter."""
         self.require(task)
-        if given := (self.experts or {}).get(task):
+        if given := self._given(task):
             path = self._fetched(given)
             return checkpoints.unwrapped(path, self._base, self.name)
         return super().expert(task, finetuning=finetuning, seed=seed)
@@ -300,9 +343,13 @@ class Seq2SeqSuite(TrainedSuite):
 
     # --- model ------------------------------------------------------------------------------
 
+    @property
+    def _tiny(self) -> bool:
+        return self.model.startswith("tiny_")
+
     @cached_property
     def _folder(self) -> Path:
-        if self.model.startswith("tiny_"):
+        if self._tiny:
             return tiny_lm.model(self.model.removeprefix("tiny_"))
         return self._fetched(self.model)
 
@@ -316,6 +363,34 @@ class Seq2SeqSuite(TrainedSuite):
         if commit := hub.commit(path):
             self._commits[name] = commit
         return path
+
+    def _given(self, task: str) -> str | None:
+        """The checkpoint of a task: as it was given, or the file that the pattern means."""
+        if given := (self.experts or {}).get(task):
+            return given
+        if self.published is None:
+            return None
+        return checkpoints.unpacked(self.published.format(task=task), self.origin)
+
+    def _digests(self, name: str) -> dict[str, str]:
+        """SHA-256 of a checkpoint's weights; the hub is asked once."""
+        if name not in self._known:
+            self._known[name] = checkpoints.digests(name)
+        return self._known[name]
+
+    @cached_property
+    def _known(self) -> dict[str, dict[str, str]]:
+        return {}
+
+    @cached_property
+    def _empty(self) -> PreTrainedModel:
+        """The base without weights, from its configuration alone."""
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+        folder = self._folder if self._tiny else checkpoints.part(self.model, ("config.json",))
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            return AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
 
     def _fresh(self) -> PreTrainedModel:
         from transformers import AutoModelForSeq2SeqLM
@@ -350,7 +425,7 @@ class Seq2SeqSuite(TrainedSuite):
     def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         return {
             "version": VERSION,
-            "base": checkpoints.file_digests(self._folder),
+            "base": self._digests(str(self._folder) if self._tiny else self.model),
             "task": task,
             "questions": digest(self._questions(task).key() | {"length": self.max_tokens}),
             "finetuning": finetuning,

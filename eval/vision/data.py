@@ -98,6 +98,10 @@ class ImageSet:
         """Whether the splits behind these parts are here, or can be had."""
         if not self.on_hub:
             return Requirement(what, self.source)
+        if "/" not in self.path:
+            problem = f"the data set {self.path} is not here, and the hub has none of that name"
+            hint = f"put it into the folder $MODEL_MERGING_DATA/{self.path}, or set its `path`"
+            return Requirement(what, self.path, problem=problem, hint=hint)
         splits = [self.test if part == "test" else self.train for part in parts]
         if self.validation is not None:
             splits += [self.validation] * ("validation" in parts)

@@ -7,7 +7,6 @@ are converted to these names tensor by tensor.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from eval.cache import cached
+from eval.cache import cached, checkpoints_root
 from eval.data import hub
 from eval.requirements import Requirement, of_file, of_folder
 from merging.errors import InputError
@@ -98,7 +97,7 @@ class Published:
         """The local copy, else the hub's. InputError saying what to download where."""
         if (found := self.here()) is not None:
             return found
-        wanted = " or ".join(str(_checkpoints() / pattern) for pattern in self._patterns)
+        wanted = " or ".join(str(checkpoints_root() / pattern) for pattern in self._patterns)
         if not self.hub:
             raise InputError(
                 f"checkpoint {wanted} is not there",
@@ -117,9 +116,9 @@ class Published:
         """The local copy, where there is one."""
         for pattern in self._patterns:
             if "*" not in pattern:
-                found = [_checkpoints() / pattern]
+                found = [checkpoints_root() / pattern]
             else:
-                found = sorted(_checkpoints().glob(pattern))
+                found = sorted(checkpoints_root().glob(pattern))
             if found and found[0].exists():
                 return found[0]
         return None
@@ -153,10 +152,6 @@ class Published:
             files = sorted(p for p in found.rglob("*") if p.is_file())
         stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
         return {k: v for k, v in asdict(self).items() if k != "origin"} | {"files": stats}
-
-
-def _checkpoints() -> Path:
-    return Path(os.environ.get("MODEL_MERGING_CHECKPOINTS", "checkpoints"))
 
 
 def tower_checkpoint(published: Published, name: str, base: Path | None = None) -> Path:

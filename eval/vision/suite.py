@@ -227,14 +227,16 @@ class VisionSuite(TrainedSuite):
             found.append(self._sets[task].requirement(f"images {task}", parts))
         return found
 
-    def footprint(self, tasks: Sequence[str], images: int) -> dict[str, int]:
-        """Bytes that a run takes: `disk` for decoded images and converted towers, `memory`."""
-        tower = 4 * sum(t.numel() for t in models.build_meta(self.architecture).values())
+    def footprint(self, tasks: Sequence[str], images: int, inputs: bool) -> dict[str, int]:
+        """Bytes that a run takes: `disk` for decoded images, converted towers and second moments,
+        `memory` for the base, a merge, the model, one expert at a time and the text tower."""
+        shapes = models.build_meta(self.architecture)
+        tower = 4 * sum(t.numel() for t in shapes.values())
         pixels = 3 * math.prod(image_size(self._preprocessing))
-        return {
-            "disk": images * pixels + (len(tasks) + 1) * tower,
-            "memory": (len(tasks) + 3) * tower + (1 << 30),
-        }
+        layers = [n for n, t in shapes.items() if t.ndim == 2 and n.startswith("transformer.")]
+        moments = sum(4 * shapes[name].shape[-1] ** 2 for name in layers) if inputs else 0
+        disk = images * pixels + (len(tasks) + 1) * tower + len(tasks) * moments
+        return {"disk": disk, "memory": 5 * tower + (1 << 30)}
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
         """`model.safetensors` with the tower's state dict, or a PEFT adapter folder."""
