@@ -87,9 +87,12 @@ def refusals(repository: str, revision: str | None = None, name: str = "") -> It
 
 
 def _refusal(error: Exception, repository: str, revision: str | None, name: str) -> InputError:
+    from datasets.exceptions import DatasetNotFoundError
+
     where = f"{repository}/{name}" if name else repository
     login = "log in with `hf auth login` or set HF_TOKEN"
-    if isinstance(error, GatedRepoError):
+    hidden = isinstance(error, DatasetNotFoundError) and "gated" in str(error)  # without its cause
+    if isinstance(error, GatedRepoError) or hidden:
         return InputError(
             f"{repository} is gated: its licence has to be accepted before {name or 'it'} "
             "can be downloaded",
