@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Finetuning = Literal["full", "lora"]
 Split = Literal["validation", "test"]
-Statistic = Literal["covariance", "fisher"]
+Statistic = Literal["covariance", "fisher", "kfac"]
 
 
 class Unsupported(InputError):

@@ -149,7 +149,7 @@ def recording(
         batch = current
         return loss(model, current)
 
-    with _watched(model, layers, watch):
+    with watched(model, layers, watch):
         yield recorded, sums
 
 
@@ -159,7 +159,7 @@ def part_names(weight: str, layer: Layer) -> list[str]:
 
 
 @contextmanager
-def _watched(model: nn.Module, weights: Iterable[str], watch: Watch) -> Iterator[None]:
+def watched(model: nn.Module, weights: Iterable[str], watch: Watch) -> Iterator[None]:
     """Call `watch(weight name, input, output)` whenever a layer is applied."""
     handles: list[RemovableHandle] = []
     attentions: dict[nn.MultiheadAttention, dict[str, str]] = {}  # own names -> weight names

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eval import statistics
 from eval.cache import cached
-from eval.suite import Finetuning, Statistic, Suite
+from eval.suite import Finetuning, Statistic, Suite, Unsupported
 from eval.training import expert_state
 from merging.errors import InputError
 
@@ -59,6 +59,10 @@ class TrainedSuite(Suite):
     def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
         """{name: diagonal Fisher, of the parameter's shape} of the working model."""
 
+    def _kfac(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """`eval.kfac.factors` of the working model's layers."""
+        raise Unsupported(f"suite {self.name} does not measure gradients at the layers' outputs")
+
     # --- members of a suite -----------------------------------------------------------------------
 
     def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
@@ -89,7 +93,7 @@ class TrainedSuite(Suite):
         batches: int = 10,
         batch_size: int = 32,
     ) -> Path:
-        """What `_moments` or `_fisher` find in the task's own expert, as safetensors.
+        """What `_moments`, `_fisher` or `_kfac` find in the task's own expert, as safetensors.
 
         They look at `batches * batch_size` training examples drawn without replacement.
         """
@@ -100,8 +104,8 @@ class TrainedSuite(Suite):
         def build(folder: Path) -> None:
             expert = self.expert(task, finetuning=finetuning, seed=seed)
             self._load(expert_state(self.base(), expert))
-            measure = self._moments if kind == "covariance" else self._fisher
-            found = measure(task, batches, batch_size)
+            measures = {"covariance": self._moments, "fisher": self._fisher, "kfac": self._kfac}
+            found = measures[kind](task, batches, batch_size)
             statistics.save(folder / f"{kind}.safetensors", found, about)
 
         return cached("statistics", key, build) / f"{kind}.safetensors"

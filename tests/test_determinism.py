@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from merging import Layer
+from merging.method.registry import OUTPUTS
 
 ROOT = Path(__file__).parents[1]
 LAYERS = {"blocks.0.in_proj_weight": Layer(3), "blocks.0.up.weight": Layer(), "down": Layer()}
@@ -40,7 +41,11 @@ def statistics(needs, seed):
         name: torch.randn(300, d, generator=torch.Generator().manual_seed(seed))
         for name, d in widths.items()
     }
-    return {name: z.mT @ z / len(z) for name, z in inputs.items()}
+    moments = {name: z.mT @ z / len(z) for name, z in inputs.items()}
+    if needs == "kfac":
+        outputs = {name: draw(seed, 1.0)[name] for name in LAYERS}
+        moments |= {name + OUTPUTS: g @ g.mT / g.shape[1] for name, g in outputs.items()}
+    return moments
 
 
 def merge_all(output, order):

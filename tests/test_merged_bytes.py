@@ -16,6 +16,7 @@ import torch
 
 import merging
 from merging import Layer
+from merging.method.registry import OUTPUTS
 from tests.test_determinism import FEWER, LAYERS, statistics
 
 TABLE = Path(__file__).with_name("merged_bytes.json")
@@ -53,7 +54,11 @@ def measured(needs, seed):
     if needs == "fisher":
         return {n: torch.rand(s, generator=generator) for n, s in SHAPES.items()}
     inputs = torch.randn(600, 272, generator=generator)
-    return found | {"blocks.1.up.weight": inputs.mT @ inputs / 600}
+    found |= {"blocks.1.up.weight": inputs.mT @ inputs / 600}
+    if needs == "kfac":
+        outputs = torch.randn(600, 320, generator=generator)
+        found |= {"blocks.1.up.weight" + OUTPUTS: outputs.mT @ outputs / 600}
+    return found
 
 
 def merged(name, kind):

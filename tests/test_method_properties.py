@@ -78,7 +78,10 @@ def statistics(deltas, seed=0):
     T, d_in = len(deltas), deltas.shape[-1]
     inputs = torch.randn(T, 4 * d_in, d_in, generator=generator, dtype=torch.float64)
     covariances = (inputs.mT @ inputs / (4 * d_in)).to(deltas)
-    return {"covariances": covariances, "fishers": fishers, "base": base}
+    outputs = torch.randn(T, 4 * len(base), len(base), generator=generator, dtype=torch.float64)
+    gradients = (outputs.mT @ outputs / (4 * len(base))).to(deltas)
+    moments = {"covariances": covariances, "gradients": gradients}
+    return moments | {"fishers": fishers, "base": base}
 
 
 def close(merged, expected, tolerance=1e-4):
@@ -126,7 +129,7 @@ def test_scaling_every_delta_scales_the_merge(name, data, exponent, sign):
 def test_rotating_the_outputs_rotates_the_merge(name, data):
     (deltas, stats), method = data.draw(problems(name)), merging.create(name)
     P = rotation(deltas.shape[1], data.draw(seeds))
-    rotated = stats | {"base": P @ stats["base"]}
+    rotated = stats | {"base": P @ stats["base"], "gradients": P @ stats["gradients"] @ P.mT}
     close(method(P @ deltas, **rotated), P @ method(deltas, **stats))
 
 

@@ -14,7 +14,7 @@ from tests.test_method_properties import stack, statistics
 SHAPES = [(2, 12, 12), (3, 9, 15), (3, 16, 7), (4, 12, 7), (2, 3, 40), (5, 9, 9), (3, 24, 16)]
 SINGLE = 1e-4  # relative error of a merge in float32: a cut falls on rounding
 # conjugate gradients and a refinement of small singular values keep fewer digits than float64 has
-DOUBLE = {"mats": 1e-5, "ace": 1e-7}
+DOUBLE = {"mats": 1e-5, "kfac": 1e-5, "kfac_regmean": 1e-5, "ace": 1e-7}
 
 PLACE = ("depth", "in_block")  # of a tensor, which the engine tells
 OTHER_SETTINGS = [
@@ -51,6 +51,9 @@ OTHER_SETTINGS = [
     ("polarised", {"of": "iso_c"}),
     ("pcb", {"clip": 0.1}),
     ("regmean", {"gram_scale": 0.9}),
+    ("regmean_outputs", {"rtol": 0.2}),
+    ("kfac", {"task_weight": "inverse_norm", "damping": 0.01, "steps": 20}),
+    ("kfac_regmean", {"damping": 0.1, "steps": 5}),
     ("ridge", {"lam": 0.3, "relative": True}),
     ("star", {"eta": 0.9}),
     ("subspace_boosting", {"beta": 0.3}),
@@ -71,7 +74,8 @@ def compared(name, deltas, **settings):
     hyper |= {"steps": 20} if name == "wudi" else {}
     context = {k: v for k, v in settings.items() if k in PLACE}
     method, wide = merging.create(name, **hyper), deltas.double()
-    needed = {None: [], "covariance": ["covariances"], "fisher": ["fishers"]}[method.needs]
+    needed = {"covariance": ["covariances"], "fisher": ["fishers"]}.get(method.needs, [])
+    needed = ["covariances", "gradients"] if method.needs == "kfac" else needed
     measured = {k: v for k, v in statistics(deltas).items() if k in needed}
     measured_wide = {k: v.double() for k, v in measured.items()}
     if "base" in inspect.signature(TEXTBOOK[name]).parameters:

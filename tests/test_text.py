@@ -24,6 +24,7 @@ from eval.suite import unpacked
 from eval.training import expert_state
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
+from merging.method.registry import OUTPUTS
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "suite"
 FULL = {"finetuning": "full", "seed": 0}
@@ -283,6 +284,18 @@ def test_fisher_covers_the_encoder_and_is_reproducible(suite, tmp_path, monkeypa
         .read_bytes()
         == first
     )
+
+
+def test_both_factors_are_measured_over_the_same_tokens(suite):
+    own = {"finetuning": "full", "seed": 0, "batches": 4, "batch_size": 16}
+    task = suite.tasks[0]
+    inputs = load_file(suite.statistics(task, "covariance", **own))
+    both = load_file(suite.statistics(task, "kfac", **own))
+    assert set(both) == {name + end for name in suite.layers() for end in ("", OUTPUTS)}
+    for name, moment in inputs.items():
+        torch.testing.assert_close(both[name], moment, rtol=1e-3, atol=1e-5)
+        G = both[name + OUTPUTS]
+        assert len(G) == len(suite.base()[name]) and torch.equal(G, G.mT) and G.trace() > 0
 
 
 def test_statistics_of_another_expert_are_refused(suite):

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from eval import statistics, tiny, training
+from eval import kfac, statistics, tiny, training
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
 from eval.data.packages import Package, read_member
@@ -398,7 +398,8 @@ class TextSuite(TrainedSuite):
         return int(digest({"task": tasks[0], "seed": seed}), 16) % 2**31
 
     def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
-        mode = self.moment_tokens if kind == "covariance" else self.fisher_labels
+        tokens, labels = self.moment_tokens, self.fisher_labels
+        mode = {"covariance": tokens, "fisher": labels, "kfac": [tokens, labels]}[kind]
         return {"version": VERSION, "mode": mode}
 
     def _available(self, task: str) -> int:
@@ -504,6 +505,28 @@ class TextSuite(TrainedSuite):
         names = [n for n, _ in self._model.named_parameters() if n.startswith("encoder.")]
         return statistics.diagonal_fisher(
             self._model, self._sample(task, batches * batch_size), log_prob, names
+        )
+
+    def _kfac(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Over the tokens that `moment_tokens` names, for labels as `fisher_labels` says."""
+        examples, head = self._examples(task, "train"), self._heads[task].to(self.device)
+        generator = torch.Generator(self.device).manual_seed(self.split_seed)
+        sample = self._sample(task, batches * batch_size).split(batch_size)
+
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+            members, *padded = batch
+            logits = self.logit_scale * embed(model, *padded) @ head.T
+            if self.fisher_labels == "true":
+                labels = examples.labels[members].to(self.device)
+                return F.cross_entropy(logits, labels, reduction="sum")
+            return kfac.drawn(logits, generator)
+
+        return kfac.factors(
+            self._model,
+            ((members, *self._padded([examples.tokens[i] for i in members])) for members in sample),
+            self.layers(),
+            loss,
+            mask=(lambda batch, name: batch[2]) if self.moment_tokens == "sentence" else None,
         )
 
 

@@ -23,7 +23,7 @@ from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eval import statistics, training
+from eval import kfac, statistics, training
 from eval.cache import cached, digest
 from eval.data import hub
 from eval.language.checkpoints import require_same
@@ -554,3 +554,16 @@ class VisionSuite(TrainedSuite):
 
         names = [name for name, _ in self._tower.named_parameters()]
         return statistics.diagonal_fisher(self._tower, images, log_prob, names)
+
+    def _kfac(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
+        """Over all tokens of images without augmentation, for labels drawn from the model."""
+        images, _ = self._training_sample(task, batches * batch_size)
+        head = self._head(task).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(0)
+
+        def loss(model: nn.Module, batch: Tensor) -> Tensor:
+            logits = self.logit_scale * F.normalize(model(batch), dim=-1) @ head.T
+            return kfac.drawn(logits, generator)
+
+        layers = linear_layers(self._tower)
+        return kfac.factors(self._tower, images.split(batch_size), layers, loss)

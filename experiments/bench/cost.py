@@ -51,11 +51,15 @@ def statistics_for(method: Method, D: Tensor) -> dict[str, Tensor]:
     """Measured second moments (T, d_in, d_in) or Fishers, where the method asks for them."""
     if method.needs == "fisher":
         return {"fishers": D.square() + D.square().mean()}
-    if method.needs == "covariance":
-        T, _, d_in = D.shape
-        inputs = deltas(T, 2 * d_in, d_in)  # twice as many as directions
-        return {"covariances": torch.stack([gram(z) / len(z) for z in inputs])}
-    return {}
+    found, (T, d_out, d_in) = {}, D.shape
+    widths = {
+        "covariance": {"covariances": d_in},
+        "kfac": {"covariances": d_in, "gradients": d_out},
+    }
+    for name, d in widths.get(method.needs or "", {}).items():
+        rows = deltas(T, 2 * d, d)  # twice as many as directions
+        found[name] = torch.stack([gram(z) / len(z) for z in rows])
+    return found
 
 
 def adapters(T: int, d_out: int, d_in: int, rank: int) -> list[Factors]:

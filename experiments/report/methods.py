@@ -65,8 +65,8 @@ Rules that hold for all of them:
   of a space they share (2509.17786, 2410.19735): entries, ranks and the trims of TIES over a whole
   model are those of the space, and the result is again an adapter of the joint rank. What adapters
   hold in full, or as DoRA, stays on its own axes, and is said.
-- Not here: K-FAC MaTS, since no suite measures the moments of output gradients; TALL's masks of
-  single tasks and what adapts at test time, since they make a model per task.
+- Not here: TALL's masks of single tasks and what adapts at test time, since they make a model per
+  task.
 """
 
 

@@ -28,7 +28,7 @@ from merging.experts import Expert, Source
 from merging.formats.checks import check_finite, problems
 from merging.formats.fit import fit, still_tied
 from merging.layers import Layer, Layers, choose_layers, whole
-from merging.method.registry import Method
+from merging.method.registry import OUTPUTS, Method
 from merging.method.space import Space, check_space
 from merging.triangles import unpack
 
@@ -125,7 +125,11 @@ class Job:
         # (T, d, d), or (T, E, d, d) of fused experts
         moments = [t if t.ndim > 1 else unpack(t) for t in tensors]
         own = [m[rows] if m.ndim == 3 and rows is not None else m for m in moments]
-        return {"covariances": torch.stack(own)}
+        found = {"covariances": torch.stack(own)}
+        if method.needs == "kfac":
+            outputs = [self.statistics[task][name + OUTPUTS] for task in self.experts]
+            found["gradients"] = torch.stack(outputs)
+        return found
 
     def key(self) -> str:
         """What the output depends on: a partial output is continued only under the same key."""
@@ -272,7 +276,9 @@ def _check_statistics(
                 f"method {method.name!r} needs {method.needs} statistics of task {task!r}",
                 hint=HOW_TO_MEASURE,
             )
-        missing = [name for name in layers if name not in statistics[task]]
+        ends = ("", OUTPUTS) if method.needs == "kfac" else ("",)
+        wanted = [name + end for name in layers for end in ends]
+        missing = [name for name in wanted if name not in statistics[task]]
         if missing:
             raise InputError(
                 f"the {method.needs} statistics of task {task!r} lack {missing[0]!r}"

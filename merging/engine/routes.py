@@ -289,6 +289,9 @@ def _of_block(kind: str, stack: Tensor, layer: Layer, i: int) -> Tensor:
         return cut(stack, layer)[i]
     if kind == "base":
         return cut(stack[None], layer)[i][0]
+    if kind == "gradients":  # (T, d_out, d_out): the block's own outputs on either side
+        rows = replace(layer, transposed=False, kernel=())
+        return cut(cut(stack, rows)[i].mT, rows)[i].mT
     return stack[:, i // layer.blocks] if layer.experts else stack  # (T, [E,] d_in, d_in)
 
 

@@ -8,6 +8,7 @@ from merging.method import (  # noqa: F401
     descent,
     frames,
     interference,
+    kfac,
     knots,
     layered,
     pcb,

@@ -90,8 +90,7 @@ def mats(
     covariances: (T, d_in, d_in) second moments (or input-side Fisher blocks).
     steps: at most this many; it stops early when the residual falls below tol * |N|. The authors
         stop at 1e-5 of the right-hand side of the weights, W_0 S + N, 1e-3 from the solution.
-        Their K-FAC variant weighs the outputs as well, by moments of the gradients that no suite
-        here measures.
+        Their K-FAC variant weighs the outputs as well: `kfac_regmean`.
     """
     work = deltas.to(working_dtype(deltas))
     S, N = measured_normal_equations(work, covariances, task_weights("uniform", work), 1.0)

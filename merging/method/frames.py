@@ -88,7 +88,10 @@ def iso_merger(deltas: Tensor, *, base: Tensor | None = None, keep: float = 0.9)
     base: (d_out, d_in) W_0.
     """
     if base is None:
-        raise InputError("iso_merger needs the base's values, none were given")
+        raise InputError(
+            "method 'iso_merger' needs the base's values, none were given",
+            hint="give base=W_0; a merge of adapters has it with form=dense",
+        )
     if not deltas.any():
         return torch.zeros_like(deltas[0])
     W0 = base.double()

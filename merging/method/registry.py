@@ -26,6 +26,7 @@ from merging.linalg import in_span_of_rows
 # signature is a hyperparameter.
 CONTEXT = {
     "covariances": "(T, d_in, d_in) second moments of each task's inputs",
+    "gradients": "(T, d_out, d_out) second moments of the gradients at each task's outputs",
     "fishers": "(T, *shape) diagonal Fisher information of each expert",
     "base": "(*shape) the base's own values, for methods that run on the whole matrix",
     "weights": "(T,) what each expert counts for; none is 1 for all",
@@ -40,7 +41,7 @@ CONTEXT = {
 
 Arguments = Mapping[str, Any]
 Flag = bool | Callable[[Arguments], bool]  # or a function of the arguments
-Needs = Literal["covariance", "fisher"]
+Needs = Literal["covariance", "fisher", "kfac"]
 Rest = Literal["average", "base", "method"]
 Law = Literal["scale", "outputs", "inputs", "expert"]
 
@@ -54,9 +55,10 @@ class Stream(Protocol):
     def __call__(self) -> Iterable[tuple[str, Tensor]]: ...
 
 
-_STATISTIC_ARGUMENT = {"covariance": "covariances", "fisher": "fishers"}
+OUTPUTS = "@outputs"  # behind a weight's name in statistics "kfac": what names its `gradients`
+_STATISTIC_ARGUMENT = {"covariance": "covariances", "fisher": "fishers", "kfac": "gradients"}
 _DATA: dict[Needs | None, Literal["none", "inputs", "gradients"]] = {
-    None: "none", "covariance": "inputs", "fisher": "gradients",
+    None: "none", "covariance": "inputs", "fisher": "gradients", "kfac": "gradients",
 }  # fmt: skip
 
 

@@ -201,3 +201,46 @@ def ace(D: Tensor, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Ten
         n = int(k * len(s))
         X = X + s[:n].mean() * U[:, :n] @ Vh[:n]
     return X
+
+
+def kronecker(D: Tensor, G: Tensor, C: Tensor, damping: float, steps: int) -> Tensor:
+    """sum_t G_t X C_t = sum_t G_t D_t C_t as one system, by textbook conjugate gradients."""
+
+    def damped(S: Tensor) -> Tensor:
+        return S + damping * S.trace() / len(S) * torch.eye(len(S), dtype=S.dtype)
+
+    blocks = [torch.kron(damped(g), damped(c)) for g, c in zip(G, C, strict=True)]
+    A = sum(blocks)
+    b = sum(block @ delta.flatten() for block, delta in zip(blocks, D, strict=True))
+    x, r, p = torch.zeros_like(b), b, b
+    for _ in range(steps):
+        if r.norm() <= 1e-9 * b.norm():
+            break
+        alpha = r @ r / (p @ A @ p)
+        x, last = x + alpha * p, r
+        r = r - alpha * A @ p
+        p = r + (r @ r) / (last @ last) * p
+    return x.view(D.shape[1:])
+
+
+@printed
+def kfac(
+    D: Tensor, task_weight: str = "uniform", damping: float = 0.1, steps: int = 200
+) -> Tensor:  # fmt: skip
+    scale = D.square().sum((1, 2)) if task_weight == "inverse_norm" else D.new_ones(len(D))
+    w = (1 / scale).view(-1, 1, 1)
+    return kronecker(D, w * D @ D.mT, w * D.mT @ D, damping, steps)
+
+
+@printed
+def kfac_regmean(
+    D: Tensor, covariances: Tensor, gradients: Tensor, damping: float = 1e-3, steps: int = 200
+) -> Tensor:
+    return kronecker(D, gradients, covariances, damping, steps)
+
+
+@printed
+def regmean_outputs(
+    D: Tensor, covariances: Tensor, gradients: Tensor, rtol: float | None = None
+) -> Tensor:
+    return pinv(gradients.sum(0), rtol) @ (gradients @ D).sum(0)
