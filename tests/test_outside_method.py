@@ -29,17 +29,18 @@ def registered(monkeypatch):
     del sys.modules["tests.norm_mean"]
 
 
-def test_every_law_is_tested_by_its_name():
-    line = [sys.executable, "-m", "pytest", "-p", "tests.norm_mean"]
+def test_every_law_is_tested_by_its_name_and_no_table_asks_for_a_row():
+    """All tests of all methods, but the oracle's and those of its YAML, which follow."""
+    files = [
+        f"tests/test_{name}.py" for name in ("method_properties", "merged_bytes", "methods_page")
+    ]
+    line = [sys.executable, "-m", "pytest", "-rA", "-p", "tests.norm_mean", *files]
     laws = subprocess.run(
-        [*line, "tests/test_method_properties.py", "-k", "norm_mean"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+        [*line, "-k", "norm_mean or methods_page"], cwd=ROOT, capture_output=True, text=True
     )
     assert laws.returncode == 0, laws.stdout
-    passed = re.search(r"(\d+) passed", laws.stdout)
-    assert passed and int(passed[1]) >= 20, laws.stdout
+    passed = re.findall(r"PASSED tests/test_(\w+)\.py::\S*", laws.stdout)
+    assert passed.count("method_properties") >= 20 and "methods_page" in passed, laws.stdout
 
 
 def test_its_file_is_all_that_configs_need(registered, tmp_path, monkeypatch):

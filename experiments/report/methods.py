@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +71,26 @@ Rules that hold for all of them:
 """
 
 
-def page() -> str:
-    """The page as Markdown."""
-    parity = OmegaConf.to_container(OmegaConf.load(PARITY))
-    methods = sorted(map(merging.create, merging.methods()), key=lambda m: (_file(m), m.name))
-    found = {m.name: {k: str(v) for k, v in parity[m.name].items()} for m in methods}
+def page(names: Iterable[str] | None = None) -> str:
+    """The page as Markdown, of these methods; None: of all."""
+    compared: Any = OmegaConf.to_container(OmegaConf.load(PARITY))
+    chosen = merging.methods() if names is None else names
+    methods = sorted(map(merging.create, chosen), key=lambda m: (_file(m), m.name))
+    rows = {m.name: {k: str(v) for k, v in compared.get(m.name, {}).items()} for m in methods}
     formulas = _table(
         ["method", "formula", "source", "file"],
         [[f"`{m.name}`", f"`{m.formula}`", m.source, _link(m)] for m in methods],
     )
     arguments = _table(
         ["method", "hyperparameters", "data", "cost", "adapters in their rank", "weights"],
-        [[f"`{m.name}`", *_arguments(m, found[m.name]["cost"])] for m in methods],
+        [[f"`{m.name}`", *_arguments(m, rows[m.name].get("cost", "–"))] for m in methods],
     )
     agreement = _table(
         ["method", "agreement", "what differs", "packed"],
         [
             [f"`{name}`", *(row.get(key, "") for key in ("agrees", "differs", "packed"))]
-            for name, row in found.items()
+            for name, row in rows.items()
+            if row
         ],
     )
     parts = [INTRODUCTION, formulas, ARGUMENTS, arguments, AGREEMENT, agreement, RULES]
