@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -12,13 +13,14 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from eval import theory
+from eval import spectra, theory
 from experiments import hydra_run
 from experiments.commands import analyse
 from experiments.report import theory as theory_report
 from experiments.settings import Statistics
 from experiments.suites import load_suite
 from merging.errors import InputError
+from merging.method.registry import OUTPUTS
 
 ROOT = Path(__file__).parents[1]
 LAYER = "encoder.layer.1.output.dense.weight"
@@ -26,7 +28,9 @@ LAYER = "encoder.layer.1.output.dense.weight"
 
 def suite_config():
     config = OmegaConf.to_container(OmegaConf.load(ROOT / "configs/suite/tiny_text.yaml"))
-    return config | {"recipes": {"full": {"lr": 2.0e-3, "batch_size": 16, "epochs": 3}}}
+    full = {"lr": 2.0e-3, "batch_size": 16, "epochs": 3}
+    lora = {"lr": 2.0e-3, "batch_size": 16, "epochs": 1, "r": 4, "alpha": 4}
+    return config | {"recipes": {"full": full, "lora": lora}}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def settings(tmp_path_factory):
         patch.setenv("MODEL_MERGING_CACHE", str(folder / "cache"))
         own = analyse.Analyse(
             suite_config(), record=1, snapshots=3, probe=2, truth=128, samples=[1, 16],
-            methods=["average", "regmean"], statistics=Statistics(2, 32),
+            methods=["average", "regmean"], statistics=Statistics(2, 32), gradients=64,
             published=str(ROOT / "results/published/actmat_theory.csv"), output=str(folder / "out"),
             device="cpu",
         )  # fmt: skip
@@ -119,6 +123,47 @@ def test_estimates_against_their_definition(settings, measured):
     assert own.overlap["random"] == pytest.approx(4 / 64)
     means = frame.groupby("estimate").cosine.mean()
     assert means["regmean_16"] > means["regmean_1"] > means["random"]
+
+
+def test_both_sides_against_their_definition(settings, measured):
+    frame = table(settings, "sides")
+    own = frame[(frame.layer == LAYER) & (frame.task == "meals")].set_index(["side", "estimate"])
+    D, C = (part["meals"].double() for part in measured)
+    suite = load_suite(settings.suite, "cpu")
+    size = {"finetuning": "full", "seed": 0, "batches": 2, "batch_size": 32}
+    G = load_file(suite.statistics("meals", "kfac", **size))[LAYER + OUTPUTS].double()
+    for side, moment, estimate in (("inputs", C, D.T @ D), ("outputs", G, D @ D.T)):
+        expected = (estimate * moment).sum() / estimate.norm() / moment.norm()
+        assert own.cosine[side, "delta"] == pytest.approx(expected.item(), rel=1e-3)
+        identity = moment.trace() / len(moment) ** 0.5 / moment.norm()
+        assert own.cosine[side, "identity"] == pytest.approx(identity.item(), rel=1e-3)
+    text = (Path(settings.output) / "summary.md").read_text()
+    assert "D D^T, output gradients" in text and "Adapters B A" not in text
+
+
+def test_adapters_of_one_start_share_their_rows_and_random_ones_by_chance(settings, tmp_path):
+    lora = {"finetuning": "lora", "record": 0, "methods": [], "tasks": 2, "gradients": 0}
+    analyse.analyse(replace(settings, **lora, output=str(tmp_path)))
+    frame = pd.read_csv(tmp_path / "adapters.csv").set_index("side")
+    assert not (tmp_path / "sides.csv").exists()
+    assert frame.overlap["inputs"].mean() > 0.9 and (frame.randomness["inputs"] > 0.05).mean() > 0.8
+    assert frame.overlap["outputs"].mean() < 0.9 and (frame.chance <= 4 / 32).all()
+    assert "| inputs (A) |" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_spectrum_is_told_from_a_random_one():
+    """The law has mean 1 and variance r / d; entries may be of any distribution and scale."""
+    grid = np.linspace(0, 4, 40_001)
+    mass = np.diff(spectra.marchenko_pastur(grid, 0.25))
+    middle = (grid[1:] + grid[:-1]) / 2
+    assert (mass * middle).sum() == pytest.approx(1, abs=1e-4)
+    assert (mass * middle**2).sum() == pytest.approx(1 + 0.25, abs=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    uniform = 7 * (torch.rand(16, 64, generator=generator) - 0.5)
+    assert spectra.distance(uniform) < 0.15 and spectra.randomness(uniform) > 0.05
+    assert spectra.distance(uniform) == pytest.approx(spectra.distance(uniform.mT))
+    learned = uniform * torch.logspace(0, -2, 16)[:, None]
+    assert spectra.randomness(learned) == pytest.approx(1 / 200)
 
 
 def test_scale_and_interference_against_their_definition(settings, measured):

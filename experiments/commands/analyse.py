@@ -1,13 +1,16 @@
 """`python -m experiments.analyse suite=...`: the conditions behind ACTMat on real fine-tuning.
 
 Writes to <output>: conditions.csv (along the training, per task and layer), estimates.csv (how
-near each estimate comes to the true second moment), scale.csv, interference.csv, about.json, and
-from these (`theory_report`) summary.md with the published means beside ours, and the figures.
+near each estimate comes to the true second moment), scale.csv, interference.csv, sides.csv (how
+near D^T D and D D^T come to the moments of inputs and of output gradients), of adapters
+adapters.csv (are their factors random?), about.json, and from these (`theory_report`) summary.md
+with the published means beside ours, and the figures.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -25,24 +29,26 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
-from eval import theory
+from eval import spectra, theory
 from eval.cache import cached
 from eval.statistics import second_moments
-from eval.suite import Suite
+from eval.suite import Suite, Unsupported
 from eval.training import Loss, train
 from experiments.differences import blocks
 from experiments.hydra_run import Command
 from experiments.measurement import merge_suite
 from experiments.report import records
-from experiments.report.theory import RHO, read_published, render
+from experiments.report.theory import OPTIONAL, RHO, read_published, render
 from experiments.settings import Experiment, Statistics, check_choices, resolve_device
 from experiments.suites import load_expert, load_suite, pick_tasks
 from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
 from merging.formats.disk import write_synced
-from merging.layers import Layer, cut
+from merging.layers import Layer, cut, of_outputs
+from merging.method.registry import OUTPUTS
 from merging.progress import track
 
+log = logging.getLogger(__name__)
 VERSION = 1  # of recordings: raise it when the code below would give others
 
 
@@ -61,6 +67,7 @@ class Analyse:
     truth: int = 1000
     samples: list[int] = field(default_factory=lambda: [1, 10, 100, 500])
     overlap: float = 0.05
+    gradients: int = 320
     methods: list[str] = field(default_factory=list)
     statistics: Statistics = field(default_factory=Statistics)
     published: str = "results/published/actmat_theory.csv"
@@ -99,6 +106,8 @@ def analyse(settings: Analyse) -> None:
         "machine": records.machine(resolve_device(settings.device)),
     }
     folder = Path(settings.output)
+    for name in OPTIONAL:  # of an earlier call with other settings
+        (folder / f"{name}.csv").unlink(missing_ok=True)
     write_synced(folder / "about.json", json.dumps(about, indent=1, sort_keys=True) + "\n")
     for name, frame in frames.items():
         write_synced(
@@ -236,11 +245,82 @@ def after_training(
                 for row in _estimates(D, C, sampled, settings.overlap)
             ]
             scale.append({"task": task, "layer": part, "ratio": theory.energy_ratio(D, C)})
-    return {
-        "estimates": _described(pd.DataFrame(estimates)),
-        "scale": _described(pd.DataFrame(scale)),
-        "interference": _described(_interference(settings, suite, experts, truth, layers)),
+    found = {
+        "estimates": pd.DataFrame(estimates),
+        "scale": pd.DataFrame(scale),
+        "interference": _interference(settings, suite, experts, truth, layers),
+        "sides": _sides(settings, suite, experts, truth, layers),
+        "adapters": _adapters(experts, layers),
     }
+    return {
+        name: _described(frame)
+        for name, frame in found.items()
+        if name not in OPTIONAL or not frame.empty
+    }
+
+
+def _sides(
+    settings: Analyse,
+    suite: Suite,
+    experts: Mapping[str, Any],
+    truth: Mapping[str, Mapping[str, Tensor]],
+    layers: Mapping[str, Layer],
+) -> pd.DataFrame:
+    """Columns task, layer, side, estimate, cosine, overlap: D^T D beside the inputs' measured
+    moment, D D^T beside that of the output gradients, the identity beside either. Empty where no
+    gradients are asked for, or the suite does not measure them."""
+    rows = []
+    own = {"finetuning": settings.finetuning, "seed": settings.seed}
+    size = max(b for b in range(1, 33) if settings.gradients % b == 0)
+    for task in track(experts, "output gradients") if settings.gradients else ():
+        try:
+            path = suite.statistics(
+                task, "kfac", batches=settings.gradients // size, batch_size=size, **own
+            )
+        except Unsupported as error:
+            log.info("%s: left out", error.message)
+            break
+        both = load_file(path)
+        for name, part, (D,) in blocks(suite.base(), {task: experts[task]}, layers):
+            at = theory.part_names(name, layers[name]).index(part)
+            G = of_outputs(both[name + OUTPUTS], layers[name], at)
+            for side, estimate, moment in (
+                ("inputs", D.mT @ D, truth[task][name]),
+                ("outputs", D @ D.mT, G),
+            ):
+                rows += [
+                    {"task": task, "layer": part, "side": side} | row
+                    for row in _near(
+                        moment, settings.overlap, delta=estimate, identity=torch.eye(len(moment))
+                    )
+                ]
+    return pd.DataFrame(rows)
+
+
+def _adapters(experts: Mapping[str, Any], layers: Mapping[str, Layer]) -> pd.DataFrame:
+    """Columns task, layer, side, randomness, overlap, chance of adapters' factors, A on the inputs'
+    side and B on the outputs': `eval.spectra.randomness`, the mean overlap of its space with those
+    of the other tasks, and what two random spaces of these ranks would have. Empty of dense ones.
+    """
+    rows = []
+    adapters = {task: expert for task, expert in experts.items() if expert.is_adapter}
+    for name in layers if len(adapters) == len(experts) else ():
+        factors = {task: expert.factors(name) for task, expert in adapters.items()}
+        for side, of in (("inputs", lambda f: f.A.mT), ("outputs", lambda f: f.B)):
+            spaces = {task: torch.linalg.qr(of(f).double())[0] for task, f in factors.items()}
+            for task, own in spaces.items():
+                others = [theory.subspace_overlap(own, x) for t, x in spaces.items() if t != task]
+                rows.append(
+                    {
+                        "task": task,
+                        "layer": name,
+                        "side": side,
+                        "randomness": spectra.randomness(of(factors[task])),
+                        "overlap": fmean(others) if others else math.nan,
+                        "chance": own.shape[1] / len(own),
+                    }
+                )
+    return pd.DataFrame(rows)
 
 
 def _interference(
@@ -294,6 +374,11 @@ def _estimates(
         "random": random.mT @ random,
         **{f"regmean_{n}": estimate for n, estimate in sampled.items()},
     }
+    yield from _near(C, share, **found)
+
+
+def _near(C: Tensor, share: float, **found: Tensor) -> Iterator[dict[str, Any]]:
+    """How near estimates of C, by name, come to it."""
     k = math.ceil(share * len(C))
     leading = theory.leading_directions(C, k)
     for name, estimate in found.items():

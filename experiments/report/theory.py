@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,8 +16,10 @@ from experiments.report.markup import markdown
 from merging.errors import InputError
 from merging.formats.disk import write_synced
 
+RARE = 0.05  # a share of random matrices below which a spectrum is called not random
 RHO = "energy_rho"  # the one quantity along the training that is not a cosine
 FRAMES = ("conditions", "estimates", "scale", "interference")
+OPTIONAL = ("sides", "adapters")  # of suites that measure gradients, of adapters
 ORDER = ("cross_term", "correlation", "drift", "optimiser", "alignment", RHO, "delta", "identity")
 
 
@@ -41,6 +44,9 @@ def render(folder: Path, published: pd.DataFrame) -> Path:
     parts += [_by_type(frames["estimates"]), _scales(frames["scale"])]
     if len(frames["interference"]):
         parts.append(_interference(frames["interference"]))
+    extra = {name: folder / f"{name}.csv" for name in OPTIONAL}
+    described = {"sides": _sides, "adapters": _adapters}
+    parts += [described[name](pd.read_csv(x)) for name, x in extra.items() if x.exists()]
     path = folder / "summary.md"
     write_synced(path, text + "\n".join(parts))
     return path
@@ -70,6 +76,42 @@ def _by_type(estimates: pd.DataFrame) -> str:
     return "Cosine with the true second moment by type of layer:\n\n" + markdown(
         ["layer", *table.columns], lines
     )
+
+
+def _sides(sides: pd.DataFrame) -> str:
+    """Which side of a layer its difference knows better."""
+    columns = list(itertools.product(("inputs", "outputs"), ("delta", "identity")))
+    table = sides.pivot_table("cosine", "type", ["side", "estimate"], sort=False)[columns]
+    overlap = sides[sides.estimate == "delta"].pivot_table("overlap", "type", "side", sort=False)
+    lines = [
+        [str(kind), *(f"{x:.3f}" for x in (*table.loc[kind], *overlap.loc[kind]))]
+        for kind in table.index
+    ]
+    lines.append(["all", *(f"{x:.3f}" for x in (*table.mean(), *overlap.mean()))])
+    return (
+        "Both sides of a layer: cosine of D^T D with the measured second moment of the inputs and "
+        "of D D^T with that of the output gradients, beside what the identity has, and the overlap "
+        "of their leading directions:\n\n"
+    ) + markdown(
+        ["layer", "D^T D, inputs", "identity", "D D^T, output gradients", "identity",
+         "overlap, inputs", "overlap, outputs"],
+        lines,
+    )  # fmt: skip
+
+
+def _adapters(adapters: pd.DataFrame) -> str:
+    """Whether the factors of adapters are what they were drawn as."""
+    lines = []
+    for side, part in adapters.groupby("side"):
+        random = (part.randomness > RARE).mean()
+        figures = (100 * random, part.overlap.mean(), part.chance.mean())
+        lines.append([f"{side} ({'A' if side == 'inputs' else 'B'})", f"{figures[0]:.0f} %",
+                      *(f"{x:.3f}" for x in figures[1:])])  # fmt: skip
+    return (
+        "Adapters B A: factors whose spectrum is one of 95 % of random matrices' (by its distance "
+        "to the Marchenko-Pastur law), and the overlap of the spaces that two tasks' factors span:"
+        "\n\n"
+    ) + markdown(["side", "random spectra", "overlap between tasks", "of random spaces"], lines)
 
 
 def _scales(scale: pd.DataFrame) -> str:

@@ -18,7 +18,7 @@ from merging.errors import InputError
 from merging.experts import Expert, Values, lift
 from merging.factors import Factors, factorise, merge_factors
 from merging.formats.checks import check_finite
-from merging.layers import Layer, cut, join
+from merging.layers import Layer, cut, join, of_outputs
 
 if TYPE_CHECKING:
     from merging.engine.job import Job
@@ -290,8 +290,7 @@ def _of_block(kind: str, stack: Tensor, layer: Layer, i: int) -> Tensor:
     if kind == "base":
         return cut(stack[None], layer)[i][0]
     if kind == "gradients":  # (T, d_out, d_out): the block's own outputs on either side
-        rows = replace(layer, transposed=False, kernel=())
-        return cut(cut(stack, rows)[i].mT, rows)[i].mT
+        return of_outputs(stack, layer, i)
     return stack[:, i // layer.blocks] if layer.experts else stack  # (T, [E,] d_in, d_in)
 
 

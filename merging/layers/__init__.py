@@ -9,7 +9,7 @@ from merging.layers.choice import (
     paper_layers,
     resolve_layers,
 )
-from merging.layers.layout import Layer, cut, join, whole
+from merging.layers.layout import Layer, cut, join, of_outputs, whole
 from merging.layers.modules import linear_layers
 from merging.layers.names import HEADS
 
@@ -24,6 +24,7 @@ __all__ = [
     "infer_layers",
     "join",
     "linear_layers",
+    "of_outputs",
     "paper_layers",
     "resolve_layers",
     "whole",

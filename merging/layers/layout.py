@@ -63,6 +63,12 @@ def cut(stack: Tensor, layer: Layer) -> list[Tensor]:
     return [block for expert in experts for block in _parts(expert, layer)]
 
 
+def of_outputs(moments: Tensor, layer: Layer, i: int) -> Tensor:
+    """The i-th block's own part of moments of a layer's outputs, (..., d_out, d_out)."""
+    rows = replace(layer, transposed=False, kernel=())
+    return cut(cut(moments, rows)[i].mT, rows)[i].mT
+
+
 def _parts(rows: Tensor, layer: Layer) -> list[Tensor]:
     """(..., d_out, d_in) -> (..., d_out / parts, d_in) each."""
     grouped = rows.unflatten(-2, (layer.groups, -1)) if layer.groups > 1 else rows
