@@ -339,7 +339,8 @@ def test_one_report_lists_every_problem():
         "expert 'math' (X): tensor 'b' of BASE is missing",
         "expert 'math' (X): tensor 'c' is not in BASE",
         "expert 'math' (X): tensor 'a' is torch.int64, the base's torch.float32",
-        f"expert 'math' (X): tensor 'embed' has {vocabulary} both have)",
+        f"expert 'math' (X): tensor 'embed' has {vocabulary} both have, "
+        "vocabulary=union those of every token)",
         "expert 'code' (Y): tensor 'b' has shape [2, 3], the base's has [3, 2]",
     ]
     assert problems(base, fit(base, {"math": expert}), common_rows=True) == [

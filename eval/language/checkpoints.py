@@ -266,7 +266,7 @@ def require_mergeable(
             raise InputError(f"base {base} is an adapter, expected a whole checkpoint")
         opened = {t: stack.enter_context(closing(open_checkpoint(p))) for t, p in experts.items()}
         opened = fit(source, opened, into=into)
-        found = problems(source, opened, common_rows=vocabulary == "common_rows")
+        found = problems(source, opened, common_rows=vocabulary != "refuse")
         for task, expert in opened.items():
             named = expert.hub_base and not Path(name).exists()
             if named and model_name(expert.base_name) != model_name(name):
@@ -275,7 +275,8 @@ def require_mergeable(
         if found:
             raise InputError(several(found), hint="nothing was merged")
         untied = set(source.tied) - set(still_tied(source, opened))
-    require_same_tokenizers(base, experts)
+    if vocabulary != "union":
+        require_same_tokenizers(base, experts)
     return {"tie_word_embeddings": False} if untied else {}
 
 

@@ -97,6 +97,8 @@ def merge_checkpoints(
     report = Report()
     with ExitStack() as stack:
         job = _open(stack, base, experts, method, hashes, options)
+        if job.rows:
+            job.rows.check_output(Path(output))
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
         report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
@@ -105,10 +107,14 @@ def merge_checkpoints(
         with pipeline.running(job, sink, report) as put:
             contexts = passes.contexts(job, items)
             pipeline.merge(job, todo, contexts, put, watch, *job.devices)
-        if not watch.changed and not any(i.method and i not in todo for i in items):
+        grown = bool(job.rows and job.rows.union.new)
+        if not (watch.changed or grown or any(i.method and i not in todo for i in items)):
             raise InputError(f"{UNCHANGED}: {output} was not written", "are the experts trained?")
         show_warnings(report)
-        sink.finish(extra() if callable(extra) else extra)
+        files = (extra() if callable(extra) else extra) or {}
+        if job.rows:
+            files = job.rows.files(files)
+        sink.finish(files)
     return report
 
 

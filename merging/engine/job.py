@@ -27,13 +27,14 @@ from merging.errors import HOW_TO_MEASURE, InputError, several
 from merging.experts import Expert, Source
 from merging.formats.checks import check_finite, problems
 from merging.formats.fit import fit, still_tied
+from merging.formats.united import Rows, united
 from merging.layers import Layer, Layers, choose_layers, whole
 from merging.method.registry import OUTPUTS, Method
 from merging.method.space import Space, check_space
 from merging.triangles import unpack
 
 Statistics = Mapping[str, Mapping[str, Tensor]]
-Vocabulary = Literal["refuse", "common_rows"]
+Vocabulary = Literal["refuse", "common_rows", "union"]
 Form = Literal["dense", "adapter"]
 
 
@@ -47,7 +48,9 @@ class Options(TypedDict, total=False):
     device: str | Sequence[str]  # where matrices are merged; several devices share the work
     split_qkv: bool  # merge packed q, k, v rows as three matrices; the default
     # "common_rows" admits experts with more or fewer rows in an embedding or head: the rows that
-    # both have are merged, the base's other rows kept. "refuse" is the default
+    # both have are merged, the base's other rows kept. "union" tells rows by the tokens of the
+    # tokenizer.json beside the files: what only experts have gets rows of its own, the mean of
+    # theirs, and the tokenizer of all is written. "refuse" is the default
     vocabulary: Vocabulary
     # task -> the part of the base that the expert is one of: "language_model" for a language model
     # into a vision-language base, or a module's name; the base's config.json or `layers` tells them
@@ -101,6 +104,7 @@ class Job:
     space: Space = "full"
     rank: int | None = None
     shard_bytes: int | None = None
+    rows: Rows | None = None  # of a union of vocabularies
     notes: tuple[str, ...] = ()  # what its choices come to, for a person
 
     def output_dtype(self, name: str) -> torch.dtype:
@@ -184,18 +188,22 @@ def prepare(
     resolved, reasons = choose_layers(layers, shapes, folder)
     if not options.get("split_qkv", True):
         resolved = {name: whole(layer) for name, layer in resolved.items()}
-    common_rows = settings.get("vocabulary") == "common_rows"
+    vocabulary = settings.get("vocabulary", "refuse")
     model = layers if isinstance(layers, nn.Module | Path) else None
     experts = fit(base, dict(sorted(experts.items())), resolved, options.get("into"), model)
-    if found := problems(base, experts, common_rows=common_rows):
+    if found := problems(base, experts, common_rows=vocabulary != "refuse"):
         raise InputError(several(found), hint="nothing was merged")
     base = base.with_ties(still_tied(base, experts))
     check_gradients(method)
     taking, task_weights = weigh(experts, options.get("weights"), options.get("weights_on"), method)
+    rows = None
+    if vocabulary == "union":
+        base, taking, rows = united(base, taking)
     told = check_space(at_depth(method, 0.0), settings.get("space", "full"), len(taking))
     job = Job(
         base=base, experts=taking, method=method, layers=resolved, reasons=reasons,
-        task_weights=task_weights, notes=(told,) if told else (), **settings,
+        task_weights=task_weights, rows=rows,
+        notes=tuple(x for x in (told, rows and rows.note()) if x), **settings,
     )  # fmt: skip
     _check_forms(job)
     return job
@@ -212,6 +220,8 @@ def _read(options: FileOptions) -> dict[str, Any]:
     )
     device, size = options.get("device") or "cpu", options.get("shard_size")
     rank = options.get("rank")
+    if options.get("vocabulary") == "union" and options.get("form") == "adapter":
+        raise InputError("vocabulary=union makes a whole model", hint="use form=dense")
     if options.get("into") and options.get("form") == "adapter":
         raise InputError(
             "into= makes a whole model of the base, not an adapter of it", hint="use form=dense"

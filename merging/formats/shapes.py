@@ -11,7 +11,7 @@ _NAMED = {
     "labels": "{0} outputs, the base's {1}: heads of other labels have no rows in common (a base "
     "without its head merges the rest)",
     "vocabulary": "a vocabulary of {0}, the base's has {1} (vocabulary=common_rows merges the rows "
-    "that both have)",
+    "that both have, vocabulary=union those of every token)",
 }
 
 
