@@ -17,6 +17,7 @@ from experiments.commands.merge import MergeCheckpoints
 from experiments.commands.paper import Reproduce
 from experiments.commands.statistics import Collect
 from experiments.commands.tables import Tables
+from experiments.report import configs as configs_page
 from experiments.settings import UNMERGED, Experiment, Selection, Statistics
 from experiments.trackers import TRACKERS
 
@@ -163,3 +164,41 @@ def test_defaults_of_every_dataclass_are_those_of_its_file(name):
         default = own.default if own.default_factory is MISSING else own.default_factory()
         if default is not MISSING and default not in ([], {}, ""):
             assert getattr(settings, own.name) == default, own.name
+
+
+# --- the page of all files ------------------------------------------------------------------------
+
+
+def test_the_committed_page_of_configs_is_the_generated_one():
+    committed = (CONFIGS / "README.md").read_text().splitlines()
+    page = configs_page.page().splitlines()
+    rows = {line.partition("|")[2].partition("|")[0] for line in committed}
+    # a new method passes with its function and its file alone; the command adds its row
+    page = [
+        x for x in page if "](method/" not in x or x.partition("|")[2].partition("|")[0] in rows
+    ]
+    assert committed == page, "run: python -m experiments.configs"
+
+
+def test_every_file_is_on_the_page_once_and_says_what_it_is():
+    links = re.findall(
+        r"^\| \[\w+\]\(([\w/]+\.yaml)\) \| (\S.*?) \|", configs_page.page(), re.MULTILINE
+    )
+    assert sorted(path for path, _ in links) == sorted(
+        path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")
+    )
+
+
+def test_a_row_is_read_from_its_file(tmp_path):
+    file = tmp_path / "x.yaml"
+    file.write_text(
+        "# Merge by halves (arXiv 1234.5678), e.g. two. More of it.\n#\n"
+        "#   python -m experiments.run suite=tiny_text \\\n#     method=average   # seconds\n"
+        "name: x\nplain: 1\nshare: 0.5 # of all\nlong: [10, 20, 30, 40, 50, 60, 70] # many\n"
+    )
+    assert configs_page.about(file) == "Merge by halves (arXiv 1234.5678), e.g. two"
+    assert configs_page.keys(file) == "`share 0.5`, `long`"
+    line = "python -m experiments.run suite=tiny_text method=average"
+    assert configs_page.example(file) == f"`{line}`"
+    file.write_text("# A sweep.\nhydra:\n  sweeper:\n    params:\n      method.alpha: 0.1, 0.2\n")
+    assert configs_page.keys(file) == "`method.alpha`"

@@ -31,7 +31,7 @@ SOURCES = [
     *(p for room in ("experiments", "eval", "merging") for p in (ROOT / room).rglob("*.py")),
 ]
 COMMAND = re.compile(r"python -m experiments\.([a-z]+(?:\.[a-z]+)?)\b([^`\n]*)")
-SCRIPTS = {"cli", "methods", "readme"}  # they have no settings, and tests of their own
+SCRIPTS = {"cli", "configs", "methods", "readme"}  # they have no settings, and tests of their own
 PLACEHOLDERS = {  # in documented lines -> what stands there when a line is composed
     r"\{[a-z_]+\}": "tiny_text",
     r"suite=\.\.\.": "suite=tiny_text",
