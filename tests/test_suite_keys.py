@@ -69,6 +69,7 @@ def stubs(patch, folder):
     patch.setattr(ImageSet, "names", ["one", "other", "third"])
     patch.setattr(checkpoints, "local", lambda name: Path("/", *name.split("/")))
     patch.setattr(checkpoints, "file_digests", lambda path: {Path(path).name: "0" * 64})
+    patch.setattr(checkpoints, "digests", lambda name: {Path(name).name: "0" * 64})
     patch.setattr(checkpoints, "require_mergeable", lambda *_, **__: {})
     patch.setattr(checkpoints, "part", lambda name, files: written(folder / "config.json", "{}"))
     patch.setattr(checkpoints, "chat_template", lambda name: "{{ messages }}")

@@ -52,7 +52,6 @@ VERSION = 1
 BATCH = 64
 
 Protocol = Literal["ours", "paper"]
-PRECISIONS = {"ours": "float16 on a GPU, else float32", "paper": "float32"}  # of evaluation
 Batch = tuple[str, Tensor, Tensor]  # task, images (batch, 3, size, size), labels (batch,)
 
 
@@ -188,9 +187,9 @@ class VisionSuite(TrainedSuite):
 
     def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
         """What a score depends on beside the towers: data, class names, templates, precision.
-        Empty where the base is made here, whose heads and data `identity` holds."""
+        Of a base made here, whose heads and data `identity` holds, a lower precision alone."""
         if self.clip is None:
-            return {}
+            return {"precision": "float16"} if self._half else {}
         data = {task: asdict(images) for task, images in self._sets.items()}
         return {
             "name": self.protocol,
@@ -198,7 +197,7 @@ class VisionSuite(TrainedSuite):
             "paths": {task: [f["path"], f["config"], f["revision"]] for task, f in data.items()},
             "heads": "class names" if self.heads is None else self._place(self.heads, "*").name(),
             "clip": self._place(self.clip).name(),
-            "precision": PRECISIONS[self.protocol],
+            "precision": "float16" if self._half else "float32",
         }
 
     def sources(self) -> dict[str, str]:
@@ -420,7 +419,7 @@ class VisionSuite(TrainedSuite):
 
     @property
     def _half(self) -> bool:
-        """Whether towers are evaluated in half precision: `PRECISIONS` says when."""
+        """Whether towers are evaluated in half precision: on a GPU, but not as the paper did."""
         return torch.device(self.device).type == "cuda" and self.protocol != "paper"
 
     # --- experts and statistics -----------------------------------------------------------------
