@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from merging.errors import InputError
 log = logging.getLogger(__name__)
 # Keys of this command; everything else on its command line is an override of every row's run.
 OWN = ("paper", "dry_run", "records", "output", "published", "overrides")
+# Settings of a run that say something of its suite.
+OF_SUITE = ("suite", "protocol", "tasks", "heldout", "weights_on", "weights")
 
 
 @dataclass
@@ -76,10 +79,11 @@ def rows(settings: Reproduce) -> list[tuple[str, Experiment]]:
     """(what it is called, its run) of every row of the table, each run checked."""
     paper = settings.paper
     shared = [*paper.settings, *settings.overrides, f"records={settings.records}"]
+    first = composed(RUN, [*shared, "method=average"])
     found = []
     for line in paper.runs:
         for own in expand(shlex.split(line)):
-            run = composed(RUN, [*shared, *own])
+            run = _row(shared, own, first)
             if run.suite["name"] != paper.suite:
                 raise InputError(
                     f"table {paper.name} is about suite {paper.suite}, "
@@ -94,6 +98,21 @@ def rows(settings: Reproduce) -> list[tuple[str, Experiment]]:
                 )
             found.append((" ".join(own).replace("method=", "", 1), run))
     return found
+
+
+def _row(shared: Sequence[str], own: Sequence[str], first: Experiment) -> Experiment:
+    """The run of a row, which has the suite of the first unless it says something of its own:
+    composing a suite of many files takes longer than all the rest."""
+    if any(map(_of_suite, own)):
+        return composed(RUN, [*shared, *own])
+    others = [override for override in shared if not _of_suite(override)]
+    return replace(
+        composed(RUN, [*others, *own]), **{name: getattr(first, name) for name in OF_SUITE}
+    )
+
+
+def _of_suite(override: str) -> bool:
+    return re.match(rf"[+~]*({'|'.join(OF_SUITE)})\b", override) is not None
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
