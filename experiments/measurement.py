@@ -38,6 +38,8 @@ from merging.formats.checkpoints import open_checkpoint
 from merging.progress import track
 
 log = logging.getLogger(__name__)
+# Hyperparameters that are younger than the first records of their method, which lack them.
+LATER: dict[str, dict[str, Any]] = {"both_sides": {"estimator": "delta"}}
 
 
 @dataclass(frozen=True)
@@ -185,6 +187,9 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
         method = _methods(settings)[0]
         hyperparameters, needs = dict(method.hyperparameters), method.needs
         hyperparameters.pop(chosen.parameter, None)
+        for later, default in LATER.get(name, {}).items():
+            if hyperparameters.get(later) == default:
+                del hyperparameters[later]
     optional: dict[str, Any] = {}  # absent from records made before there was a choice
     if protocol := suite.protocol_key(statistics=bool(needs)):
         optional["protocol"] = protocol

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import merging
 from merging import InputError
+from merging.method import covariance
 from tests.test_method_properties import rotation, stack
 
 MEMBERS = ["mirror", "symmetric", "sylvester"]
@@ -198,6 +199,49 @@ def test_effective_rank_keeps_the_leading_directions_of_both_sides():
     assert_close(family(filter="effective_rank")(deltas), deltas[0])
 
 
+@pytest.mark.parametrize("shape", [(2, 6, 9), (3, 9, 6)])
+@pytest.mark.parametrize("name", ["ledoit_wolf", "oas"])
+def test_shrunk_moments_are_the_interference_familys_at_either_end(name, shape):
+    deltas = 20 * (stack(shape[0], shape[1:], 3) + stack(1, shape[1:], 4)).double()
+    one_sided = merging.create(name)
+    assert_close(family(a=0.0, estimator=name)(deltas), one_sided(deltas), rtol=1e-6, atol=1e-9)
+    mirror = family(a=1.0, estimator=name)(deltas)
+    assert_close(mirror, one_sided(deltas.mT).mT, rtol=1e-6, atol=1e-9)
+
+
+def test_shrunk_moments_in_the_middle_against_the_plain_formula():
+    """R_t = r_t D_t D_t^T + q_t I and C_t likewise, powers and sums written out."""
+    deltas = 20 * (stack(3, (5, 7), 3) + stack(1, (5, 7), 4)).double()
+
+    def power(S, exponent):
+        l, V = torch.linalg.eigh(S)
+        return V @ torch.diag(l**exponent) @ V.mT
+
+    def moments(samples):
+        found = covariance.estimate("oas", samples, samples.shape[2], 1.0)
+        identity = torch.eye(samples.shape[2]).to(samples)
+        return [
+            r * x.mT @ x + q * identity
+            for x, r, q in zip(samples, found.scale, found.ridge, strict=True)
+        ]
+
+    R, C = moments(deltas.mT), moments(deltas)
+    N = sum(power(r, 0.25) @ D @ power(c, 0.75) for r, D, c in zip(R, deltas, C, strict=True))
+    expected = power(sum(R), -0.25) @ N @ power(sum(C), -0.75)
+    merged = family(a=0.25, estimator="oas")(deltas)
+    assert_close(merged, expected, rtol=1e-7, atol=1e-9)
+    assert not merging.create("both_sides", estimator="oas").row_space
+
+
+def test_gavish_donoho_drops_noise_on_both_sides():
+    signal = torch.zeros(2, 30, 20).double()
+    signal[:, 0, 0] = 5.0
+    noise = stack(2, (30, 20), 1).double() / 0.02
+    merged = family(filter="gavish_donoho")(signal + 0.01 * noise)
+    assert torch.linalg.matrix_rank(merged, rtol=1e-6) == 1
+    assert merged[0, 0] == pytest.approx(5.0, abs=0.05)
+
+
 @pytest.mark.parametrize("choices", [{}, {"mean": "arithmetic"}, {"a": 1.0}, {"p": 0.0}])
 def test_weights_count_as_repetitions(choices):
     deltas, method = stack(2, (5, 4), 8).double(), family(**choices)
@@ -239,7 +283,12 @@ def test_float32_agrees_with_float64_on_layers_wider_than_what_is_computed_in_do
 
 @pytest.mark.parametrize(
     ("choices", "told"),
-    [({"a": 1.5}, "a is 1.5"), ({"mean": "median"}, "median"), ({"filter": "gain"}, "gain")],
+    [
+        ({"a": 1.5}, "a is 1.5"),
+        ({"mean": "median"}, "median"),
+        ({"filter": "gain"}, "gain"),
+        ({"estimator": "trimmed"}, "trimmed"),
+    ],
 )
 def test_unknown_choices_are_refused(choices, told):
     with pytest.raises(InputError, match=told):

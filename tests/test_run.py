@@ -90,6 +90,16 @@ def test_whatever_changes_the_scores_makes_another_record(suite, settings, chang
     assert len(set(Path(settings.records, "linear").glob("average-*.json")) - before) == 1
 
 
+def test_a_hyperparameter_younger_than_records_changes_no_key_at_its_default(suite, settings):
+    method = {"name": "both_sides", "a": 0.75}
+    record = measurement.measure(replace(settings, method=method))
+    assert "estimator" not in record["key"]["hyperparameters"]
+    again = replace(settings, method=method | {"estimator": "delta"}, force=False)
+    assert measurement.is_done(again)
+    other = measurement.measure(replace(settings, method=method | {"estimator": "oas"}))
+    assert other["key"]["hyperparameters"]["estimator"] == "oas"
+
+
 def test_a_method_with_needs_gets_statistics_and_says_so(suite, settings):
     record = measure(replace(settings, method={"name": "regmean"}))
     assert suite.collected == ["first", "second"]

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import pandas as pd
@@ -29,11 +27,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import merging
-from eval import spectra, theory
+from eval import theory
 from eval.cache import cached
 from eval.statistics import second_moments
 from eval.suite import Suite, Unsupported
 from eval.training import Loss, train
+from experiments import sides
 from experiments.differences import blocks
 from experiments.hydra_run import Command
 from experiments.measurement import merge_suite
@@ -44,8 +43,7 @@ from experiments.suites import load_expert, load_suite, pick_tasks
 from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
 from merging.formats.disk import write_synced
-from merging.layers import Layer, cut, of_outputs
-from merging.method.registry import OUTPUTS
+from merging.layers import Layer, cut
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -250,7 +248,7 @@ def after_training(
         "scale": pd.DataFrame(scale),
         "interference": _interference(settings, suite, experts, truth, layers),
         "sides": _sides(settings, suite, experts, truth, layers),
-        "adapters": _adapters(experts, layers),
+        "adapters": sides.adapters(experts, layers),
     }
     return {
         name: _described(frame)
@@ -266,61 +264,22 @@ def _sides(
     truth: Mapping[str, Mapping[str, Tensor]],
     layers: Mapping[str, Layer],
 ) -> pd.DataFrame:
-    """Columns task, layer, side, estimate, cosine, overlap: D^T D beside the inputs' measured
-    moment, D D^T beside that of the output gradients, the identity beside either. Empty where no
-    gradients are asked for, or the suite does not measure them."""
-    rows = []
-    own = {"finetuning": settings.finetuning, "seed": settings.seed}
+    """`sides.compare` for every task; empty where no gradients are asked for, or the suite does
+    not measure them."""
     size = max(b for b in range(1, 33) if settings.gradients % b == 0)
+    frames = []
     for task in track(experts, "output gradients") if settings.gradients else ():
+        own = {"finetuning": settings.finetuning, "seed": settings.seed}
+        own |= {"batches": settings.gradients // size, "batch_size": size}
         try:
-            path = suite.statistics(
-                task, "kfac", batches=settings.gradients // size, batch_size=size, **own
-            )
+            both = load_file(suite.statistics(task, "kfac", **own))
         except Unsupported as error:
             log.info("%s: left out", error.message)
             break
-        both = load_file(path)
-        for name, part, (D,) in blocks(suite.base(), {task: experts[task]}, layers):
-            at = theory.part_names(name, layers[name]).index(part)
-            G = of_outputs(both[name + OUTPUTS], layers[name], at)
-            for side, estimate, moment in (
-                ("inputs", D.mT @ D, truth[task][name]),
-                ("outputs", D @ D.mT, G),
-            ):
-                rows += [
-                    {"task": task, "layer": part, "side": side} | row
-                    for row in _near(
-                        moment, settings.overlap, delta=estimate, identity=torch.eye(len(moment))
-                    )
-                ]
-    return pd.DataFrame(rows)
-
-
-def _adapters(experts: Mapping[str, Any], layers: Mapping[str, Layer]) -> pd.DataFrame:
-    """Columns task, layer, side, randomness, overlap, chance of adapters' factors, A on the inputs'
-    side and B on the outputs': `eval.spectra.randomness`, the mean overlap of its space with those
-    of the other tasks, and what two random spaces of these ranks would have. Empty of dense ones.
-    """
-    rows = []
-    adapters = {task: expert for task, expert in experts.items() if expert.is_adapter}
-    for name in layers if len(adapters) == len(experts) else ():
-        factors = {task: expert.factors(name) for task, expert in adapters.items()}
-        for side, of in (("inputs", lambda f: f.A.mT), ("outputs", lambda f: f.B)):
-            spaces = {task: torch.linalg.qr(of(f).double())[0] for task, f in factors.items()}
-            for task, own in spaces.items():
-                others = [theory.subspace_overlap(own, x) for t, x in spaces.items() if t != task]
-                rows.append(
-                    {
-                        "task": task,
-                        "layer": name,
-                        "side": side,
-                        "randomness": spectra.randomness(of(factors[task])),
-                        "overlap": fmean(others) if others else math.nan,
-                        "chance": own.shape[1] / len(own),
-                    }
-                )
-    return pd.DataFrame(rows)
+        stream = blocks(suite.base(), {task: experts[task]}, layers)
+        rows = sides.compare(stream, truth[task], both, layers, settings.overlap)
+        frames.append(pd.DataFrame([{"task": task} | row for row in rows]))
+    return pd.concat(frames) if frames else pd.DataFrame()
 
 
 def _interference(
@@ -374,20 +333,7 @@ def _estimates(
         "random": random.mT @ random,
         **{f"regmean_{n}": estimate for n, estimate in sampled.items()},
     }
-    yield from _near(C, share, **found)
-
-
-def _near(C: Tensor, share: float, **found: Tensor) -> Iterator[dict[str, Any]]:
-    """How near estimates of C, by name, come to it."""
-    k = math.ceil(share * len(C))
-    leading = theory.leading_directions(C, k)
-    for name, estimate in found.items():
-        if name in {"identity", "random"}:
-            overlap = k / len(C)  # in the mean over random subspaces
-        else:
-            own = theory.leading_directions(estimate, k)
-            overlap = theory.subspace_overlap(own, leading)
-        yield {"estimate": name, "cosine": theory.cosine(estimate, C), "overlap": overlap}
+    yield from sides.near(C, share, **found)
 
 
 def _described(frame: pd.DataFrame) -> pd.DataFrame:

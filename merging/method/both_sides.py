@@ -9,7 +9,8 @@ R = sum_t w_t R_t, C = sum_t w_t C_t, N = sum_t w_t R_t^a D_t C_t^(1-a), the fam
     D = R^-a N C^-(1-a)          (pseudo-inverse powers).
 
 Since D_t = U_t diag(s_t) V_t^T makes R_t^a D_t C_t^(1-a) = U_t diag(s_t^(1+2p)) V_t^T, N does not
-depend on a; with p = 1 it is sum_t w_t D_t D_t^T D_t, and no task needs an SVD.
+depend on a; with p = 1 it is sum_t w_t D_t D_t^T D_t, and no task needs an SVD. Moments may be
+shrunk to multiples of the identity first, as `interference` shrinks the inputs'; N then does.
 
 What the two moments estimate. Gradient descent gives D_t = -eta sum_i g_i z_i^T over inputs z_i and
 gradients g_i at the outputs. So D_t^T D_t stands in for the second moment of a task's inputs, which
@@ -60,6 +61,7 @@ from merging.method.equations import (
     asks_for_double,
     normal_equations,
     solve,
+    spectral_filter,
     task_weights,
 )
 from merging.method.registry import create, register
@@ -91,6 +93,7 @@ def both_sides(
     mean: str = "geometric",
     p: float = 1.0,
     truncate: bool = False,
+    estimator: str = "delta",
     task_weight: str = "uniform",
     filter: str = "cut",
     anchor: str = "zero",
@@ -104,32 +107,37 @@ def both_sides(
     mean: geometric (the family's), arithmetic (both interferences at once) or maximum.
     p: power of a task's moments; 0 counts each of its directions once.
     truncate: each D_t keeps its floor(min(d_out, d_in) / T) largest triplets, as in TSV-M.
+    estimator: of both moments: delta, ledoit_wolf or oas, each side shrunk by itself: its samples
+        are the rows of D_t for C_t and the columns for R_t.
     task_weight: uniform, or inverse_norm, moments divided by |D_t|^2p.
     filter: cut (rtol on both sides), ridge (M + lam mean M), effective_rank (the K largest of each
-        side, as ASWUDI), or bound: what cut keeps, but for rows u of U and columns v of V that the
-        solution moves further than all experts together, |u^T D|^2 > l or |D v|^2 > m.
+        side, as ASWUDI), gavish_donoho (what noise does not explain on either side), or bound: what
+        cut keeps, but for rows u of U and columns v of V that the solution moves further than all
+        experts together, |u^T D|^2 > l or |D v|^2 > m.
     anchor: what is kept where the filter is 0: zero, sum, or any method of the registry by name.
     rtol: eigenvalues up to rtol * the largest are cut; None is d * eps of float32, as in ACTMat,
         and for powers or truncated experts what cuts the noise of their singular values.
     """
-    _check(a, mean, filter)
+    _check(a, mean, filter, estimator)
     height, width = d_out or deltas.shape[1], d_in or deltas.shape[2]
     fine = asks_for_double(Filter("cut", rtol=rtol), min(height, width))
     D = deltas.double() if fine else deltas.to(working_dtype(deltas))
     w = task_weights(task_weight, D) ** p
     w = w if weights is None else w * weights.to(w)
-    plain = p == 1 and not truncate
+    plain = p == 1 and not truncate and estimator == "delta"
     if plain and (mean, filter) == ("geometric", "cut") and a in {0, 1}:
         return _one_side(D, w, a == 1, rtol, (height, width)).to(deltas.dtype)
-    k = min(height, width) // len(D) if truncate else None
-    R, C, N = _gram_moments(D, w) if plain else _spectral_moments(D, w, p, k)
+    if plain:
+        R, C, N = _gram_moments(D, w)
+    else:
+        R, C, N = _spectral_moments(D, w, a, p, truncate, estimator, (height, width))
     cuts = (height * EPS32, width * EPS32) if plain else 2 * (RANK_RTOL**2,)
     left, right = (
         _side(S, cut if rtol is None else rtol) for S, cut in zip((R, C), cuts, strict=True)
     )
     n = _within(N, left, right)  # (r_out, r_in)
     M = _MEANS[mean](left.values[:, None], right.values, a)
-    F = _filter(filter, n / M, M, left.values, right.values, w, lam)
+    F = _filter(filter, n / M, M, left.values, right.values, w, lam, (len(D), height, width))
     A = _anchor(anchor, D, d_in=d_in, d_out=d_out)
     return _assemble(n / M, F, A, left, right).to(deltas.dtype)
 
@@ -139,26 +147,31 @@ _MEANS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "arithmetic": lambda l, m, a: a * l + (1 - a) * m,
     "maximum": lambda l, m, a: torch.maximum(l, m),
 }
-_FILTERS = ("cut", "ridge", "effective_rank", "bound")
+_FILTERS = ("cut", "ridge", "effective_rank", "gavish_donoho", "bound")
+_ESTIMATORS = ("delta", "ledoit_wolf", "oas")  # those with D_t's own eigenvectors
 
 
-def _check(a: float, mean: str, filter: str) -> None:
+def _check(a: float, mean: str, filter: str, estimator: str) -> None:
     if not 0 <= a <= 1:
         raise InputError(f"a is {a}, expected a share between 0 (inputs) and 1 (outputs)")
     if mean not in _MEANS:
         raise InputError(f"unknown mean {mean!r}", f"known: {', '.join(_MEANS)}")
-    if filter not in _FILTERS:
-        raise InputError(f"unknown filter {filter!r}", f"known: {', '.join(_FILTERS)}")
+    for kind, name, known in (("filter", filter, _FILTERS), ("estimator", estimator, _ESTIMATORS)):
+        if name not in known:
+            raise InputError(f"unknown {kind} {name!r}", f"known: {', '.join(known)}")
 
 
 def _filter(
-    name: str, solved: Tensor, M: Tensor, l: Tensor, m: Tensor, w: Tensor, lam: float
-) -> Tensor | None:
-    """F in [0, 1] (r_out, r_in), or None for all 1."""
+    name: str, solved: Tensor, M: Tensor, l: Tensor, m: Tensor, w: Tensor, lam: float,
+    shape: tuple[int, int, int],
+) -> Tensor | None:  # fmt: skip
+    """F in [0, 1] (r_out, r_in), or None for all 1; shape: (T, d_out, d_in) of the layer."""
     if name == "ridge":
         return M / (M + lam * M.mean())
-    if name == "effective_rank":
-        return _leading(l)[:, None] & _leading(m)
+    if name in {"effective_rank", "gavish_donoho"}:
+        T, height, width = shape  # samples of a side are all tasks' columns, or rows
+        left = spectral_filter(name, l, d_in=height, rows=T * width)
+        return left[:, None] * spectral_filter(name, m, d_in=width, rows=T * height).to(left)
     return _bounded(solved, l, m, w) if name == "bound" else None
 
 
@@ -187,18 +200,44 @@ def _gram_moments(D: Tensor, w: Tensor) -> Moments:
     return Moments(R, gram(rows.reshape(-1, D.shape[2])), N)
 
 
-def _spectral_moments(D: Tensor, w: Tensor, p: float, k: int | None) -> Moments:
-    """Any power, from each task's k largest singular triplets, in float64."""
+class Shrinkage(NamedTuple):
+    """One side's moments scale_t D_t^T D_t + ridge_t I (or D_t D_t^T), each (T,)."""
+
+    scale: Tensor
+    ridge: Tensor
+
+    def powers(self, t: int, s: Tensor, p: float) -> tuple[Tensor, Tensor]:
+        """Eigenvalues to the power p: (r,) where D_t has singular values s, and () elsewhere."""
+        ridge = self.ridge[t].double()
+        elsewhere = ridge**p if ridge > 0 else ridge
+        return (self.scale[t].double() * s.square() + ridge) ** p, elsewhere
+
+
+def _shrinkage(estimator: str, samples: Tensor, width: int) -> Shrinkage:
+    """Of the moments (T, d, d) whose samples are the rows of (T, n, d)."""
+    found = covariance.estimate(estimator, samples, width, 1.0)
+    return Shrinkage(found.scale, found.ridge)
+
+
+def _spectral_moments(
+    D: Tensor, w: Tensor, a: float, p: float, truncate: bool, estimator: str, shape: tuple[int, int]
+) -> Moments:
+    """Any power and shrinkage, from each task's singular triplets, in float64."""
+    k = min(shape) // len(D) if truncate else None
+    outputs, inputs = (_shrinkage(estimator, x, d) for x, d in zip((D.mT, D), shape, strict=True))
     R, C, N = (
         D.new_zeros(shape, dtype=torch.float64)
         for shape in (2 * D.shape[1:2], 2 * D.shape[2:], D.shape[1:])
     )
-    for delta, weight in zip(D, w.double(), strict=True):
+    for t, (delta, weight) in enumerate(zip(D, w.double(), strict=True)):
         U, s, V = singular_triplets(delta, k)
-        root = weight.sqrt() * s**p
-        R += gram((U * root).mT)
-        C += gram((V * root).mT)
-        N += product(U * (root.square() * s), V.mT)
+        l, l0 = outputs.powers(t, s, p)
+        m, m0 = inputs.powers(t, s, p)
+        R += gram((U * (weight * (l - l0)).sqrt()).mT)
+        C += gram((V * (weight * (m - m0)).sqrt()).mT)
+        R.diagonal().add_(weight * l0)
+        C.diagonal().add_(weight * m0)
+        N += product(U * (weight * l**a * s * m ** (1 - a)), V.mT)
     return Moments(R, C, N)
 
 
@@ -218,14 +257,6 @@ def _within(X: Tensor, left: Side, right: Side) -> Tensor:
     if U.dtype != V.dtype:  # only one of them is narrow enough for float64
         U, V = U.float(), V.float()
     return product(product(U.mT, X.to(U)), V)
-
-
-def _leading(values: Tensor) -> Tensor:
-    """Which eigenvalues (r,) are among the K largest, K = ceil((sum sqrt l)^2 / sum l)."""
-    energy = values.sum()
-    # the small term keeps a rank that is an integer from being rounded up past itself
-    K = torch.ceil(values.sqrt().sum().square() / energy - 1e-6) if energy > 0 else 0
-    return torch.arange(len(values), device=values.device) < K
 
 
 def _bounded(solved: Tensor, l: Tensor, m: Tensor, w: Tensor) -> Tensor:
@@ -257,11 +288,13 @@ def _assemble(
 
 
 def _row_space(choices: Mapping[str, Any]) -> bool:
-    return choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).row_space
+    own = choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).row_space
+    return own and choices["estimator"] == "delta"  # shrinkage looks at single rows and columns
 
 
 def _column_space(choices: Mapping[str, Any]) -> bool:
-    return choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).column_space
+    own = choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).column_space
+    return own and choices["estimator"] == "delta"
 
 
 @dataclass(frozen=True, kw_only=True)
