@@ -59,6 +59,33 @@ def test_what_has_no_record_is_refused_by_name(settings):
         residuals.measure(replace(settings, records="nowhere"))
 
 
+def test_merges_of_fewer_tasks_are_set_beside_their_own_records(settings, tmp_path):
+    """Two experts and three, one seed; a task that its merge has alone is kept whole."""
+    with pytest.raises(InputError, match="no merge of fewer tasks has a record"):
+        residuals.measure(replace(settings, subsets=True))
+    path = tmp_path / "results" / "linear" / "records.jsonl"
+    found = records.load_lines(path)
+    run = Experiment(
+        suite={"name": "linear"}, method={"name": "average"}, tracker={"name": "none"},
+        device="cpu", records=str(tmp_path / "runs"), tasks=["second"],
+    )  # fmt: skip
+    found += [measure(replace(run, method={"name": name})) for name in ("average", "actmat")]
+    records.save_lines(path, found)
+    residuals.measure(replace(settings, subsets=True))
+    table = pd.read_csv(path.with_name("residuals_full_subsets.csv"))
+    assert table.groupby(["method", "tasks"]).size().to_dict() == {
+        ("actmat", 1): 1, ("actmat", 2): 2, ("average", 1): 1, ("average", 2): 2,
+    }  # fmt: skip
+    alone = table[table.tasks == 1]
+    assert alone.task.tolist() == ["second"] * 2
+    assert alone.kept.tolist() == pytest.approx([1, 1])
+    assert alone["mean"].tolist() == pytest.approx([0, 0], abs=1e-6)
+    assert table[(table.method == "average") & (table.tasks == 2)]["mean"].tolist() == [0.25, 0.25]
+    page = path.with_name("residuals_full_subsets.md").read_text()
+    assert "2 methods, merges of 1 to 2 tasks, seeds 0." in page
+    assert "| 2 | 0.12 | 0.12 | 0.12 | 0.75 |" in page
+
+
 RESULTS = Path(__file__).parents[1] / "results"
 
 
