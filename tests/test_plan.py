@@ -4,10 +4,12 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import merging
 from experiments import plan as command
+from experiments.report import picture
 from experiments.report.plan_page import page
 from experiments.report.plan_words import MOST, sentences
 from merging import InputError
@@ -177,9 +179,30 @@ def test_the_command_prints_words_and_writes_a_page(files, tmp_path, call):
     assert code == 2 and ".html" in err
 
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, picture.NAMES)), None)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_the_page_has_its_picture_taken(files, tmp_path, call):
+    base, experts, _ = files
+    line = [f"base={base}", *(f"experts.{task}={path}" for task, path in experts.items())]
+    line += ["methods=[average,tsv_m]", "subsets=false", f"picture={tmp_path}/sub/plan.png"]
+    code, _, err = call(*line)
+    assert code == 2 and "which output=NAME.html writes" in err
+    code, out, err = call(*line, f"output={tmp_path}/plan.html")
+    assert code == 0, err
+    assert out.splitlines()[-1] == f"its picture: {tmp_path}/sub/plan.png"
+    with Image.open(tmp_path / "sub/plan.png") as taken:
+        assert taken.size == picture.SIZE
+        colours = taken.convert("L").getextrema()
+    assert colours[0] < 100 and colours[1] == 255  # ink on paper
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["plan.png"]
+
+
+def test_a_machine_without_a_browser_says_so_before_anything_is_read(monkeypatch, call):
+    monkeypatch.setattr(picture.shutil, "which", lambda name: None)
+    code, _, err = call("base=a", "experts.b=c", "output=plan.html", "picture=plan.png")
+    assert code == 2 and "none is installed" in err
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

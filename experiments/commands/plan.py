@@ -8,6 +8,7 @@ from pathlib import Path
 import merging
 from experiments.commands.merge import plain_names, quote_paths
 from experiments.hydra_run import Command
+from experiments.report import picture
 from experiments.report.plan_page import page
 from experiments.report.plan_words import sentences
 from merging.errors import InputError
@@ -25,6 +26,7 @@ class PlanMerge:
     subsets: bool = True
     architecture: str | None = None
     output: str | None = None
+    picture: str | None = None
 
 
 def plan(settings: PlanMerge) -> None:
@@ -34,6 +36,10 @@ def plan(settings: PlanMerge) -> None:
     output = Path(settings.output) if settings.output else None
     if output and output.suffix != ".html":
         raise InputError(f"output is {output}, expected the name of an .html file")
+    if settings.picture:
+        if not output or not settings.picture.endswith(".png"):
+            raise InputError("picture is a .png file of the page, which output=NAME.html writes")
+        picture.browser()
     base = Path(settings.base)
     planned = merging.plan(
         base,
@@ -48,6 +54,9 @@ def plan(settings: PlanMerge) -> None:
         title = f"Merging {', '.join(planned.tasks)} into {base.name}"
         write_synced(output, page(planned, title))
         print(f"written to {output}: open it in any browser")
+        if settings.picture:
+            picture.take(output, Path(settings.picture))
+            print(f"its picture: {settings.picture}")
     if planned.problems:
         raise InputError(f"{len(planned.problems)} things keep these checkpoints from being merged")
 
