@@ -5,6 +5,7 @@ All are composed and checked as the command itself does, on the very words; thos
 to their last line on small inputs. What a line's placeholders stand for is said in one table.
 """
 
+import itertools
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from eval import tiny
 from experiments import cli, hydra_run
 from merging.formats.writer import write_adapter
+from tests import test_hub_paper, test_olmo
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -163,6 +165,39 @@ def test_a_documented_line_is_one_that_its_command_accepts(
     code, _, err = invoke(name, *own, f"hydra.sweep.dir={tmp_path}")
     assert code == 0, (where, err)
     assert seen
+
+
+# --- the paper's tables: where each is made -------------------------------------------------------
+
+MADE_BY = (
+    dict.fromkeys(test_hub_paper.TABLES, "test_every_vision_table_from_the_hub_to_the_printed_row")
+    | dict.fromkeys(test_hub_paper.ONE_ROW, "test_a_row_of_the_tables_that_share_their_code")
+    | dict.fromkeys(test_hub_paper.T5_TABLES, "test_every_t5_table_whole")
+    | {"olmo3_7b": "test_the_papers_table_is_one_command"}
+)
+
+
+def test_every_documented_table_is_made_by_a_test():
+    """Of every file of configs/paper, and of every NAME on a documented line or in the README."""
+    readme = (ROOT / "README.md").read_text()
+    cells = re.findall(r"^\| ((?:`[a-z0-9_{},]+`(?:, )?)+) \|", readme, re.MULTILINE)
+    asked = {name for cell in cells for name in expanded(cell)}
+    asked |= {
+        words.split()[0] for _, name, words in LINES if name == "paper" and words[:1].islower()
+    }
+    files = {path.stem for path in (ROOT / "configs/paper").glob("*.yaml")}
+    assert {"olmo3_7b", "tall_vision14", "language7_t5_large_lora"} <= asked <= files
+    assert files == set(MADE_BY)
+    for name, test in MADE_BY.items():
+        module = test_olmo if name == "olmo3_7b" else test_hub_paper
+        assert callable(getattr(module, test))
+
+
+def expanded(cell):
+    """`a_{b,c}` -> a_b, a_c, as a shell expands it."""
+    for name in re.findall(r"`([^`]+)`", cell):
+        pieces = [part.split(",") for part in re.split(r"[{}]", name)]
+        yield from map("".join, itertools.product(*pieces))
 
 
 # --- run to the last line -------------------------------------------------------------------------

@@ -29,6 +29,7 @@ TABLES = {
     "ilharco_vision8": ["tasks=[mnist,dtd]"],
     "tall_vision20": ["tasks=[kmnist,fer2013]"],
 }
+ONE_ROW = ["tall_vision8", "tall_vision14", "actmat_later_vision8"]  # whose code is that of others
 
 
 @pytest.fixture
@@ -81,6 +82,17 @@ def test_every_vision_table_from_the_hub_to_the_printed_row(make, vision, tmp_pa
     again = make(name, "selection.values=[0.3]", *few)
     assert "to do" not in again
     assert not vision.requests  # a second call does nothing but print
+
+
+@pytest.mark.parametrize("name", ONE_ROW)
+def test_a_row_of_the_tables_that_share_their_code(make, tmp_path, name):
+    if "later" in name:
+        hub_vision.download("actmat", tmp_path / "home/checkpoints", "ViT-B-16", EIGHT)
+    out = make(name, "tasks=[mnist,dtd]", "paper.runs=['method=average']")
+    (written,) = make.results.glob("*.csv")
+    ours = pd.read_csv(written).set_index("method").ours["average"]
+    assert written.stem.startswith(name) and "difference" in out
+    assert pd.Series(ours).notna().any()  # tables of TALL print means alone
 
 
 ONE = ["fusionbench_vision8", "paper.runs=['method=average']", "tasks=[mnist,dtd]"]
