@@ -153,8 +153,8 @@ def merge(adapters, method, output, form, **options):
 
 TOO_HIGH = {
     "breadcrumbs", "breadcrumbs_ties", "consensus", "consensus_ta", "consensus_ties", "dare",
-    "dare_ties", "data_free_fisher", "della", "della_linear", "fisher", "iso_merger", "pcb", "ram",
-    "sce", "ties", "wudi",
+    "dare_ties", "data_free_fisher", "della", "della_linear", "fisher", "iso_merger",
+    "kfac_regmean", "pcb", "ram", "sce", "ties", "wudi",
 }  # fmt: skip
 
 
@@ -193,7 +193,9 @@ def test_what_no_adapter_holds_is_refused(adapters, tmp_path, name):
     method = create(name)
     fishers = {n: torch.ones_like(p) for n, p in adapters["base"].state_dict().items()}
     options = {"statistics": dict.fromkeys(("both", "one"), fishers)} if method.needs else {}
-    layers_alone = {"consensus", "wudi"}  # what is no layer is averaged, or kept
+    if method.needs == "kfac":
+        options = {"statistics": moments(adapters["base"])}
+    layers_alone = {"consensus", "kfac_regmean", "wudi"}  # what is no layer is averaged, or kept
     told = "makes a difference of 'first" if name in layers_alone else "changes single entries"
     told = "needs the base's values" if name == "iso_merger" else told
     with pytest.raises(InputError, match=f"method '{name}' {told}") as error:
