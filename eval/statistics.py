@@ -19,7 +19,8 @@ from eval.inputs import fused_experts, rows
 from merging.errors import InputError
 
 if TYPE_CHECKING:
-    from eval.suite import Finetuning, Statistic, Suite
+    from eval.backend import Finetuning, Statistic
+    from eval.suite import Suite
     from merging.layers import Layer
 
 Forward = Callable[[nn.Module, Any], Any]

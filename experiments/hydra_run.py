@@ -31,10 +31,10 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError
 
-from eval.suite import Unsupported
+from eval.backend import Unsupported
 from experiments.cli import CONFIGS, INTERRUPTED
 from experiments.errors import did_you_mean, report
-from experiments.suites import check_targets
+from experiments.suites import check_suite
 from experiments.sweeps import JobFailed, Recorder, conclude, tidied
 from merging.errors import InputError
 
@@ -161,17 +161,18 @@ def _configure_logging() -> None:
 
 
 def read_settings(schema: type[Settings], composed: DictConfig) -> Settings:
-    """The composed configuration as an instance of `schema`, every `_target_` checked.
+    """The composed configuration as an instance of `schema`.
 
-    Raises InputError for a key the schema lacks, a value of another type, or a `_target_`
-    that is no suite of this project.
+    Raises InputError for a key that the schema or the kind of suite lacks, or a value of another
+    type.
     """
     keys = [key for key in composed if key != "hydra"]
     known = {field.name for field in fields(schema)}
     if unknown := sorted(set(keys) - known):
         raise InputError(f"unknown config key {unknown[0]!r}", did_you_mean(unknown[0], known))
     plain = OmegaConf.to_container(OmegaConf.masked_copy(composed, keys), resolve=True)
-    check_targets(plain)
+    if "kind" in plain.get("suite", {}):
+        check_suite(plain["suite"])
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), plain))
 
 

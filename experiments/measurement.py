@@ -5,21 +5,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from filelock import FileLock
 from torch import Tensor
 
 import merging
-from eval.cache import cache_root
-from eval.language.checkpoints import require_disk
-from eval.regmean_pp import merge_blocks
-from eval.suite import Measurable, MultiTask, OnDisk, Suite, Unsupported
+from eval.suite import Suite
 from eval.training import expert_state
 from experiments.report import records
 from experiments.report.records import Record
@@ -31,32 +26,14 @@ from experiments.settings import (
     check_choices,
     resolve_device,
 )
-from experiments.suites import collect, load_expert, load_suite, pick_tasks, under_protocol
-from merging.engine.job import LazyStatistics
+from experiments.suite_merge import Merge, prepare
+from experiments.suites import load_suite, pick_tasks, under_protocol
 from merging.errors import InputError
-from merging.formats.checkpoints import open_checkpoint
 from merging.progress import track
 
 log = logging.getLogger(__name__)
 # Hyperparameters that are younger than the first records of their method, which lack them.
 LATER: dict[str, dict[str, Any]] = {"both_sides": {"estimator": "delta"}}
-
-
-@dataclass(frozen=True)
-class Merge:
-    """What a merge of all tasks gave and cost."""
-
-    state: Mapping[str, Tensor] | Path  # a path: of a model too large to hold several of
-    rules: dict[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    statistics_seconds: float = 0.0
-    peak_bytes: int = 0
-    scratch: TemporaryDirectory[str] | None = None
-
-    def discard(self) -> None:
-        """Remove what was written for judging."""
-        if self.scratch is not None:
-            self.scratch.cleanup()
 
 
 def measure(settings: Experiment) -> Record:
@@ -76,7 +53,8 @@ def measure(settings: Experiment) -> Record:
         merge, method, selection = Merge({}), None, None
         if key["method"] not in UNMERGED:
             method, selection = _select(settings, suite, key["tasks"])
-            merge = merge_suite(settings, suite, key["tasks"], method)
+            with prepare(settings, suite, key["tasks"], method) as prepared:
+                merge = prepared.finish(prepared.call())
         try:
             record = _record(settings, suite, key, merge) | {
                 "data": _data_use(method, selection),
@@ -181,7 +159,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
     """All that a run's scores depend on; see experiments/report/records.py."""
     name, chosen = settings.method["name"], settings.selection
     tasks = pick_tasks(suite, settings.tasks)
-    suite.check(tasks)
+    suite.backend.check(tasks)
     hyperparameters, needs = {}, None
     if name not in UNMERGED:
         method = _methods(settings)[0]
@@ -191,7 +169,7 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
             if hyperparameters.get(later) == default:
                 del hyperparameters[later]
     optional: dict[str, Any] = {}  # absent from records made before there was a choice
-    if protocol := suite.protocol_key(statistics=bool(needs)):
+    if protocol := suite.backend.protocol_key(statistics=bool(needs)):
         optional["protocol"] = protocol
     if not settings.split_qkv and name not in UNMERGED:
         optional["split_qkv"] = False
@@ -261,7 +239,7 @@ def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merg
         "versions": records.versions(),
         "machine": records.machine(resolve_device(settings.device)),
     } | _given(
-        sources=suite.sources(),
+        sources=suite.backend.sources(),
         heldout=_mean_scores(beside),
         correct=_given(**packed),
     )
@@ -276,7 +254,8 @@ def _select(
         return candidates[0], None
     tried = []
     for method in track(candidates, f"selecting {chosen.parameter} on {chosen.split}"):
-        merge = merge_suite(settings, suite, tasks, method)
+        with prepare(settings, suite, tasks, method) as prepared:
+            merge = prepared.finish(prepared.call())
         tried.append(_mean_accuracy(_score(settings, suite, merge.state, chosen.split, tasks)))
         merge.discard()
     best = tried.index(max(tried))
@@ -284,109 +263,18 @@ def _select(
     return candidates[best], outcome
 
 
-def merge_suite(
-    settings: Experiment, suite: Suite, tasks: list[str], method: merging.Method
-) -> Merge:
-    """Merge the experts of some tasks, with the statistics that the method needs."""
-    method = replace(method, rest=suite.rest or method.rest)
-    own = {"finetuning": settings.finetuning, "seed": settings.seed}
-    paths = {task: suite.expert(task, **own) for task in tasks}
-    if method.sequential:
-        return _merge_sequentially(settings, suite, paths, method)
-    collected, seconds = {}, 0.0
-    if method.needs:
-        for task in track(tasks, f"{method.needs} statistics"):
-            collected[task], spent = collect(settings, suite, task, method.needs)
-            seconds += spent
-    layers = suite.layers()
-    if method.needs == "covariance":  # of what no module reads: averaged, the report says
-        layers = {k: layer for k, layer in layers.items() if k not in suite.unmeasured}
-    options = {
-        "layers": layers,
-        "device": resolve_device(settings.device),
-        "split_qkv": settings.split_qkv,
-        "weights": settings.weights or None,
-        "weights_on": settings.weights_on,
-    }
-    if isinstance(suite, OnDisk):
-        return _merge_on_disk(suite, paths, method, collected, seconds, options)
-    with ExitStack() as stack:  # experts and statistics are read where they lie, layer by layer
-        read = {t: stack.enter_context(closing(open_checkpoint(p))) for t, p in collected.items()}
-        state = merging.merge_state_dicts(
-            suite.base(),
-            {task: load_expert(path) for task, path in paths.items()},
-            method,
-            statistics={task: LazyStatistics(source) for task, source in read.items()} or None,
-            **options,
-        )
-    report = state.report
-    return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
-
-
-def _merge_on_disk(
-    suite: OnDisk,
-    paths: Mapping[str, Path],
-    method: merging.Method,
-    statistics: Mapping[str, Path],
-    seconds: float,
-    options: Mapping[str, Any],
-) -> Merge:
-    """Stream the experts into a model folder, from which the suite judges them."""
-    base = suite.checkpoint()
-    require_disk(base)
-    scratch = TemporaryDirectory(dir=cache_root(), prefix="judged-")
-    output = Path(scratch.name) / "model"
-    report = merging.merge_checkpoints(
-        base,
-        paths,
-        method,
-        output,
-        statistics=statistics or None,
-        vocabulary=suite.vocabulary,
-        extra=suite.companions(),
-        **options,
-    )
-    summary = report.summary()
-    return Merge(output, summary, report.seconds, seconds, report.peak_bytes, scratch)
-
-
-def _merge_sequentially(
-    settings: Experiment, suite: Suite, paths: Mapping[str, Path], method: merging.Method
-) -> Merge:
-    if settings.weights:
-        raise InputError(f"method {method.name!r} merges block after block, without weights")
-    if not isinstance(suite, Measurable):
-        raise Unsupported(
-            f"suite {suite.name} cannot measure through a half-merged model, "
-            f"which method {method.name!r} needs"
-        )
-    base, report = suite.base(), merging.Report()
-    state, seconds = merge_blocks(
-        suite,
-        base,
-        {task: expert_state(base, path) for task, path in paths.items()},
-        method,
-        **asdict(settings.statistics),
-        device=resolve_device(settings.device),
-        report=report,
-    )
-    return Merge(state, report.summary(), report.seconds, seconds, report.peak_bytes)
-
-
 def _unmerged(
     settings: Experiment, suite: Suite, tasks: list[str]
 ) -> Iterator[tuple[Mapping[str, Tensor] | Path, list[str]]]:
     """States that no merge made, each with the tasks it is judged on."""
     name, own = settings.method["name"], {"finetuning": settings.finetuning, "seed": settings.seed}
-    whole = isinstance(suite, OnDisk)
+    disk = suite.on_disk
     if name == "zero_shot":
-        yield suite.checkpoint() if whole else suite.base(), tasks
+        yield disk.checkpoint() if disk else suite.base(), tasks
     elif name == "experts":
         for task in track(tasks, "evaluating experts"):
             path = suite.expert(task, **own)
-            yield path if whole else expert_state(suite.base(), path), [task]
-    elif not isinstance(suite, MultiTask):
-        raise Unsupported(f"suite {suite.name} has no model trained on all tasks at once")
+            yield path if disk else expert_state(suite.base(), path), [task]
     else:
         yield expert_state(suite.base(), suite.multi_task(**own)), tasks
 
@@ -399,8 +287,7 @@ def _score(
     tasks: list[str],
 ) -> dict[str, Any]:
     """{task, or benchmark of a task: {accuracy, count, constant, correct}}"""
-    judge = suite.evaluate_checkpoint if isinstance(state, Path) else suite.evaluate
-    scores = judge(state, split, tasks, settings.limit)
+    scores = suite.evaluate(state, split, tasks, settings.limit)
     return {column: score._asdict() for column, score in scores.items()}
 
 

@@ -58,7 +58,7 @@ def survey(paper: Paper, named: Sequence[tuple[str, Experiment]]) -> Survey:
     if not left:
         return found
     inputs = any(_needs_inputs(settings) for settings in left)
-    found.requirements = suite.requirements(
+    found.requirements = suite.backend.requirements(
         tasks,
         finetuning=left[0].finetuning,
         inputs=inputs,
@@ -67,7 +67,7 @@ def survey(paper: Paper, named: Sequence[tuple[str, Experiment]]) -> Survey:
     found.problems += [(r.problem, r.hint) for r in found.requirements if r.problem]
     own: Mapping[str, int] = {}
     try:
-        own = suite.footprint(tasks, paper.cost.images, inputs)
+        own = suite.backend.footprint(tasks, paper.cost.images, inputs)
     except InputError as error:
         found.problems.append((error.message, error.hint))
     _measure_room(found, own, paper.cost)

@@ -10,7 +10,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 
-from eval.suite import Finetuning, Split
+from eval.backend import Finetuning, Split
 from merging.errors import InputError
 
 REFERENCES = ("zero_shot", "experts")  # what every run is compared with

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
-import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
-
-from eval.suite import Statistic, Suite
+from eval.backend import Statistic
+from eval.registry import KINDS
 from experiments.errors import did_you_mean
 from experiments.settings import HasStatistics, resolve_device
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.disk import write_synced
+
+if TYPE_CHECKING:
+    from eval.suite import Suite
 
 
 def load_suite(config: Mapping[str, Any], device: str) -> Suite:
@@ -35,45 +34,25 @@ def _suite(config: str) -> Suite:
     return build(json.loads(config))
 
 
-def build(node: Mapping[str, Any]) -> Any:
-    """Instantiate a configuration that `check_targets` has admitted."""
-    check_targets(node)
-    return instantiate(OmegaConf.create(dict(node)), _convert_="all")
+def build(config: Mapping[str, Any]) -> Suite:
+    """The suite of a configuration; InputError for what it does not have, or lacks."""
+    from eval.suite import Suite
+
+    check_suite(config)
+    backend = KINDS[config["kind"]].load()
+    return Suite(backend(**{key: value for key, value in config.items() if key != "kind"}))
 
 
-def check_targets(node: Any, where: str = "config") -> None:
-    """Refuse a `_target_` that is not a dataclass of eval/, and settings it does not have."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            known = {field.name for field in fields(_declared(node["_target_"], where))}
-            if unknown := sorted(set(node) - known - {"_target_", "_convert_"}):
-                raise InputError(
-                    f"{where} has no setting {unknown[0]!r}", did_you_mean(unknown[0], known)
-                )
-        for key, value in node.items():
-            check_targets(value, f"{where}.{key}" if where != "config" else str(key))
-    elif isinstance(node, list):
-        for i, value in enumerate(node):
-            check_targets(value, f"{where}[{i}]")
-
-
-def _declared(target: Any, where: str) -> type:
-    """The class a `_target_` names, if it is one that configs may construct."""
-    if isinstance(target, str) and re.fullmatch(r"eval(\.[a-z_0-9]+)+\.[A-Za-z_0-9]+", target):
-        module, _, name = target.rpartition(".")
-        try:
-            found = getattr(importlib.import_module(module), name, None)
-        except ModuleNotFoundError as error:
-            if not f"{module}.".startswith(f"{error.name}."):
-                raise
-            found = None
-        # defined there, not merely imported there
-        if isinstance(found, type) and is_dataclass(found) and found.__module__ == module:
-            return found
-    raise InputError(
-        f"{where}._target_ is {target!r}, expected a suite of this project",
-        hint="configs may construct only the dataclasses that modules of eval/ define",
-    )
+def check_suite(config: Mapping[str, Any]) -> None:
+    """InputError for a suite of no known kind, or with settings that its kind does not have."""
+    if (kind := config.get("kind")) not in KINDS:
+        raise InputError(f"suite.kind is {kind!r}", f"expected one of: {', '.join(KINDS)}")
+    known = {field.name: field for field in fields(KINDS[kind].load())}
+    if unknown := sorted(set(config) - set(known) - {"kind"}):
+        raise InputError(f"suite has no setting {unknown[0]!r}", did_you_mean(unknown[0], known))
+    required = [n for n, f in known.items() if f.default is f.default_factory is MISSING]
+    if missing := [name for name in required if name not in config]:
+        raise InputError(f"a suite of kind {kind!r} needs {missing[0]!r}")
 
 
 def under_protocol(config: Mapping[str, Any], protocol: str | None) -> Mapping[str, Any]:

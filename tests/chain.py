@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 import merging
-from eval.language import checkpoints, judge
+from eval.language import benchmarks, checkpoints, judge
 from eval.regmean_pp import merge_blocks
-from eval.trained import TrainedSuite
+from eval.suite import Suite
 from merging.formats.checkpoints import Adapter, open_checkpoint
 
 # Relative error of the logits. The conjugate gradients of MaTS are stopped before they converge,
@@ -77,8 +77,8 @@ def by_hand(
 
 def lm_eval_of(folder: Path) -> Callable[[PreTrainedModel], Tensor]:
     """lm-eval's log-likelihood of every answer to some questions, as a function of a model."""
-    tokenizer, benchmark = AutoTokenizer.from_pretrained(folder), judge.Benchmark("tiny_meals")
-    manager = judge.task_manager([benchmark])
+    tokenizer, benchmark = AutoTokenizer.from_pretrained(folder), benchmarks.Benchmark("tiny_meals")
+    manager = benchmarks.task_manager([benchmark])
 
     def judged(model: PreTrainedModel) -> Tensor:
         lm = judge.wrap(model, tokenizer, batch_size=32)
@@ -136,7 +136,7 @@ def check_methods(
 
 
 def check_block_by_block(
-    suite: TrainedSuite, states: Mapping[str, Mapping[str, Tensor]], task: str, layer: str
+    suite: Suite, states: Mapping[str, Mapping[str, Tensor]], task: str, layer: str
 ) -> None:
     """Second moments of one layer, through the state of its fully fine-tuned expert, are those of
     the expert's statistics; and a merge block after block is a model that can be evaluated."""

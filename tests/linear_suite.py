@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from eval.suite import Score, Suite, bits
+from eval.backend import Backend, Score, Unsupported, bits
 from merging.layers import Layer
 
 NAME = "layer.weight"
@@ -16,8 +16,10 @@ DELTAS = {"first": [[1.0, 0.0], [0.0, 0.0]], "second": [[0.0, 0.0], [0.0, 1.0]]}
 
 
 @dataclass
-class LinearSuite(Suite):
-    """Experts move one diagonal entry from 0 to 1; a task's accuracy peaks where its entry is at
+class LinearSuite(Backend):
+    """What commands ask of `eval.suite.Suite`, with itself as the backend.
+
+    Experts move one diagonal entry from 0 to 1; a task's accuracy peaks where its entry is at
     `best[split]`. So the average (0.5 on both entries) can be scored without a computer."""
 
     folder: Path
@@ -28,6 +30,16 @@ class LinearSuite(Suite):
     best: dict[str, float] = field(default_factory=lambda: {"validation": 0.4, "test": 1.0})
     evaluated: list[tuple[str, tuple[str, ...]]] = field(default_factory=list)
     collected: list[str] = field(default_factory=list)
+
+    trainable = on_disk = None
+    unmeasured = frozenset()
+
+    @property
+    def backend(self):
+        return self
+
+    def multi_task(self, *, finetuning, seed):
+        raise Unsupported(f"suite {self.name} has no model trained on all tasks at once")
 
     def base(self):
         return {NAME: torch.zeros(2, 2), "bias": torch.zeros(2)}
@@ -51,6 +63,9 @@ class LinearSuite(Suite):
     def evaluate(self, state, split, tasks=None, limit=None):
         tasks = tuple(tasks or self.tasks)
         self.evaluated.append((split, tasks))
+        return self.score(state, tasks, split, limit)
+
+    def score(self, state, tasks, split, limit):
         entries = dict(zip(self.tasks, state[NAME].diagonal().tolist(), strict=True))
         accuracy = {task: 1 - abs(self.best[split] - entries[task]) / 2 for task in tasks}
         count = limit or 100

@@ -229,7 +229,7 @@ def test_estimates_can_be_had_without_recording(settings, tmp_path, monkeypatch)
     ],
 )
 def test_bad_settings_are_refused_before_any_work(settings, monkeypatch, change, told):
-    for work in ("train", "merge_suite", "second_moments"):
+    for work in ("train", "prepare", "second_moments"):
         monkeypatch.setattr(analyse, work, lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(InputError, match=told):
         analyse.analyse(replace(settings, **change))

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
@@ -17,7 +16,10 @@ import merging
 from eval import statistics, streamed_statistics, tiny_lm, training
 from eval.cache import digest
 from eval.language import causal, checkpoints
-from eval.language.causal import IGNORED, CausalSuite, Example
+from eval.language.causal import CausalBackend
+from eval.language.examples import IGNORED, Example
+from eval.suite import Suite
+from experiments.suites import build
 from merging.errors import InputError
 from merging.triangles import pack, unpack
 
@@ -49,7 +51,7 @@ def models(tmp_path_factory):
     return root
 
 
-def suite(models, **changes) -> CausalSuite:
+def suite(models, **changes) -> Suite:
     own = {
         "name": "decoders",
         "family": "random",
@@ -58,7 +60,7 @@ def suite(models, **changes) -> CausalSuite:
         "benchmarks": BENCHMARKS,
         "batch_size": 20,
     }
-    return CausalSuite(**own | changes)
+    return Suite(CausalBackend(**own | changes))
 
 
 @pytest.fixture
@@ -297,8 +299,7 @@ def test_a_run_records_every_column_and_averages_single_attempts(models, tmp_pat
 
     sampled = {"attempts": 2, "k": [1, 2], "generation": {"do_sample": True}}
     config = {
-        "_target_": "eval.language.causal.CausalSuite",
-        "_convert_": "all",
+        "kind": "causal",
         "name": "decoders",
         "family": "random",
         "model": str(models / "base"),
@@ -449,7 +450,9 @@ def test_only_the_test_split_exists(models):
     ["olmo3_7b", *(f"mergebench_{m}" for m in ("llama_3b", "llama_8b", "gemma_2b", "gemma_9b"))],
 )
 def test_the_published_suites_are_as_published(name):
-    made = instantiate(OmegaConf.load(f"configs/suite/{name}.yaml"))
+    made = build(
+        OmegaConf.to_container(OmegaConf.load(f"configs/suite/{name}.yaml"), resolve=True)
+    ).backend
     assert not made.allow_code_execution
     benchmarks = made._benchmarks
     assert {made._columns[column]["expert"] for column in benchmarks} == set(made.tasks)

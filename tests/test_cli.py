@@ -83,7 +83,7 @@ def test_a_run_prints_its_table(call):
         (["+statistics.samples=3"], "samples"),
         (["seed=first"], "first"),
         (["suite=imagenet"], "there is no suite 'imagenet'"),
-        (["suite._target_=os.system"], "suite._target_ is 'os.system'"),
+        (["+suite._target_=os.system"], "suite has no setting '_target_'"),
         (["+suite.zoom=2"], "suite has no setting 'zoom'"),
         (["hydra.sweeper._target_=os.system"], "outside this project"),
         (["+hydra.callbacks.x._target_=os.system"], "hydra.callbacks.x._target_ is 'os.system'"),
@@ -197,7 +197,7 @@ def test_a_sweep_shares_one_suite(monkeypatch):
     built = []
     monkeypatch.setattr(suites, "build", lambda config: built.append(config) or object())
     suites._suite.cache_clear()
-    config = {"_target_": "eval.language.text.TextSuite", "name": "x", "device": "auto"}
+    config = {"kind": "text", "name": "x", "device": "auto"}
     first = suites.load_suite(config, "cpu")
     assert suites.load_suite(dict(config), "cpu") is first
     assert built == [config | {"device": "cpu"}]
@@ -297,26 +297,14 @@ def test_completion_answers_without_torch(tmp_path):
 # --- what configs may construct -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "target",
-    [
-        "os.system",
-        "eval.language.text.torch.hub.load",  # reachable through a module of ours
-        "eval.language.text.Package",  # ours, but not defined there
-        "eval.language.text.rated",  # defined there, but a function
-        "eval.nowhere.Suite",
-        "eval.cache.cached",
-        "merging.engine.report.Report",
-        "subprocess.Popen",
-        17,
-    ],
-)
-def test_foreign_targets_are_refused_wherever_they_hide(target):
-    for node in ({"_target_": target}, {"a": {"b": [{"_target_": target}]}}):
-        with pytest.raises(InputError, match="_target_ is"):
-            suites.check_targets(node)
-        with pytest.raises(InputError):
-            suites.build(node)
+@pytest.mark.parametrize("kind", ["os.system", "eval.language.text.TextBackend", 17, None])
+def test_only_the_kinds_of_the_table_are_suites(kind):
+    for refuse in (suites.check_suite, suites.build):
+        with pytest.raises(InputError, match=f"suite.kind is {kind!r}") as error:
+            refuse({"kind": kind, "name": "x"})
+        assert "embedded_lm" in error.value.hint
+    with pytest.raises(InputError, match="a suite of kind 'text' needs 'family'"):
+        suites.check_suite({"kind": "text", "name": "x"})
 
 
 @pytest.mark.parametrize("suite", sorted(p.stem for p in (ROOT / "configs/suite").glob("*.yaml")))
@@ -325,16 +313,9 @@ def test_every_suite_of_the_project_may_be_constructed(suite):
         composed = compose("experiment", [f"suite={suite}", "+suite.zoom=2"])
     config = hydra_run.OmegaConf.to_container(composed, resolve=True)["suite"]
     with pytest.raises(InputError, match="suite has no setting 'zoom'"):
-        suites.check_targets({"suite": config})
+        suites.check_suite(config)
     del config["zoom"]
-    suites.check_targets({"suite": config})
     assert suites.build(config).name == config["name"]
-
-
-@pytest.mark.parametrize("key", ["_args_", "_partial_", "_recursive_"])
-def test_hydras_other_doors_are_closed(key):
-    with pytest.raises(InputError, match=f"has no setting '{key}'"):
-        suites.check_targets({"_target_": "eval.language.text.TextSuite", key: True})
 
 
 CODE = {

@@ -16,10 +16,11 @@ def test_the_example_is_the_method_that_the_tests_register_from_outside():
 def test_what_it_names_is_there():
     for path in re.findall(r"`((?:merging|eval|experiments|configs|tests)/[\w/.]*)`", TEXT):
         assert (ROOT / path).exists(), path
+    from eval.backend import Backend, OnDisk, Trainable
+    from eval.registry import KINDS
     from eval.suite import Suite
-    from eval.trained import TrainedSuite
     from experiments.bench.command import PARTS
     from experiments.cli import COMMANDS
     from merging.formats.readers import READERS
 
-    assert Suite and TrainedSuite and PARTS and COMMANDS and READERS
+    assert Suite and Backend and Trainable and OnDisk and KINDS and PARTS and COMMANDS and READERS

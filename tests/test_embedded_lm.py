@@ -8,7 +8,6 @@ import pytest
 import torch
 import yaml
 from chain import check_block_by_block, check_methods, dense_expert
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -16,17 +15,22 @@ from transformers import AutoModelForCausalLM
 
 import merging
 from eval import tiny_lm, training
-from eval.language import checkpoints, embedded_lm, judge
-from eval.language.embedded_lm import EmbeddedLM
+from eval.language import benchmarks, checkpoints, embedded_lm, judge
+from eval.suite import Suite
+from experiments.suites import build
 from merging.errors import InputError
 
 CONFIG = Path("configs/suite/tiny_lm.yaml")
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+def built(config, **changes):
+    return build(OmegaConf.to_container(OmegaConf.merge(config, changes), resolve=True))
+
+
 @pytest.fixture(scope="module")
-def suite() -> EmbeddedLM:
-    return instantiate(OmegaConf.load(CONFIG))
+def suite() -> Suite:
+    return built(OmegaConf.load(CONFIG))
 
 
 def load(folder):
@@ -54,8 +58,8 @@ def test_every_method_written_and_loaded_equals_a_merge_by_hand(suite, finetunin
     merged = load(tmp_path / "actmat")
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     lm = judge.load_lm("hf", {"pretrained": str(tmp_path / "actmat")}, batch_size=20, device="cpu")
-    benchmark = judge.Benchmark("tiny_meals")
-    from_disk = judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark])).scores
+    benchmark = benchmarks.Benchmark("tiny_meals")
+    from_disk = judge.judge(lm, "meals", benchmark, benchmarks.task_manager([benchmark])).scores
     in_memory = suite.evaluate(dict(merged.named_parameters()), "test", ["meals"])
     assert in_memory == from_disk
 
@@ -71,10 +75,10 @@ def test_a_merge_written_as_an_adapter_is_judged_as_the_dense_one(suite, name, t
     adapted = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
     expected = logits(load(tmp_path / "dense"))
     assert (logits(adapted) - expected).norm() < 1e-4 * expected.norm()
-    benchmark = judge.Benchmark("tiny_meals")
+    benchmark = benchmarks.Benchmark("tiny_meals")
     dense, adapter = {"pretrained": str(tmp_path / "dense")}, {"peft": str(tmp_path / "adapter")}
     scores = [
-        judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark])).scores
+        judge.judge(lm, "meals", benchmark, benchmarks.task_manager([benchmark])).scores
         for lm in (
             judge.load_lm("hf", given, batch_size=20, device="cpu")
             for given in (dense, {"pretrained": str(base)} | adapter)
@@ -105,14 +109,14 @@ def test_experts_learn_their_own_task_and_merging_keeps_some_of_it(suite):
 
 def test_training_asks_as_the_judge_does(suite):
     """The tokens of a training example are those lm-eval would score for its right answer."""
-    task = suite._loaded["tiny_meals"]
+    task = suite.backend._loaded["tiny_meals"]
     task.config.test_split = "train"
     task.build_all_requests(limit=5)
     task.config.test_split = "test"
     asked = [instance.args for instance in task.instances]
-    for example in suite._examples("meals")[:5]:
-        prompt = suite._tokenizer.decode(example.tokens[: example.prompt])
-        answer = suite._tokenizer.decode(example.tokens[example.prompt :])
+    for example in suite.backend._examples["meals"][:5]:
+        prompt = suite.backend._tokenizer.decode(example.tokens[: example.prompt])
+        answer = suite.backend._tokenizer.decode(example.tokens[example.prompt :])
         assert (prompt, f" {answer}") in asked
 
 
@@ -140,7 +144,7 @@ def test_second_moments_are_of_all_tokens_but_padding(suite):
     model = load(tiny_lm.model("llama"))
     expert = suite.expert("meals", finetuning="full", seed=0)
     model.load_state_dict(training.expert_state(suite.base(), expert), strict=False)
-    examples = suite._examples("meals")
+    examples = suite.backend._examples["meals"]
     sample = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:10]
     rows = []
     for i in sample:
@@ -190,7 +194,7 @@ def test_splits_share_no_text_and_never_change(suite):
 
 def test_every_task_file_has_a_source_and_a_place_in_its_suite():
     config = OmegaConf.load("configs/suite/embedded_lm.yaml")
-    files = sorted((judge.LOCAL_TASKS / "embedded").glob("*.yaml"))
+    files = sorted((benchmarks.LOCAL_TASKS / "embedded").glob("*.yaml"))
     found = {}
     for file in files:
         text = file.read_text().replace("!function ", "")
@@ -210,11 +214,11 @@ def test_identity_tells_prompts_data_and_settings_apart(suite):
     assert own != suite.identity(finetuning="full", seed=0)
     config = OmegaConf.load(CONFIG)
     config.recipes.lora.steps += 1
-    assert instantiate(config).identity(finetuning="lora", seed=0) != own
+    assert built(config).identity(finetuning="lora", seed=0) != own
 
 
 def test_samples_are_kept_in_a_folder_of_the_merge(tmp_path):
-    suite = instantiate(OmegaConf.load(CONFIG), samples=str(tmp_path))
+    suite = built(OmegaConf.load(CONFIG), samples=str(tmp_path))
     suite.evaluate(suite.base(), "validation", ["meals"], limit=7)
     (folder,) = (tmp_path / "tiny_lm").iterdir()
     samples = [
@@ -223,7 +227,7 @@ def test_samples_are_kept_in_a_folder_of_the_merge(tmp_path):
     ]
     assert len(samples) == 7
     kept = {sample["doc"]["text"] for sample in samples}
-    assert kept <= set(suite._loaded["tiny_meals"].dataset["validation"]["text"])
+    assert kept <= set(suite.backend._loaded["tiny_meals"].dataset["validation"]["text"])
 
 
 def test_what_cannot_be_had_is_one_sentence(suite):
@@ -240,7 +244,7 @@ def test_what_cannot_be_had_is_one_sentence(suite):
         suite.evaluate(state, "test")
     config = OmegaConf.load(CONFIG)
     with pytest.raises(InputError, match="unknown decoder 'SmolLM3'"):
-        instantiate(config, decoder="SmolLM3").base()
+        built(config, decoder="SmolLM3").base()
     with pytest.raises(InputError, match="no recipe for finetuning 'ia3'"):
         suite.expert("meals", finetuning="ia3", seed=0)
     with pytest.raises(InputError, match="lm-eval knows no task"):
@@ -256,4 +260,4 @@ def test_what_cannot_be_had_is_one_sentence(suite):
                     include_path=include_path, include_defaults=False
                 ),
             )
-            instantiate(config, lm_tasks=names).evaluate(suite.base(), "test")
+            built(config, lm_tasks=names).evaluate(suite.base(), "test")

@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 import merging
 from eval.data import images
 from eval.data.images import FONTS, PARTS
+from eval.suite import Suite
 from eval.vision import pretrain
 from eval.vision.data import ImageSet, pixels
-from eval.vision.suite import VisionSuite
+from eval.vision.suite import VisionBackend
 from merging.errors import InputError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -37,11 +39,11 @@ def digits():
     config["datasets"] = {"digits": config["datasets"]["digits"]}
     config["shots"] = None
     config["pretraining"]["steps"] = config["recipes"]["full"]["steps"] = 3
-    return VisionSuite(**config)
+    return Suite(VisionBackend(**config))
 
 
 def test_at_least_six_tasks_of_real_images():
-    suite = VisionSuite(**configuration())
+    suite = VisionBackend(**configuration())
     drawn = {"letters"}
     assert len(set(suite.tasks) - drawn) >= 6
     assert all(f["path"].split(":")[1] in images.TASKS for f in suite.datasets.values())
@@ -102,7 +104,7 @@ def test_splits_are_disjoint_and_complete():
 
 
 def test_digits_are_scikit_learns(digits):
-    data = digits._images("digits")
+    data = digits.backend._images("digits")
     assert {p: len(data.rows(p)) for p in PARTS} == {"train": 1079, "validation": 179, "test": 539}
     assert data.names == list("0123456789")
 
@@ -125,8 +127,8 @@ def vision_packages_size():
 
 
 def test_pretraining_sees_some_classes_of_the_training_split(digits):
-    rows, labels, weights = pretrain._mixture(digits._sets, every=2)
-    data = digits._images("digits")
+    rows, labels, weights = pretrain._mixture(digits.backend._sets, every=2)
+    data = digits.backend._images("digits")
     own = data.labels("train")
     assert len(rows) == len(labels) == int((own % 2 == 0).sum())
     assert labels.unique().tolist() == [0, 1, 2, 3, 4]
@@ -135,36 +137,34 @@ def test_pretraining_sees_some_classes_of_the_training_split(digits):
 
 
 def test_base_is_pre_trained_once_and_named_by_its_recipe(digits):
-    first = digits._base_path
-    again = VisionSuite(**{k: getattr(digits, k) for k in digits.__dataclass_fields__})
-    assert again._base_path == first
-    longer = {**digits.pretraining, "steps": 4}
-    other = VisionSuite(**vars_of(digits) | {"pretraining": longer})
-    assert other._base_key != digits._base_key
-
-
-def vars_of(suite):
-    return {name: getattr(suite, name) for name in suite.__dataclass_fields__}
+    first = digits.backend._base_path
+    again = Suite(replace(digits.backend))
+    assert again.backend._base_path == first
+    longer = {**digits.backend.pretraining, "steps": 4}
+    other = replace(digits.backend, pretraining=longer)
+    assert other.base_key != digits.backend.base_key
 
 
 def test_heads_are_the_class_means_under_the_base(digits):
-    images, labels = pixels(digits._images("digits"), "train", digits._preprocessing)
-    digits._load(digits.base())
-    embedded = digits._embed(np.array_split(images, 5))
+    images, labels = pixels(
+        digits.backend._images("digits"), "train", digits.backend._preprocessing
+    )
+    digits.backend.load(digits.base())
+    embedded = digits.backend._embed(np.array_split(images, 5))
     assert torch.allclose(embedded.norm(dim=1), torch.ones(len(images)), atol=1e-5)
     means = torch.stack([embedded[labels == c].double().mean(0) for c in range(10)])
     torch.testing.assert_close(
-        digits._head("digits").double(), F.normalize(means, dim=1), atol=1e-5, rtol=0
+        digits.backend._head("digits").double(), F.normalize(means, dim=1), atol=1e-5, rtol=0
     )
 
 
 def test_heads_of_few_shots_are_the_means_of_those(digits):
-    few = VisionSuite(**vars_of(digits) | {"shots": 2})
-    images, labels = pixels(few._images("digits"), "train", few._preprocessing)
-    few._load(few.base())
-    for c, row in enumerate(few._head("digits")):
+    few = Suite(replace(digits.backend, shots=2))
+    images, labels = pixels(few.backend._images("digits"), "train", few.backend._preprocessing)
+    few.backend.load(few.base())
+    for c, row in enumerate(few.backend._head("digits")):
         chosen = (labels == c).nonzero().flatten()[:2]
-        mean = few._embed([images[chosen.numpy()]]).mean(0)
+        mean = few.backend._embed([images[chosen.numpy()]]).mean(0)
         torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=0)
     keys = [s.identity(finetuning="full", seed=0)["experts"]["digits"] for s in (digits, few)]
     assert keys[0] != keys[1]

@@ -159,7 +159,7 @@ def test_class_names_belong_to_the_family(vision, family, expected):
     config = composed("experiment", "suite=vision20", f"suite/checkpoints={family}")
     suite = suites.load_suite(hydra_run.read_settings(Experiment, config).suite, "cpu")
     for task, name in expected.items():
-        assert name in suite._images(task).names
+        assert name in suite.backend._images(task).names
 
 
 @pytest.mark.parametrize("new", [False, True])

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval import tiny_lm
-from eval.language import judge
-from eval.language.judge import Benchmark
+from eval.language import benchmarks, judge
+from eval.language.benchmarks import Benchmark
 from merging.errors import InputError
 
 GENERATION = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 1, "until": []}
@@ -53,7 +53,7 @@ metadata: {{ version: 7.0 }}
 
 
 def manager(tasks, *names, **options):
-    return judge.task_manager([Benchmark(name) for name in names], local=tasks, **options)
+    return benchmarks.task_manager([Benchmark(name) for name in names], local=tasks, **options)
 
 
 def test_an_unknown_task_is_named_with_what_is_close(tasks, monkeypatch):

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eval import tiny_lm
 from eval.language import prompts, promptsource, questions, seq2seq
-from eval.language.seq2seq import Example, Seq2SeqSuite
+from eval.language.seq2seq import Example, Seq2SeqBackend
+from eval.suite import Suite
 from experiments.report import records
+from experiments.suites import build
 from merging.errors import InputError
 from tests.fixtures import language
 
@@ -31,10 +32,10 @@ def stocked(hub, tmp_path):
     return hub
 
 
-def suite(**changes) -> Seq2SeqSuite:
+def suite(**changes) -> Suite:
     config = OmegaConf.load("configs/suite/language7_t5_base.yaml")
     config.update({"precision": "fp32", "max_tokens": 24} | changes)
-    return instantiate(config)
+    return build(OmegaConf.to_container(config, resolve=True))
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -42,18 +43,18 @@ def suite(**changes) -> Seq2SeqSuite:
 
 def test_only_the_data_of_the_tasks_in_question_is_read(stocked):
     own = suite(tasks=["qasc"])
-    assert len(own._splits("qasc")["train"]) == 40
+    assert len(own.backend._splits("qasc")["train"]) == 40
     asked = {request.repository for request in stocked.requests}
     assert asked == {"allenai/qasc", "google-t5/t5-base"}
     commit = stocked.repositories["datasets", "allenai/qasc"].commit
-    assert own.sources()["datasets/allenai/qasc"] == commit
-    assert own.sources()["google-t5/t5-base"]
+    assert own.backend.sources()["datasets/allenai/qasc"] == commit
+    assert own.backend.sources()["google-t5/t5-base"]
 
 
 def test_story_cloze_is_refused_before_anything_is_asked_of_the_hub(stocked):
     stocked.requests.clear()
     with pytest.raises(InputError, match="Story Cloze has to be asked for") as error:
-        suite().check(["story_cloze"])
+        suite().backend.check(["story_cloze"])
     assert "suite.data.story_cloze=FOLDER" in error.value.hint
     assert "tasks=[qasc,wiki_qa,quartz,paws,winogrande,wsc]" in error.value.hint
     assert not stocked.requests
@@ -72,7 +73,7 @@ def test_story_cloze_is_read_from_csv_files(stocked, tmp_path, names):
             (folder / f"cloze_test_{name}__spring2016 - cloze_test_ALL_{name}.csv").write_text(text)
             old.unlink()
     own = suite(tasks=["story_cloze"], data={"story_cloze": str(folder)})
-    splits = own._splits("story_cloze")
+    splits = own.backend._splits("story_cloze")
     assert {name: len(part) for name, part in splits.items()} == {
         "train": 40, "validation": 32, "test": 12,
     }  # fmt: skip
@@ -86,15 +87,15 @@ def test_story_cloze_is_read_from_csv_files(stocked, tmp_path, names):
 def test_a_folder_has_some_tasks_and_the_hub_the_others(stocked, tmp_path):
     language.cloze_folder(tmp_path / "data" / "story_cloze")
     own = suite(tasks=["story_cloze", "wsc"], data=str(tmp_path / "data"))
-    assert len(own._splits("story_cloze")["test"]) == 12
-    assert len(own._splits("wsc")["test"]) == 12
+    assert len(own.backend._splits("story_cloze")["test"]) == 12
+    assert len(own.backend._splits("wsc")["test"]) == 12
     with pytest.raises(InputError, match=r"suite\.data\.wsc is /none, which is no folder"):
-        suite(tasks=["wsc"], data={"wsc": "/none"})._splits("wsc")
+        suite(tasks=["wsc"], data={"wsc": "/none"}).backend._splits("wsc")
 
 
 @pytest.mark.parametrize("task", SIX)
 def test_the_papers_subsets_are_cut_as_its_code_cuts_them(stocked, task):
-    splits = suite(tasks=[task])._splits(task)
+    splits = suite(tasks=[task]).backend._splits(task)
     read = prompts.TASKS[task].read
     held = prompts.TASKS[task].held_out
     if held:
@@ -110,16 +111,16 @@ def test_the_papers_subsets_are_cut_as_its_code_cuts_them(stocked, task):
 
 def test_our_protocol_tests_on_all_that_is_published(stocked):
     own = suite(tasks=["wsc", "quartz"], protocol="ours", validation=10)
-    sizes = {t: {s: len(e) for s, e in own._splits(t).items()} for t in own.tasks}
+    sizes = {t: {s: len(e) for s, e in own.backend._splits(t).items()} for t in own.tasks}
     assert sizes["wsc"] == {"train": 30, "validation": 10, "test": 44}
     assert sizes["quartz"] == {"train": 30, "validation": 10, "test": 12}
 
 
 def test_questions_are_tokenised_once(stocked, monkeypatch):
-    first = suite(tasks=["wsc"])._splits("wsc")
+    first = suite(tasks=["wsc"]).backend._splits("wsc")
     stocked.requests.clear()
-    monkeypatch.setattr(Seq2SeqSuite, "_tokens", None)
-    assert suite(tasks=["wsc"])._splits("wsc") == first
+    monkeypatch.setattr(Seq2SeqBackend, "_tokens", None)
+    assert suite(tasks=["wsc"]).backend._splits("wsc") == first
     assert not stocked.downloads
 
 
@@ -129,24 +130,24 @@ def test_questions_are_tokenised_once(stocked, monkeypatch):
 def test_the_papers_prompts_come_from_template_files(stocked, tmp_path):
     templates = language.templates_folder(tmp_path / "templates")
     own = suite(tasks=SIX, templates=str(templates))
-    asked, _ = own._questions("wiki_qa").asked()
+    asked, _ = own.backend._questions("wiki_qa").asked()
     assert asked["test"][1] == ("where is the rain is near the honey?", ["No", "Yes"], 1)
-    asked, _ = own._questions("qasc").asked()
+    asked, _ = own.backend._questions("qasc").asked()
     assert asked["train"][3][1:] == (list(language.WORDS), 3)
-    told = own.protocol_key()["prompts"]["wsc"]
+    told = own.backend.protocol_key()["prompts"]["wsc"]
     assert (told["of"], told["name"]) == ("promptsource", "does the pronoun refer to")
     for task in SIX:  # every template renders with the published columns
-        own._questions(task).asked()
+        own.backend._questions(task).asked()
 
 
 def test_without_template_files_our_words_ask_and_the_record_says_so(stocked):
     own = suite(tasks=["wiki_qa"])
-    asked, _ = own._questions("wiki_qa").asked()
+    asked, _ = own.backend._questions("wiki_qa").asked()
     assert asked["test"][0][1] == ["No", "Yes"]
     assert {q[0].partition(":")[0] for q in asked["train"]} == {
         "Question"
     }  # the first prompt alone
-    assert own.protocol_key()["prompts"]["wiki_qa"]["of"] == "this repository"
+    assert own.backend.protocol_key()["prompts"]["wiki_qa"]["of"] == "this repository"
 
 
 def test_templates_that_are_not_there(tmp_path):
@@ -254,7 +255,7 @@ def test_an_expert_of_another_model_is_one_line(stocked, tmp_path):
 
 
 def test_whatever_decides_a_figure_is_in_the_key(stocked, tmp_path):
-    known = suite(tasks=["qasc", "wsc"]).protocol_key()
+    known = suite(tasks=["qasc", "wsc"]).backend.protocol_key()
     local = tmp_path / "local"
     language.dataset_folder(local, {"train": language.rows("wsc", "train")})
     templates = language.templates_folder(tmp_path / "templates")
@@ -268,9 +269,9 @@ def test_whatever_decides_a_figure_is_in_the_key(stocked, tmp_path):
         "test": {"test": 3},
         "metric": {"metric": "f1"},
     }
-    keys = {name: suite(tasks=["qasc", "wsc"], **change).protocol_key() for name, change in
+    keys = {name: suite(tasks=["qasc", "wsc"], **change).backend.protocol_key() for name, change in
             changes.items()}  # fmt: skip
-    ours = suite(tasks=["qasc", "wsc"], protocol="ours", template=1).protocol_key()
+    ours = suite(tasks=["qasc", "wsc"], protocol="ours", template=1).backend.protocol_key()
     different = [known, *keys.values(), ours]
     assert all(a != b for i, a in enumerate(different) for b in different[:i])
 
@@ -280,10 +281,10 @@ def test_the_paper_merges_every_matrix_and_averages_the_rest(stocked):
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     assert bias in layers
     assert bias in suite(tasks=["qasc"]).unmeasured
-    assert suite(tasks=["qasc"]).rest == "average"
+    assert suite(tasks=["qasc"]).backend.rest == "average"
     ours = suite(tasks=["qasc"], protocol="ours")
     assert bias not in ours.layers()
-    assert (ours.rest, ours.unmeasured) == (None, frozenset())
+    assert (ours.backend.rest, ours.unmeasured) == (None, frozenset())
 
 
 # --- the command ----------------------------------------------------------------------------------

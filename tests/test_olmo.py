@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from eval.language import causal, checkpoints, judge, olmo
-from eval.language.judge import Benchmark
+from eval.language import benchmarks, causal, checkpoints, judge, olmo
+from eval.language.benchmarks import Benchmark
 from experiments.report import records
+from experiments.suites import build
 from merging.errors import InputError
 from tests.fixtures import language
 
@@ -56,7 +56,7 @@ def _manager(include_path, include_defaults=True):
 def suite(**changes):
     config = OmegaConf.load("configs/suite/olmo3_7b.yaml")
     config.update({"allow_code_execution": True} | changes)
-    return instantiate(config)
+    return build(OmegaConf.to_container(config, resolve=True))
 
 
 # --- what can be told before a download -----------------------------------------------------------
@@ -69,19 +69,19 @@ def test_room_for_a_prompt_is_checked_before_anything_is_fetched(stocked):
         match="'humaneval' may write 15360 tokens, which leaves no room "
         r"for a prompt in a context of 8192 \(suite.backend_options.max_length\)",
     ):
-        suite(backend_options={"max_length": 8192}).check(["math"])
+        suite(backend_options={"max_length": 8192}).backend.check(["math"])
     assert not stocked.requests
     with pytest.raises(InputError, match=r"in a context of 4096 \(the model's own\)"):
-        suite(backend_options={}).check(["math"])
+        suite(backend_options={}).backend.check(["math"])
     assert {request.file for request in stocked.requests if request.method == "GET"} <= {
         "config.json"
     }
-    suite().check(["math"])
+    suite().backend.check(["math"])
 
 
 def test_every_published_protocol_leaves_room_for_prompts(index, monkeypatch):
-    monkeypatch.setattr(causal.CausalSuite, "_template", lambda self, column: None)
-    monkeypatch.setattr(judge, "require_resources", lambda benchmarks: None)
+    monkeypatch.setattr(causal.CausalBackend, "_template", lambda self, column: None)
+    monkeypatch.setattr(benchmarks, "require_resources", lambda benchmarks: None)
     for path in (
         *ROOT.glob("configs/suite/mergebench_*.yaml"),
         ROOT / "configs/suite/olmo3_7b.yaml",
@@ -90,20 +90,24 @@ def test_every_published_protocol_leaves_room_for_prompts(index, monkeypatch):
         config.allow_code_execution = True
         for protocol in config.get("protocols") or [None]:
             config.update({"protocol": protocol} if protocol else {})
-            instantiate(config).check(list(config.experts))
+            build(OmegaConf.to_container(config, resolve=True)).backend.check(list(config.experts))
 
 
 def test_a_template_is_asked_of_the_named_tokenizer_without_its_weights(stocked):
-    assert suite()._template("ifeval") == language.chat("rain")
+    assert suite().backend._template("ifeval") == language.chat("rain")
     later = suite(protocol="later")
-    assert later._template("ifeval") == later._template("humaneval") == language.chat("honey")
-    assert later._template("aime24") == language.chat("rain")
-    assert suite(protocol="ours")._template("ifeval") is None
+    assert (
+        later.backend._template("ifeval")
+        == later.backend._template("humaneval")
+        == language.chat("honey")
+    )
+    assert later.backend._template("aime24") == language.chat("rain")
+    assert suite(protocol="ours").backend._template("ifeval") is None
     assert not any("safetensors" in file for _, file in stocked.downloads)
     with pytest.raises(
         InputError, match="tokenizer of allenai/Olmo-3-1025-7B has no chat"
     ) as error:
-        suite(protocol="ours", chat_template=True)._template("ifeval")
+        suite(protocol="ours", chat_template=True).backend._template("ifeval")
     assert "suite.tokenizer=OWNER/NAME" in error.value.hint
 
 
@@ -118,14 +122,14 @@ def test_ifeval_without_its_sentences_is_refused(stocked, monkeypatch):
     monkeypatch.setattr(nltk.data, "path", [])
     monkeypatch.setattr(nltk, "download", lambda *args, **given: False)
     with pytest.raises(InputError, match="IFEval counts sentences with NLTK's punkt_tab"):
-        suite().check(["if"])
+        suite().backend.check(["if"])
 
 
 # --- keys -----------------------------------------------------------------------------------------
 
 
 def test_whatever_decides_a_figure_is_in_the_key():
-    known = suite().protocol_key()
+    known = suite().backend.protocol_key()
     changes = [
         {"protocol": "later"},
         {"protocol": "ours"},
@@ -141,13 +145,13 @@ def test_whatever_decides_a_figure_is_in_the_key():
         {"vocabulary": "common_rows"},
         {"metric": "other"},
     ]
-    keys = [known, *(suite(**change).protocol_key() for change in changes)]
+    keys = [known, *(suite(**change).backend.protocol_key() for change in changes)]
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
     measured = [{}, {"max_tokens": 8}, {"texts": {"if": {"split": "test"}}},
                 {"measured_through": "expert"}]  # fmt: skip
-    keys = [suite(**change).protocol_key(statistics=True) for change in measured]
+    keys = [suite(**change).backend.protocol_key(statistics=True) for change in measured]
     assert all(a != b for i, a in enumerate(keys) for b in keys[:i])
-    assert len({json.dumps(suite(**change).protocol_key()) for change in measured}) == 1
+    assert len({json.dumps(suite(**change).backend.protocol_key()) for change in measured}) == 1
 
 
 # --- parts ----------------------------------------------------------------------------------------
@@ -191,7 +195,7 @@ def test_prompts_that_would_be_cut_are_an_error(stocked):
         match="prompts of benchmark 'aime24' do not fit into a context of "
         "12 tokens beside the longest answer",
     ):
-        judge.judge(lm, "aime24", benchmark, judge.task_manager([benchmark]))
+        judge.judge(lm, "aime24", benchmark, benchmarks.task_manager([benchmark]))
 
 
 def test_all_attempts_are_asked_for_in_one_call(stocked):
@@ -203,7 +207,7 @@ def test_all_attempts_are_asked_for_in_one_call(stocked):
     )
     sampled = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 4}
     benchmark = Benchmark("olmo_aime24", attempts=4, k=(1, 2), generation=sampled)
-    found = judge.judge(lm, "aime24", benchmark, judge.task_manager([benchmark]))
+    found = judge.judge(lm, "aime24", benchmark, benchmarks.task_manager([benchmark]))
     assert calls == [4 * 6]  # six problems of 2024
     answers = {}
     for sample in found.samples:
@@ -230,7 +234,7 @@ def test_the_command_prints_the_table_and_another_protocol_is_another_record(
 ):
     line = [*QUICK, f"records={tmp_path}/records", f"suite.samples={tmp_path}/samples"]
     held = []
-    monkeypatch.setattr(causal.CausalSuite, "base", lambda self: held.append(1))
+    monkeypatch.setattr(causal.CausalBackend, "base", lambda self: held.append(1))
     code, out, err = stocked.run("experiments.run", *line, "method=average")
     assert code == 0, err
     for column in ("humaneval", "humaneval@2", "humaneval_plus", "ifeval", "aime24", "aime25@2"):

@@ -9,7 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from linear_suite import LinearSuite
 
-from eval.suite import bits, unpacked
+from eval.backend import bits, unpacked
 from experiments import hydra_run, measurement
 from experiments.commands import regimes
 from experiments.commands.regimes import Regime, Regimes
@@ -77,7 +77,7 @@ def test_records_of_other_tables_are_taken_over(settings, tmp_path, monkeypatch)
     table = tmp_path / "out" / "both_sides" / "regimes.jsonl"
     kept = table.rename(tmp_path / "other.jsonl")
     settings.records, settings.known = str(tmp_path / "elsewhere"), [str(kept)]
-    monkeypatch.setattr(measurement, "merge_suite", None)  # nothing is merged again
+    monkeypatch.setattr(measurement, "prepare", None)  # nothing is merged again
     regimes.regimes(settings)
     assert table.read_text() == kept.read_text()
 
@@ -102,13 +102,13 @@ def test_an_interrupted_run_keeps_what_it_finished_and_tells_what_is_missing(
         if len(merged) == 4:  # seed 0 of "all" is whole, of seed 1 the average alone
             raise KeyboardInterrupt
         merged.append(arguments)
-        return merge_suite(*arguments)
+        return prepare(*arguments)
 
-    merge_suite = measurement.merge_suite
-    monkeypatch.setattr(measurement, "merge_suite", interrupted)
+    prepare = measurement.prepare
+    monkeypatch.setattr(measurement, "prepare", interrupted)
     with pytest.raises(KeyboardInterrupt):
         regimes.regimes(settings)
-    monkeypatch.setattr(measurement, "merge_suite", None)
+    monkeypatch.setattr(measurement, "prepare", None)
     settings.run, settings.only = False, ["all"]
     regimes.regimes(settings)
     page = (tmp_path / "out" / "both_sides.md").read_text()
@@ -125,7 +125,7 @@ def test_a_row_is_found_under_any_name_of_what_it_computes(settings, tmp_path, m
     table = tmp_path / "out" / "both_sides" / "regimes.jsonl"
     kept = table.read_text()
     settings.methods["symmetric"] = {"name": "both_sides", "a": 0.5}
-    monkeypatch.setattr(measurement, "merge_suite", None)
+    monkeypatch.setattr(measurement, "prepare", None)
     regimes.regimes(settings)
     assert table.read_text() == kept
     settings.methods["symmetric"] = {"name": "both_sides", "a": 0.5, "p": 0.5}

@@ -1,29 +1,35 @@
 """T5: prompts, rank classification, statistics, and the whole way through every method."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from chain import check_block_by_block, check_methods
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from eval import tiny_lm, training
-from eval.language import judge, prompts, seq2seq
-from eval.language.causal import IGNORED
-from eval.language.seq2seq import Example, Seq2SeqSuite
+from eval.language import benchmarks, judge, prompts, seq2seq
+from eval.language.examples import IGNORED
+from eval.language.seq2seq import Example
+from eval.suite import Suite
+from experiments.suites import build
 from merging.errors import InputError
 
 KINDS = ["t5_gated_untied", "t5_relu_tied"]
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
+def built(config, **changes):
+    return build(OmegaConf.to_container(OmegaConf.merge(config, changes), resolve=True))
+
+
 @pytest.fixture(scope="module", params=KINDS)
-def suite(request) -> Seq2SeqSuite:
+def suite(request) -> Suite:
     config = OmegaConf.load(f"configs/suite/tiny_{request.param}.yaml")
-    return instantiate(config)
+    return built(config)
 
 
 def load(folder):
@@ -65,7 +71,7 @@ def test_each_published_row_becomes_a_question_with_its_right_answer():
 
 
 def test_rank_takes_the_highest_mean_log_probability_over_an_answers_tokens(suite):
-    model = load(tiny_lm.model(suite.model.removeprefix("tiny_")))
+    model = load(tiny_lm.model(suite.backend.model.removeprefix("tiny_")))
     examples = [
         Example([5, 6, 7, 3], [[8, 3], [9, 10, 11, 3], [12, 3]], 0),
         Example([13, 3], [[8, 9, 3], [10, 3]], 1),
@@ -83,7 +89,7 @@ def test_rank_takes_the_highest_mean_log_probability_over_an_answers_tokens(suit
 
 
 def test_training_loss_ignores_padding(suite):
-    model = load(tiny_lm.model(suite.model.removeprefix("tiny_")))
+    model = load(tiny_lm.model(suite.backend.model.removeprefix("tiny_")))
     short, long = Example([5, 3], [[8, 3]], 0), Example([6, 7, 8, 9, 3], [[9, 10, 3]], 0)
     alone = [seq2seq.loss(model, seq2seq.training_batch([e], "cpu")).item() for e in (short, long)]
     together = seq2seq.loss(model, seq2seq.training_batch([short, long], "cpu")).item()
@@ -113,10 +119,10 @@ def test_second_moments_leave_padding_out(suite):
     task, name = "meals", "decoder.block.1.layer.1.EncDecAttention.k.weight"
     path = suite.statistics(task, "covariance", finetuning="full", seed=0, batches=2, batch_size=5)
     measured = load_file(path)[name]
-    model = load(tiny_lm.model(suite.model.removeprefix("tiny_")))
+    model = load(tiny_lm.model(suite.backend.model.removeprefix("tiny_")))
     expert = suite.expert(task, finetuning="full", seed=0)
     model.load_state_dict(training.expert_state(suite.base(), expert), strict=False)
-    examples = suite._splits(task)["train"]
+    examples = suite.backend._splits(task)["train"]
     numbers = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))[:10]
     rows = []
     for i in numbers:
@@ -133,7 +139,7 @@ def test_second_moments_leave_padding_out(suite):
     [("t5_gated_untied", "full"), ("t5_relu_tied", "full"), ("t5_relu_tied", "lora")],
 )
 def test_every_method_written_and_loaded_equals_a_merge_by_hand(kind, finetuning, tmp_path):
-    suite = instantiate(OmegaConf.load(f"configs/suite/tiny_{kind}.yaml"))
+    suite = built(OmegaConf.load(f"configs/suite/tiny_{kind}.yaml"))
     own = {"finetuning": finetuning, "seed": 0}
     experts = {task: suite.expert(task, **own) for task in suite.tasks}
     folder = tiny_lm.model(kind)
@@ -167,11 +173,11 @@ def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
 
 
 def test_a_merge_is_judged_by_lm_eval(suite):
-    folder = tiny_lm.model(suite.model.removeprefix("tiny_"))
+    folder = tiny_lm.model(suite.backend.model.removeprefix("tiny_"))
     model = load(folder)
     lm = judge.load_lm("hf", {"pretrained": str(folder)}, batch_size=8, device="cpu")
-    benchmark = judge.Benchmark("tiny_meals")
-    found = judge.judge(lm, "meals", benchmark, judge.task_manager([benchmark]), limit=20)
+    benchmark = benchmarks.Benchmark("tiny_meals")
+    found = judge.judge(lm, "meals", benchmark, benchmarks.task_manager([benchmark]), limit=20)
     assert found.scores["meals"].count == 20
     assert 0 <= found.scores["meals"].accuracy <= 1
     for sample in found.samples[:3]:  # lm-eval's log-likelihoods are the model's own
@@ -192,18 +198,12 @@ def test_experts_learn_and_evaluation_flags_constant_answers(suite):
 
 
 def test_splits_are_disjoint_and_fixed(suite):
-    again = Seq2SeqSuite(**vars_of(suite))
+    again = Suite(replace(suite.backend))
     for task in suite.tasks:
-        splits = suite._splits(task)
-        assert splits == again._splits(task)
+        splits = suite.backend._splits(task)
+        assert splits == again.backend._splits(task)
         assert len(splits["validation"]) == 50
         assert len(splits["train"]) + len(splits["validation"]) == 200
-
-
-def vars_of(suite):
-    from dataclasses import fields
-
-    return {field.name: getattr(suite, field.name) for field in fields(suite)}
 
 
 def test_local_data_is_read_from_a_folder_per_task(tmp_path):
@@ -216,7 +216,7 @@ def test_local_data_is_read_from_a_folder_per_task(tmp_path):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = OmegaConf.load("configs/suite/tiny_t5_relu_tied.yaml")
     config.update(tasks=["paws"], data=str(tmp_path), validation=2)
-    splits = instantiate(config)._splits("paws")
+    splits = built(config).backend._splits("paws")
     assert {split: len(own) for split, own in splits.items()} == {
         "train": 4, "validation": 2, "test": 4,
     }  # fmt: skip
@@ -229,14 +229,14 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path):
     config.update(tasks=["paws"], data=str(tmp_path))
     (tmp_path / "paws").mkdir()
     with pytest.raises(InputError, match="data of task 'paws' cannot be loaded"):
-        instantiate(config)._splits("paws")
+        built(config).backend._splits("paws")
     config.update(tasks=["pawz"])
     with pytest.raises(InputError, match="unknown task 'pawz'"):
-        instantiate(config)._splits("pawz")
+        built(config).backend._splits("pawz")
     config.update(model=str(tmp_path / "none"))
     with pytest.raises(InputError, match="does not exist"):
-        instantiate(config).base()
-    suite = instantiate(OmegaConf.load("configs/suite/tiny_t5_relu_tied.yaml"))
+        built(config).base()
+    suite = built(OmegaConf.load("configs/suite/tiny_t5_relu_tied.yaml"))
     with pytest.raises(InputError, match="no task 'wether'"):
         suite.expert("wether", finetuning="full", seed=0)
     with pytest.raises(InputError, match=r"has 150 training inputs, .* 10 x 32"):

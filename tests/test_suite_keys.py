@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from eval import training
 from eval.cache import cache_root, digest
-from eval.language import causal, checkpoints, embedded_lm, judge, text
+from eval.language import benchmarks, causal, checkpoints, embedded_lm, text
 from eval.vision import models
 from eval.vision.data import ImageSet
 from experiments import suites
@@ -68,16 +68,15 @@ def stubs(patch, folder):
     patch.setattr(ImageSet, "identity", lambda self: {"path": Path(self.path).name, "commit": "c"})
     patch.setattr(ImageSet, "names", ["one", "other", "third"])
     patch.setattr(checkpoints, "local", lambda name: Path("/", *name.split("/")))
-    patch.setattr(checkpoints, "file_digests", lambda path: {Path(path).name: "0" * 64})
     patch.setattr(checkpoints, "digests", lambda name: {Path(name).name: "0" * 64})
     patch.setattr(checkpoints, "require_mergeable", lambda *_, **__: {})
     patch.setattr(checkpoints, "part", lambda name, files: written(folder / "config.json", "{}"))
     patch.setattr(checkpoints, "chat_template", lambda name: "{{ messages }}")
     patch.setattr(causal.hub, "commit", lambda path: None)
-    manager = judge.task_manager
-    patch.setattr(judge, "task_manager", lambda own, **code: None if code else manager(own))
+    manager = benchmarks.task_manager
+    patch.setattr(benchmarks, "task_manager", lambda own, **code: None if code else manager(own))
     for check in ("require_room", "require_resources"):
-        patch.setattr(judge, check, lambda *_: None)
+        patch.setattr(benchmarks, check, lambda *_: None)
 
 
 def numbered(source, labels):
@@ -99,7 +98,7 @@ def identities(line):
     """Digests of what goes into the keys of a suite's records, by what they are asked for."""
     suite = build(line)
     found = {
-        f"protocol, statistics={value}": digest(suite.protocol_key(statistics=value))
+        f"protocol, statistics={value}": digest(suite.backend.protocol_key(statistics=value))
         for value in (False, True)
     }
     for finetuning in ("full", "lora"):
@@ -125,7 +124,8 @@ def colours(folder):
     os.utime(folder / "clip.safetensors", (0, 0))
     recipe = {"lr": 1e-3, "batch_size": 8, "steps": 30, "warmup_steps": 3}
     pictures = {task: {"path": str(image_folder(folder / task))} for task in ("bright", "dim")}
-    return VISION | {
+    return {
+        "kind": "vision",
         "name": "colours",
         "family": "random",
         "model": "ViT-S-8-32px",
@@ -133,9 +133,6 @@ def colours(folder):
         "datasets": pictures,
         "recipes": {"full": recipe, "lora": recipe | {"r": 2, "alpha": 4}},
     }
-
-
-VISION = {"_target_": "eval.vision.suite.VisionSuite"}
 
 
 def entries(patch, folder, name):

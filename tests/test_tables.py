@@ -303,7 +303,7 @@ def test_markdown_and_latex():
 
 def test_records_of_two_protocols_are_told_apart(tmp_path, caplog):
     def settings(**changes):
-        suite = {"_target_": "x", "name": "s", "protocol": "paper"}
+        suite = {"kind": "x", "name": "s", "protocol": "paper"}
         return tables.Tables(suite=suite, records=str(tmp_path), output=str(tmp_path), **changes)
 
     class Chosen:
@@ -312,6 +312,10 @@ def test_records_of_two_protocols_are_told_apart(tmp_path, caplog):
 
         def protocol_key(self):
             return {"name": self.name, "backend": "hf"}
+
+        @property
+        def backend(self):
+            return self
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "load_suite", lambda config, device: Chosen(config["protocol"]))

@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from eval import statistics, tiny
+from eval.backend import unpacked
 from eval.cache import digest
 from eval.data import bigbench
 from eval.data.packages import Package
-from eval.language import text
-from eval.language.text import TextSuite, batch_order
-from eval.suite import unpacked
+from eval.language import corpora, text
+from eval.recipes import batch_order
+from eval.suite import Suite
 from eval.training import expert_state
+from experiments.suites import build
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
 from merging.method.registry import OUTPUTS
@@ -38,26 +38,30 @@ def config(**changes):
     )
 
 
+def built(config, **changes):
+    return build(OmegaConf.to_container(OmegaConf.merge(config, changes), resolve=True))
+
+
 @pytest.fixture(scope="module")
-def suite(own_cache) -> TextSuite:
-    return instantiate(config())
+def suite(own_cache) -> Suite:
+    return built(config())
 
 
 def naive_accuracy(suite, state, task, split):
     """One sentence at a time, in float64, nothing shared with the suite but model and tokenizer."""
-    model = suite._pretrained().eval().double()
+    model = suite.backend.fresh().eval().double()
     model.load_state_dict(state)
-    base = suite._pretrained().eval().double()
+    base = suite.backend.fresh().eval().double()
 
     def embedding(model, sentence):
-        ids = suite._tokenizer.encode(sentence).ids
+        ids = suite.backend._tokenizer.encode(sentence).ids
         with torch.no_grad():
             hidden = model(input_ids=torch.tensor([ids])).last_hidden_state[0]
         return F.normalize(hidden.mean(0), dim=0)
 
-    labels = suite.corpora[task]["labels"]
+    labels = suite.backend.corpora[task]["labels"]
     head = {label: embedding(base, description) for label, description in labels.items()}
-    pairs = suite._texts[task][split]
+    pairs = suite.backend._texts[task][split]
     right = 0
     for sentence, label in pairs:
         z = embedding(model, sentence)
@@ -67,7 +71,7 @@ def naive_accuracy(suite, state, task, split):
 
 def test_the_splits_are_disjoint_and_independent_of_training(suite):
     for task in suite.tasks:
-        parts = suite._texts[task]
+        parts = suite.backend._texts[task]
         texts = {split: {x for x, _ in pairs} for split, pairs in parts.items()}
         assert {split: len(x) for split, x in texts.items()} == {
             split: len(pairs) for split, pairs in parts.items()
@@ -75,10 +79,10 @@ def test_the_splits_are_disjoint_and_independent_of_training(suite):
         assert len(texts["test"]) == 100 and len(texts["validation"]) == 50
         assert not texts["test"] & (texts["train"] | texts["validation"])
         assert not texts["validation"] & texts["train"]
-    other = instantiate(config(train=20, recipes={"full": {"lr": 1.0}}))
+    other = built(config(train=20, recipes={"full": {"lr": 1.0}}))
     for task in suite.tasks:
         for split in ("test", "validation"):
-            assert other._texts[task][split] == suite._texts[task][split]
+            assert other.backend._texts[task][split] == suite.backend._texts[task][split]
 
 
 def test_a_text_tested_anywhere_is_learnt_nowhere(own_cache, monkeypatch):
@@ -89,10 +93,10 @@ def test_a_text_tested_anywhere_is_learnt_nowhere(own_cache, monkeypatch):
     )
     labels = {"pets": "cat", "farm": "cow"}
     corpora = {t: {"reader": "tiny", "source": t, "labels": labels} for t in "ab"}
-    suite = instantiate(
+    suite = built(
         OmegaConf.merge({k: v for k, v in config().items() if k != "corpora"}, {"corpora": corpora})
     )
-    parts = suite._texts
+    parts = suite.backend._texts
     canonical = {
         (task, split): {" ".join(x.lower().split()) for x, _ in pairs}
         for task, splits in parts.items()
@@ -161,12 +165,12 @@ def test_an_expert_is_trained_once_and_again_to_the_same_bytes(suite, tmp_path, 
     path = suite.expert("meals", **FULL)
     first = path.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(TextSuite, "_finetune", lambda *args: pytest.fail("trained twice"))
-        assert instantiate(config()).expert("meals", **FULL) == path
+        patch.setattr(Suite, "_finetune", lambda *args: pytest.fail("trained twice"))
+        assert built(config()).expert("meals", **FULL) == path
     monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path))
     torch.manual_seed(123)
-    assert instantiate(config()).expert("meals", **FULL).read_bytes() == first
-    assert instantiate(config()).expert("meals", finetuning="full", seed=1).read_bytes() != first
+    assert built(config()).expert("meals", **FULL).read_bytes() == first
+    assert built(config()).expert("meals", finetuning="full", seed=1).read_bytes() != first
 
 
 def test_lora_experts_are_adapters_of_every_encoder_layer(suite):
@@ -186,7 +190,7 @@ def starts(suite, task):
 
 
 def test_adapters_start_from_one_random_matrix_or_each_from_its_own(suite):
-    own = instantiate(config(name="own", adapter_seeds="independent"))
+    own = built(config(name="own", adapter_seeds="independent"))
     assert torch.equal(starts(suite, "meals"), starts(suite, "weather"))
     assert not torch.isclose(starts(own, "meals"), starts(own, "weather")).any()
     assert torch.equal(starts(own, "meals"), starts(own, "meals"))
@@ -194,13 +198,13 @@ def test_adapters_start_from_one_random_matrix_or_each_from_its_own(suite):
     assert all(names[0][task] != names[1][task] for task in suite.tasks)
     # experts fine-tuned in full have no A, and are the same
     assert suite.identity(**FULL)["experts"] == own.identity(**FULL)["experts"]
-    with pytest.raises(InstantiationException, match="adapter_seeds"):
-        instantiate(config(adapter_seeds="all"))
+    with pytest.raises(InputError, match="adapter_seeds"):
+        built(config(adapter_seeds="all"))
 
 
 @pytest.mark.parametrize("kind", [FULL, LORA], ids=["full", "lora"])
 def test_one_expert_may_be_larger_than_it_was_trained(suite, kind):
-    larger, base = instantiate(config(name="larger", scales={"meals": 3.0})), suite.base()
+    larger, base = built(config(name="larger", scales={"meals": 3.0})), suite.base()
     paths = [s.expert("meals", **kind) for s in (suite, larger)]
     assert paths[1].is_dir() == paths[0].is_dir()  # still a checkpoint, or an adapter
     once, thrice = (expert_state(base, path) for path in paths)
@@ -210,14 +214,14 @@ def test_one_expert_may_be_larger_than_it_was_trained(suite, kind):
     assert larger.expert("weather", **kind) == suite.expert("weather", **kind)
     names = [s.identity(**kind)["experts"] for s in (suite, larger)]
     assert {t for t in suite.tasks if names[0][t] != names[1][t]} == {"meals"}
-    with pytest.raises(InstantiationException, match="unknown task .meal."):
-        instantiate(config(scales={"meal": 3.0}))
+    with pytest.raises(InputError, match="unknown task .meal."):
+        built(config(scales={"meal": 3.0}))
 
 
 def test_identity_names_all_that_decides_the_experts(suite):
     known = digest(suite.identity(**FULL))
-    assert digest(instantiate(config()).identity(**FULL)) == known
-    assert digest(instantiate(config(name="other")).identity(**FULL)) != known
+    assert digest(built(config()).identity(**FULL)) == known
+    assert digest(built(config(name="other")).identity(**FULL)) != known
     changes = [
         {"train": 100},
         {"split_seed": 1},
@@ -227,24 +231,23 @@ def test_identity_names_all_that_decides_the_experts(suite):
         {"corpora": {"meals": {"labels": {"sweet": "sugar"}}}},
     ]
     for change in changes:
-        assert digest(instantiate(config(**change)).identity(**FULL)) != known, change
+        assert digest(built(config(**change)).identity(**FULL)) != known, change
     assert digest(suite.identity(finetuning="full", seed=1)) != known
     assert digest(suite.identity(**LORA)) != known
-    assert digest(instantiate(config(recipes={"lora": {"lr": 1.0}})).identity(**FULL)) == known
+    assert digest(built(config(recipes={"lora": {"lr": 1.0}})).identity(**FULL)) == known
 
 
 @pytest.mark.parametrize("settings", [FULL, LORA])
 @pytest.mark.parametrize("tokens", ["sentence", "all"])
 def test_moments_are_those_of_the_experts_own_inputs(suite, settings, tokens):
-    suite = instantiate(config(moment_tokens=tokens))
+    suite = built(config(moment_tokens=tokens))
     path = suite.statistics("weather", "covariance", batches=3, batch_size=8, **settings)
     about = statistics.about(suite, "weather", "covariance", **settings)
     found = statistics.load(path, about)
     assert set(found) == set(suite.layers())
 
-    model = suite._pretrained().eval()
+    model = suite.backend.fresh().eval()
     model.load_state_dict(expert_state(suite.base(), suite.expert("weather", **settings)))
-    examples = suite._examples("weather", "train")
     inputs = {"query": [], "output.dense": []}
     model.encoder.layer[1].attention.self.query.register_forward_pre_hook(
         lambda m, args: inputs["query"].append(args[0].detach())
@@ -253,8 +256,7 @@ def test_moments_are_those_of_the_experts_own_inputs(suite, settings, tokens):
         lambda m, args: inputs["output.dense"].append(args[0].detach())
     )
     rows = {name: [] for name in inputs}
-    for batch in suite._sample("weather", 24).split(8):
-        ids, mask = suite._padded([examples.tokens[i] for i in batch])
+    for ids, mask, _ in suite.backend.sample("weather", 24, 8):
         model(input_ids=ids, attention_mask=mask)
         for name, seen in inputs.items():
             z = seen.pop().double()
@@ -268,7 +270,7 @@ def test_moments_are_those_of_the_experts_own_inputs(suite, settings, tokens):
 
 @pytest.mark.parametrize("labels", ["sampled", "true"])
 def test_fisher_covers_the_encoder_and_is_reproducible(suite, tmp_path, monkeypatch, labels):
-    suite = instantiate(config(fisher_labels=labels))
+    suite = built(config(fisher_labels=labels))
     settings = {"batches": 2, "batch_size": 4} | FULL
     path = suite.statistics("meals", "fisher", **settings)
     found = load_file(path)
@@ -279,9 +281,7 @@ def test_fisher_covers_the_encoder_and_is_reproducible(suite, tmp_path, monkeypa
     first = path.read_bytes()
     monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path))
     assert (
-        instantiate(config(fisher_labels=labels))
-        .statistics("meals", "fisher", **settings)
-        .read_bytes()
+        built(config(fisher_labels=labels)).statistics("meals", "fisher", **settings).read_bytes()
         == first
     )
 
@@ -321,7 +321,7 @@ def test_more_inputs_than_there_are_is_refused(suite):
 )
 def test_a_bad_config_is_refused_before_any_work(change, message):
     with pytest.raises(Exception, match=message) as caught:
-        instantiate(config(**change))
+        built(config(**change))
     assert isinstance(caught.value.__cause__ or caught.value, InputError)
 
 
@@ -338,7 +338,7 @@ def test_bad_requests_are_refused(suite):
         InputError, match=r"'encoder\.layer\.0\.output\.dense\.bias'.*shape \(32,\)"
     ):
         suite.evaluate(state, "test")
-    mislabelled = instantiate(config(corpora={"meals": {"labels": {"bitter": "coffee"}}}))
+    mislabelled = built(config(corpora={"meals": {"labels": {"bitter": "coffee"}}}))
     with pytest.raises(InputError, match=r"\['bitter', 'salty', 'sweet'\].*\['salty', 'sweet'\]"):
         mislabelled.evaluate(suite.base(), "test", ["meals"])
 
@@ -392,8 +392,8 @@ def test_ratings_become_signs(packages):
         info = tarfile.TarInfo("hutto_ICWSM_2014/films_GroundTruth.txt")
         info.size = len(lines)
         tar.addfile(info, io.BytesIO(lines.encode()))
-    packages(text.HUTTO, gzip.compress(buffer.getvalue()))
-    assert text.rated("films") == [
+    packages(corpora.HUTTO, gzip.compress(buffer.getvalue()))
+    assert corpora.rated("films") == [
         ("A fine film", "positive"),
         ("dull", "negative"),
         ("ok", "positive"),
@@ -409,7 +409,7 @@ def test_opinions_take_the_marked_label(packages):
         f"{bigbench.TASKS}/multiemo/inns_sentence_en/task.json",
         json.dumps({"examples": examples}).encode(),
     )
-    assert text.opinions("inns") == [("Clean.", "positive"), ("A bed.", "neutral")]
+    assert corpora.opinions("inns") == [("Clean.", "positive"), ("A bed.", "neutral")]
 
 
 def test_questions_keep_the_nine_commonest_types(packages):
@@ -420,18 +420,27 @@ def test_questions_keep_the_nine_commonest_types(packages):
         for n in range(20 - i)
     ]
     packages(f"{bigbench.TASKS}/typing/task.json", json.dumps({"examples": examples}).encode())
-    pairs = text.questions("typing")
+    pairs = corpora.questions("typing")
     assert {label for _, label in pairs} == {f"kind{i}" for i in range(9)}
     assert len(pairs) == sum(20 - i for i in range(9))
     assert pairs[0] == ("Kind0. 0?", "kind0")
 
 
 def test_the_embedded_suite_is_what_its_config_says():
-    suite = instantiate(OmegaConf.load(CONFIGS / "embedded_text.yaml"))
+    suite = built(OmegaConf.load(CONFIGS / "embedded_text.yaml")).backend
     assert suite.tasks == (
         "movie", "amazon", "tweets", "nyt", "hotels", "medicine", "products", "question_typing",
     )  # fmt: skip
-    assert [len(corpus["labels"]) for corpus in suite.corpora.values()] == [2, 2, 2, 2, 4, 4, 4, 9]
+    assert [len(corpus["labels"]) for corpus in suite.corpora.values()] == [
+        2,
+        2,
+        2,
+        2,
+        4,
+        4,
+        4,
+        9,
+    ]
     assert (suite.test, suite.validation, suite.train, suite.max_tokens) == (600, 300, 2000, 40)
     assert suite.logit_scale == 20
     assert suite.recipes["lora"]["r"] == suite.recipes["lora"]["alpha"] == 16

@@ -15,11 +15,13 @@ from safetensors.torch import load_file, save_file
 
 import merging
 from eval import training
+from eval.recipes import Recipe
 from eval.statistics import second_moments
+from eval.suite import Suite
 from eval.vision import data as vision_data
-from eval.vision import models
+from eval.vision import heads, models
 from eval.vision.data import ImageSet, pixels, training_batches
-from eval.vision.suite import Recipe, VisionSuite
+from eval.vision.suite import VisionBackend
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
 from tests.images import COLOURS, image_folder
@@ -41,7 +43,7 @@ def suite(tmp_path):
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     save_file(state, tmp_path / "clip.safetensors")
     recipe = {"lr": 1e-3, "batch_size": 8, "steps": 30, "warmup_steps": 3}
-    return VisionSuite(
+    backend = VisionBackend(
         name="colours",
         family="random",
         model="ViT-S-8-32px",
@@ -52,6 +54,7 @@ def suite(tmp_path):
         },
         recipes={"full": recipe, "lora": recipe | {"r": 2, "alpha": 4}},
     )
+    return Suite(backend)
 
 
 def full(suite, seed=0):
@@ -182,10 +185,13 @@ def test_every_epoch_sees_every_image():
 def test_scores_are_cosines_with_the_text_head(suite):
     state, tower = suite.base(), models.build("ViT-S-8-32px-quickgelu").visual.eval()
     tower.load_state_dict(state)
-    data = suite._images("bright")
+    data = suite.backend._images("bright")
     x = vision_data.normalise(pixels(data, "test", PREPROCESS).images, PREPROCESS, "cpu")
-    head = models.text_head(
-        suite._place(suite.clip).path(), suite.architecture, list(COLOURS), ["a photo of a {}."]
+    head = heads.text_head(
+        suite.backend._clip.path(),
+        suite.backend.architecture,
+        list(COLOURS),
+        ["a photo of a {}."],
     )
     with torch.no_grad():
         predicted = (F.normalize(tower(x), dim=-1) @ head.T).argmax(1)
@@ -226,10 +232,8 @@ def test_experts_depend_on_what_they_are_made_of(suite):
 
 def test_published_experts_are_converted_and_lora_refused(suite, tmp_path):
     save_file({f"visual.{k}": v for k, v in suite.base().items()}, tmp_path / "bright.safetensors")
-    published = VisionSuite(
-        **vars_of(suite)
-        | {"experts": {"local": "{task}.safetensors"}, "task_names": {"two": "bright"}}
-    )
+    experts = {"experts": {"local": "{task}.safetensors"}, "task_names": {"two": "bright"}}
+    published = Suite(VisionBackend(**vars_of(suite) | experts))
     for task in published.tasks:
         found = load_file(published.expert(task, finetuning="full", seed=0))
         assert all(torch.equal(found[k], v) for k, v in suite.base().items())
@@ -238,19 +242,19 @@ def test_published_experts_are_converted_and_lora_refused(suite, tmp_path):
 
 
 def vars_of(suite):
-    return {name: getattr(suite, name) for name in suite.__dataclass_fields__}
+    return {name: getattr(suite.backend, name) for name in suite.backend.__dataclass_fields__}
 
 
 def test_unknown_task_and_contradictory_settings(suite):
     with pytest.raises(InputError, match="no task 'cars'"):
         suite.evaluate(suite.base(), "test", ["cars"])
     with pytest.raises(InputError, match="either clip or pretraining"):
-        VisionSuite(**vars_of(suite) | {"clip": None})
+        VisionBackend(**vars_of(suite) | {"clip": None})
     with pytest.raises(InputError, match="either steps or epochs"):
-        Recipe(lr=1.0)
+        Recipe(lr=1.0, batch_size=1)
     with pytest.raises(InputError, match="no recipe for finetuning 'lora'"):
-        recipes = {"full": suite.recipes["full"]}
-        VisionSuite(**vars_of(suite) | {"recipes": recipes}).expert(
+        recipes = {"full": suite.backend.recipes["full"]}
+        Suite(VisionBackend(**vars_of(suite) | {"recipes": recipes})).expert(
             "two", finetuning="lora", seed=0
         )
 
@@ -264,7 +268,7 @@ def test_state_of_another_model_is_refused(suite):
 def test_recipe_lengths():
     recipe = Recipe(lr=1e-5, batch_size=128, epochs={"cars": 35, "svhn": 4})
     assert recipe.length("cars", 7330) == round(35 * 7330 / 128)
-    assert Recipe(lr=1e-5, steps=7).length("cars", 7330) == 7
+    assert Recipe(lr=1e-5, batch_size=128, steps=7).length("cars", 7330) == 7
 
 
 # --- merged models and statistics -----------------------------------------------------------------
@@ -288,7 +292,7 @@ def test_merged_tower_equals_the_one_rebuilt_by_hand(suite, split_qkv):
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     outputs = []
     for state in (merged, rebuilt):
-        tower = models.build(suite.architecture).visual.eval()
+        tower = models.build(suite.backend.architecture).visual.eval()
         tower.load_state_dict(state)
         with torch.no_grad():
             outputs.append(tower(x))
@@ -315,7 +319,7 @@ def attention_inputs(block, x):
 
 
 def test_moments_of_every_layer_inside_the_fused_attention(suite):
-    tower = models.build(suite.architecture).visual.double().eval()
+    tower = models.build(suite.backend.architecture).visual.double().eval()
     tower.load_state_dict(suite.base())
     x = torch.randn(5, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -348,12 +352,12 @@ def test_regmean_equals_a_direct_solve_from_recorded_inputs(suite):
     name, N, S = "transformer.resblocks.1.mlp.c_fc.weight", 0, 0
     W0 = suite.base()[name].double()
     for task, state in experts.items():
-        tower = models.build(suite.architecture).visual.eval()
+        tower = models.build(suite.backend.architecture).visual.eval()
         tower.load_state_dict(state)
         recorded = []
         layer = tower.get_submodule(name.removesuffix(".weight"))
         layer.register_forward_pre_hook(lambda m, args, out=recorded: out.append(args[0]))
-        images, _ = suite._training_sample(task, 16)
+        (images,) = suite.backend.sample(task, 16, 16)
         with torch.no_grad():
             tower(images)
         z = recorded[0].flatten(0, -2).double()
@@ -376,7 +380,7 @@ def test_fisher_has_every_parameter_of_the_tower(suite):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_half_precision_evaluation_agrees_with_float32(suite):
-    on_gpu = VisionSuite(**vars_of(suite) | {"device": "cuda"})
+    on_gpu = Suite(VisionBackend(**vars_of(suite) | {"device": "cuda"}))
     for task, state in full(suite).items():
         expected = suite.evaluate(state, "test", [task])[task].accuracy
         found = on_gpu.evaluate(state, "test", [task])[task].accuracy
@@ -398,24 +402,23 @@ def test_suites_compose_for_every_model_and_family(name, count, family):
     hubs = {"ViT-B-32": "clip-vit-base-patch32", "ViT-L-14": "clip-vit-large-patch14"}
     for model, hub in hubs.items():
         config = composed(f"suite={name}", f"suite.model={model}", f"suite/checkpoints={family}")
-        assert config.pop("_target_") == "eval.vision.suite.VisionSuite"
-        assert config.pop("_convert_") == "all"
-        suite = VisionSuite(**config)
+        assert config.pop("kind") == "vision"
+        suite = VisionBackend(**config)
         assert len(suite.tasks) == count
         assert suite.name == f"{name}_{model}_{suite.family}"
         assert set(suite.tasks) <= set(suite.recipes["full"]["epochs"])
         assert suite.architecture == f"{model}-quickgelu"
         size, patch = re.fullmatch(r"clip-vit-(\w+)-patch(\d+)", hub).groups()
         timm = f"timm/vit_{size}_patch{patch}_clip_224.openai"
-        assert suite._place(suite.clip).hub == timm
-        published = suite._published("cars", "full")
+        assert suite._clip.hub == timm
+        published = suite._published.expert("cars", "full")
         if family == "fusionbench":
             assert published.hub == f"tanganke/{hub}_stanford-cars"
         elif family == "finetuned":
             assert published is None
         elif family == "actmat":
             assert published.local == f"actmat/**/{model}/**/CarsVal/finetuned.pt"
-            lora = suite._published("cars", "lora")
+            lora = suite._published.expert("cars", "lora")
             assert lora.local == f"actmat/**/{model}/**/CarsVal/lora_finetuned.pt"
         else:
             assert published.hub == "nik-dim/tall_masks"

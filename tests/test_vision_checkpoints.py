@@ -14,8 +14,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithP
 
 import merging
 from eval import training
-from eval.vision import models
-from eval.vision.models import Published, tower_checkpoint, tower_state
+from eval.vision import heads, models
+from eval.vision.models import tower_checkpoint, tower_state
+from eval.vision.published import Published
 from merging.errors import InputError
 from merging.formats.checkpoints import StateDict, open_checkpoint
 
@@ -274,7 +275,7 @@ def whole_clip(path, seed=0):
 def test_text_head_is_the_mean_over_templates(places):
     model = whole_clip(places / "clip.safetensors")
     classes, templates = ["red", "green", "blue"], ["a {} thing.", "the {} one."]
-    head = models.text_head(places / "clip.safetensors", NAME, classes, templates)
+    head = heads.text_head(places / "clip.safetensors", NAME, classes, templates)
     tokenizer = open_clip.get_tokenizer("ViT-S-8-32px")
     for row, name in zip(head, classes, strict=True):
         with torch.no_grad():
@@ -292,10 +293,10 @@ def test_heads_are_built_where_asked_and_show_how_far_they_are(places, monkeypat
         devices.append((device, next(model.parameters()).device.type))
         return build(model, *arguments, device=device, **named)
 
-    monkeypatch.setattr(models.open_clip, "build_zero_shot_classifier", classifier)
-    monkeypatch.setattr(models, "track", lambda items, label: shown.append(label) or items)
+    monkeypatch.setattr(heads.open_clip, "build_zero_shot_classifier", classifier)
+    monkeypatch.setattr(heads, "track", lambda items, label: shown.append(label) or items)
     names = [str(i) for i in range(12)]
-    head = models.text_head(
+    head = heads.text_head(
         places / "clip.safetensors", NAME, names, ["{}"], device="cpu", label="digits"
     )
     assert shown == ["building the head of digits"]
@@ -308,17 +309,17 @@ def test_a_published_heads_rows_are_put_into_the_order_of_our_classes(tmp_path):
     order = torch.tensor([3, 0, 4, 1, 2])
     near = F.normalize(built + 0.01 * torch.randn(5, 8, generator=torch.manual_seed(1)), dim=-1)
     save_file({"weight": 100 * near[order]}, tmp_path / "head.safetensors")
-    found = models.published_head(tmp_path / "head.safetensors", built, "shapes")
+    found = heads.published_head(tmp_path / "head.safetensors", built, "shapes")
     torch.testing.assert_close(found, near)
     save_file({"weight": -near}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="belongs to other classes than those of shapes"):
-        models.published_head(tmp_path / "other.safetensors", built, "shapes")
+        heads.published_head(tmp_path / "other.safetensors", built, "shapes")
     save_file({"weight": near[:4]}, tmp_path / "small.safetensors")
     with pytest.raises(InputError, match="is no head of shapes"):
-        models.published_head(tmp_path / "small.safetensors", built, "shapes")
+        heads.published_head(tmp_path / "small.safetensors", built, "shapes")
 
 
 def test_head_needs_the_text_tower(places):
     save_file(tower().state_dict(), places / "tower.safetensors")
     with pytest.raises(InputError, match="is no whole ViT-S"):
-        models.text_head(places / "tower.safetensors", NAME, ["a"], ["{}"])
+        heads.text_head(places / "tower.safetensors", NAME, ["a"], ["{}"])

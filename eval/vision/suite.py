@@ -7,10 +7,9 @@ logits = scale * cos(image, class), and only the tower is fine-tuned and merged.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,83 +23,39 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eval import kfac, statistics, training
+from eval.backend import Finetuning, Lessons, Score, Split, Trainable, bits
 from eval.cache import cached, digest
-from eval.data import hub
 from eval.language.checkpoints import require_same
+from eval.recipes import Recipe, Settings
 from eval.requirements import Requirement
-from eval.suite import Finetuning, Score, Split, Statistic, bits
-from eval.trained import TrainedSuite
 from eval.vision import models
 from eval.vision.data import (
     ImageSet,
     Part,
     cropped,
-    epochs,
-    image_size,
+    lesson_batches,
     normalise,
     pixels,
     sample,
-    training_batches,
 )
-from eval.vision.models import Published
+from eval.vision.heads import prototypes, published_head, text_head
 from eval.vision.pretrain import Pretraining
+from eval.vision.published import Family, Published
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers, paper_layers
 
-# Goes into every cache key: raise it when the code below would give other experts or statistics.
-VERSION = 1
 BATCH = 64
-
 Protocol = Literal["ours", "paper"]
 Batch = tuple[str, Tensor, Tensor]  # task, images (batch, 3, size, size), labels (batch,)
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How one expert is fine-tuned; `r` and `alpha` are LoRA's.
-
-    steps, or epochs: a number, or {task: number}. crop_scale: area of the random crops.
-    targets: what LoRA adapts: "all" of attention and MLP, or "in_proj", q, k and v packed.
-    precision: "bf16" computes in mixed precision. checkpointing: recompute activations in the
-        backward pass instead of keeping them.
-    """
-
-    lr: float
-    batch_size: int = 128
-    steps: int | None = None
-    epochs: float | Mapping[str, float] | None = None
-    warmup_steps: int = 500
-    weight_decay: float = 0.1
-    crop_scale: tuple[float, float] = (0.9, 1.0)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    checkpointing: bool = False
-    r: int = 0
-    alpha: int = 0
-    targets: Literal["all", "in_proj"] = "all"
-
-    def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise InputError("a fine-tuning recipe needs either steps or epochs")
-
-    def key(self) -> dict[str, Any]:
-        """All of it, for cache keys; `targets` only where it is not what it was before it was."""
-        fields = asdict(self)
-        return fields if self.targets != "all" else {k: fields[k] for k in fields if k != "targets"}
-
-    def length(self, task: str, images: int) -> int:
-        """Number of steps on a task with so many training images."""
-        if self.steps is not None:
-            return self.steps
-        rounds = self.epochs[task] if isinstance(self.epochs, Mapping) else self.epochs
-        return max(1, round(rounds * images / self.batch_size))
-
-
-@dataclass(frozen=True)
-class VisionSuite(TrainedSuite):
-    """Implements `eval.suite.Suite`; the fields are the keys of the suite's YAML file.
+class VisionBackend(Trainable):
+    """The fields are the keys of the suite's YAML file.
 
     model: open_clip's name of the architecture.
-    datasets: {task: fields of `ImageSet`}. recipes: per fine-tuning the fields of `Recipe`.
+    datasets: {task: fields of `ImageSet`}. recipes: per fine-tuning the fields of
+        `Recipe` that `settings` names.
     clip: where the whole pre-trained model is published (fields of `Published`); or
     pretraining: the fields of `Pretraining`, where the base is made here.
     base_tower: the family's own base, where it is published apart from `clip`.
@@ -137,9 +92,20 @@ class VisionSuite(TrainedSuite):
     device: str = "cpu"
     metric: str = "accuracy"
 
-    examples = "images"  # a constant of the class, not a field
+    examples = "images"  # constants of the class, not fields
+    version = 1
+    settings = Settings(
+        ("lr",),
+        {
+            "batch_size": 128, "steps": None, "epochs": None, "warmup_steps": 500,
+            "weight_decay": 0.1, "crop_scale": (0.9, 1.0), "precision": "fp32",
+            "checkpointing": False, "r": 0, "alpha": 0,
+        },
+        later={"targets": "all", "schedule": "cosine"},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.clip is None) == (self.pretraining is None):
             raise InputError(f"suite {self.name!r} needs either clip or pretraining")
         if self.protocol not in get_args(Protocol):
@@ -161,29 +127,18 @@ class VisionSuite(TrainedSuite):
     def layers(self) -> dict[str, Layer]:
         if self.protocol == "paper":
             return paper_layers({name: tuple(t.shape) for name, t in self._base.items()})
-        return linear_layers(self._tower)
+        return linear_layers(self.network)
 
     @property
     def rest(self) -> Literal["average"] | None:
         """The rule for what is no layer, where the protocol has one for every method."""
         return "average" if self.protocol == "paper" else None
 
-    @property
-    def unmeasured(self) -> frozenset[str]:
-        """Layers that are no module's weight, so that no inputs are seen."""
-        return frozenset(self.layers()) - frozenset(linear_layers(self._tower))
+    def measured(self) -> dict[str, Layer]:  # others are no module's weight
+        return linear_layers(self.network)
 
-    def identity(self, *, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        """What determines the experts, with a digest per task that stands for its data."""
-        experts = {task: digest(self._expert_key(task, finetuning, seed)) for task in self.tasks}
-        return {
-            "suite": self.name,
-            "family": self.family,
-            "model": self.model,
-            "finetuning": finetuning,
-            "seed": seed,
-            "experts": experts,
-        }
+    def moved(self) -> list[str]:
+        return [name for name, _ in self.network.named_parameters()]
 
     def protocol_key(self, *, statistics: bool = False) -> dict[str, Any]:
         """What a score depends on beside the towers: data, class names, templates, precision.
@@ -195,8 +150,8 @@ class VisionSuite(TrainedSuite):
             "name": self.protocol,
             "data": {task: digest(fields) for task, fields in data.items()},
             "paths": {task: [f["path"], f["config"], f["revision"]] for task, f in data.items()},
-            "heads": "class names" if self.heads is None else self._place(self.heads, "*").name(),
-            "clip": self._place(self.clip).name(),
+            "heads": head.name() if (head := self._published.head("*")) else "class names",
+            "clip": self._clip.name(),
             "precision": "float16" if self._half else "float32",
         }
 
@@ -204,7 +159,9 @@ class VisionSuite(TrainedSuite):
         """{repository: commit} of all that was taken from the hub so far."""
         loaded = [images for task, images in self._sets.items() if task in self._used]
         commits = {f"datasets/{images.path}": images.commit() for images in loaded}
-        return dict(sorted((self._commits | {k: v for k, v in commits.items() if v}).items()))
+        return dict(
+            sorted((self._published.commits | {k: v for k, v in commits.items() if v}).items())
+        )
 
     def requirements(
         self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
@@ -212,49 +169,37 @@ class VisionSuite(TrainedSuite):
         """What is read from elsewhere; `inputs`: training images too, for statistics."""
         if self.clip is None:
             return []
-        found = [self._place(self.clip).requirement("CLIP")]
-        if self.base_tower is not None:
-            found.append(self._place(self.base_tower).requirement("base"))
+        found = [self._clip.requirement("CLIP")]
         for task in tasks:
             parts: list[Part] = ["test"] + ["validation"] * validation
-            if (published := self._published(task, finetuning)) is not None:
-                found.append(published.requirement(f"expert {task}"))
-            if inputs or published is None:
+            if inputs or self._published.expert(task, finetuning) is None:
                 parts.append("train")
-            if self.heads is not None:
-                found.append(self._place(self.heads, task).requirement(f"head {task}"))
+            found += self._published.requirements(task, finetuning)
             found.append(self._sets[task].requirement(f"images {task}", parts))
+        if self.base_tower is not None:
+            found.insert(1, self._published.base.requirement("base"))
         return found
 
     def footprint(self, tasks: Sequence[str], images: int, inputs: bool) -> dict[str, int]:
-        """Bytes that a run takes: `disk` for decoded images, converted towers and second moments,
-        `memory` for the base, a merge, the model, one expert at a time and the text tower."""
-        shapes = models.build_meta(self.architecture)
-        tower = 4 * sum(t.numel() for t in shapes.values())
-        pixels = 3 * math.prod(image_size(self._preprocessing))
-        layers = [n for n, t in shapes.items() if t.ndim == 2 and n.startswith("transformer.")]
-        moments = sum(4 * shapes[name].shape[-1] ** 2 for name in layers) if inputs else 0
-        disk = images * pixels + (len(tasks) + 1) * tower + len(tasks) * moments
+        """`disk` for decoded images, converted towers and second moments, `memory` for the base, a
+        merge, the model, one expert at a time and the text tower."""
+        tower, pixels, moments = models.footprint(self.architecture)
+        disk = images * pixels + (len(tasks) + 1) * tower + inputs * len(tasks) * moments
         return {"disk": disk, "memory": 5 * tower + (1 << 30)}
 
-    def expert(self, task: str, *, finetuning: Finetuning, seed: int) -> Path:
-        """`model.safetensors` with the tower's state dict, or a PEFT adapter folder."""
-        if published := self._published(task, finetuning):
-            self._fetch(published)
-            return models.tower_checkpoint(published, self.architecture, self._base_path)
-        return super().expert(task, finetuning=finetuning, seed=seed)
+    def given_expert(self, task: str, finetuning: Finetuning) -> Path | None:
+        if (place := self._published.expert(task, finetuning)) is None:
+            return None
+        self._published.fetch(place)
+        return models.tower_checkpoint(place, self.architecture, self._base_path)
 
-    def evaluate(
-        self,
-        state: Mapping[str, Tensor],
-        split: Split,
-        tasks: Sequence[str] | None = None,
-        limit: int | None = None,
+    def score(
+        self, state: Mapping[str, Tensor], tasks: Sequence[str], split: Split, limit: int | None
     ) -> dict[str, Score]:
         """Accuracy per task on the whole split, or on `limit` images drawn from it."""
-        chosen = {task: self._images(task) for task in tasks or self.tasks}
+        chosen = {task: self._images(task) for task in tasks}
         heads = {task: self._head(task) for task in chosen}  # made from the base: before loading
-        self._load(state)
+        self.load(state)
         return {task: self._score(chosen[task], heads[task], split, limit) for task in chosen}
 
     def _score(self, images: ImageSet, head: Tensor, split: Split, limit: int | None) -> Score:
@@ -274,33 +219,14 @@ class VisionSuite(TrainedSuite):
         own = {task: {"classes": names[task]} for task in self.datasets if task in names}
         return {t: ImageSet(**fields | own.get(t, {})) for t, fields in self.datasets.items()}
 
-    def _require(self, task: str) -> None:
-        if task not in self._sets:
-            raise InputError(
-                f"suite {self.name!r} has no task {task!r}", hint=f"known: {', '.join(self.tasks)}"
-            )
-
     def _images(self, task: str) -> ImageSet:
         """The data set of a task, which from now on is one that was used."""
-        self._require(task)
         self._used.add(task)
         return self._sets[task]
 
     @cached_property
     def _used(self) -> set[str]:
         return set()
-
-    @cached_property
-    def _commits(self) -> dict[str, str]:
-        """{repository: commit} of the checkpoints that came from the hub."""
-        return {}
-
-    def _fetch(self, published: Published) -> Path:
-        """A published checkpoint on this machine, its commit noted."""
-        path = published.path()
-        if published.hub and (commit := hub.commit(path)):
-            self._commits[published.hub] = commit
-        return path
 
     @cached_property
     def _preprocessing(self) -> PreprocessCfg:
@@ -311,18 +237,11 @@ class VisionSuite(TrainedSuite):
         if self.clip is None:
             return self._prototypes[task]
         if task not in self._text_heads:
-            data, clip = self._images(task), self._fetch(self._place(self.clip))
-            head = models.text_head(
-                clip,
-                self.architecture,
-                data.names,
-                data.templates,
-                device=self.device,
-                label=task,
-            )
-            if self.heads is not None:
-                published = self._fetch(self._place(self.heads, task))
-                head = models.published_head(published, head, task)
+            data, clip = self._images(task), self._published.fetch(self._clip)
+            words = data.names, data.templates
+            head = text_head(clip, self.architecture, *words, device=self.device, label=task)
+            if (place := self._published.head(task)) is not None:
+                head = published_head(self._published.fetch(place), head, task)
             self._text_heads[task] = head
         return self._text_heads[task]
 
@@ -332,89 +251,70 @@ class VisionSuite(TrainedSuite):
 
     @cached_property
     def _prototypes(self) -> dict[str, Tensor]:
-        key = {"version": VERSION, "base": self._base_key, "shots": self.shots}
+        key = {"version": self.version, "base": self.base_key, "shots": self.shots}
         key |= {"data": {task: data.identity() for task, data in self._sets.items()}}
-        folder = cached("heads", key, self._write_prototypes)
-        return load_file(folder / "heads.safetensors")
+        return load_file(cached("heads", key, self._write_prototypes) / "heads.safetensors")
 
     def _write_prototypes(self, folder: Path) -> None:
-        """Each class's mean embedding under the base, over `shots` training images of it."""
-        self._load(self._base)
+        self.load(self._base)
         heads = {}
         for task, data in self._sets.items():
             images, labels = pixels(data, "train", self._preprocessing, self.workers)
-            members = [(labels == c).nonzero()[: self.shots, 0] for c in range(len(data.names))]
-            means = [self._embed([images[m.numpy()]]).mean(0) for m in members]
-            heads[task] = F.normalize(torch.stack(means), dim=-1)
+            heads[task] = prototypes(self._embed, images, labels, len(data.names), self.shots)
         save_file(heads, folder / "heads.safetensors")
 
     # --- model ----------------------------------------------------------------------------------
 
-    def _place(self, fields: Mapping[str, Any], task: str = "") -> Published:
-        """A published checkpoint with the placeholders of its fields filled in."""
-        names = models.published_names(self.model)
-        names["task"] = (self.task_names or {}).get(task, task)
+    @cached_property
+    def _published(self) -> Family:
+        names = ("model", "clip", "base_tower", "experts", "adapters", "heads")
+        places = {name: getattr(self, name) for name in names}
+        return Family(self.family, **places, task_names=self.task_names or {})
 
-        def fill(value: str | Sequence[str] | None) -> str | list[str] | None:
-            if isinstance(value, str) or value is None:
-                return value.format(**names) if value else value
-            return [item.format(**names) for item in value]
-
-        return Published(**{key: fill(value) for key, value in fields.items()})
-
-    def _published(self, task: str, finetuning: Finetuning) -> Published | None:
-        """Where the expert of a task is published; None where it is trained here."""
-        self._require(task)
-        fields = self.experts if finetuning == "full" else self.adapters
-        if fields is None and self.experts is not None:
-            raise InputError(
-                f"the {self.family} family publishes no LoRA experts",
-                hint="fine-tune them here: suite/checkpoints=finetuned",
-            )
-        return self._place(fields, task) if fields is not None else None
+    @property
+    def _clip(self) -> Published:
+        return self._published.place(self.clip)
 
     @cached_property
     def _pretraining(self) -> Pretraining:
         return Pretraining(**self.pretraining)
 
     @cached_property
-    def _base_key(self) -> dict[str, Any]:
+    def base_key(self) -> dict[str, Any]:
         """What determines the base; costs no training and no download."""
         if self.clip is None:
             return self._pretraining.key(self.model, self._sets)
-        return self._place(self.base_tower or self.clip).stamp()
+        return self._published.base.stamp()
 
     @cached_property
     def _base_path(self) -> Path:
         if self.clip is None:
             return self._pretraining.tower(self.model, self._sets, self.device)
-        published = self._place(self.base_tower or self.clip)
-        self._fetch(published)
-        return models.tower_checkpoint(published, self.architecture)
+        self._published.fetch(self._published.base)
+        return models.tower_checkpoint(self._published.base, self.architecture)
 
     @cached_property
     def _base(self) -> dict[str, Tensor]:
         return load_file(self._base_path)
 
     @cached_property
-    def _tower(self) -> nn.Module:
+    def network(self) -> nn.Module:
         """A working copy whose weights are whatever was loaded last."""
         tower = models.build(self.architecture).visual
         return tower.eval().requires_grad_(False).to(self.device)
 
-    def _load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor]) -> None:
         require_same(state, self._base, self.name)
-        self._tower.load_state_dict({name: state[name] for name in self._base})
+        self.network.load_state_dict({name: state[name] for name in self._base})
 
     @torch.inference_mode()
     def _embed(self, batches: Iterable[np.ndarray]) -> Tensor:
         """(n, d) unit embeddings of preprocessed images."""
-        kind = torch.device(self.device).type
-        found = []
+        kind, found = torch.device(self.device).type, []
         with torch.autocast(kind, torch.float16, enabled=self._half):
             for images in batches:
                 x = normalise(images, self._preprocessing, self.device)
-                found.append(F.normalize(self._tower(x).float(), dim=-1).cpu())
+                found.append(F.normalize(self.network(x).float(), dim=-1).cpu())
         return torch.cat(found)
 
     @property
@@ -424,60 +324,60 @@ class VisionSuite(TrainedSuite):
 
     # --- experts and statistics -----------------------------------------------------------------
 
-    def _recipe(self, finetuning: Finetuning) -> Recipe:
-        if self.protocol == "paper" and f"paper_{finetuning}" in self.recipes:
-            return Recipe(**self.recipes[f"paper_{finetuning}"])
-        if finetuning not in self.recipes:
-            raise InputError(
-                f"suite {self.name!r} has no recipe for finetuning {finetuning!r}",
-                hint=f"known: {', '.join(self.recipes)}",
-            )
-        return Recipe(**self.recipes[finetuning])
+    def recipe(self, finetuning: str) -> Recipe:
+        paper = f"paper_{finetuning}"
+        own = self.protocol == "paper" and paper in self.recipes
+        return super().recipe(paper if own else finetuning)
 
-    def _expert_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        key = {"version": VERSION, "model": self.model, "base": self._base_key, "task": task}
-        if published := self._published(task, finetuning):
-            return key | {"published": published.stamp()}
+    def task_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         data = self._images(task)
-        return key | {
+        return {
+            "model": self.model,
             "data": data.identity(),
             "head": [data.names, list(data.templates), self.shots],
             "logit_scale": self.logit_scale,
-            "finetuning": finetuning,
-            "recipe": self._recipe(finetuning).key(),
-            "seed": seed,
         }
 
-    def _statistics_key(self, kind: Statistic) -> dict[str, Any]:
-        return {"version": VERSION}
+    def given_key(self, task: str, finetuning: Finetuning) -> dict[str, Any] | None:
+        if (place := self._published.expert(task, finetuning)) is None:
+            return None
+        key = {"version": self.version, "model": self.model, "base": self.base_key, "task": task}
+        return key | {"published": place.stamp()}
 
-    def _available(self, task: str) -> int:
+    def identity_key(self, finetuning: Finetuning) -> dict[str, Any]:
+        return {"model": self.model}
+
+    def available(self, task: str) -> int:
         return len(self._images(task).rows("train"))
 
-    def training(
-        self, tasks: Sequence[str], *, finetuning: Finetuning, seed: int
-    ) -> training.Training:
-        """The fine-tuning on one or several tasks, on a model of its own."""
-        recipe = self._recipe(finetuning)
+    def learner(
+        self, tasks: Sequence[str], finetuning: Finetuning, recipe: Recipe, seed: int
+    ) -> nn.Module:
+        tower: nn.Module = models.build(self.architecture).visual
+        tower.load_state_dict(self._base)
+        tower.set_grad_checkpointing(recipe.checkpointing)
+        if finetuning == "full":
+            return tower
+        targets = models.lora_targets(tower, recipe.targets)
+        adapted = training.add_lora(tower, targets, recipe.r, recipe.alpha, seed)
+        if recipe.targets == "in_proj":
+            models.freeze_all_but_packed(adapted)
+        return adapted
+
+    def lessons(self, tasks: Sequence[str], recipe: Recipe, seed: int) -> Lessons:
         heads = {task: self._head(task).to(self.device) for task in tasks}
-        lengths = {t: recipe.length(t, len(self._images(t).rows("train"))) for t in tasks}
+        lengths = {t: recipe.length(t, self.available(t)) for t in tasks}
         turns = [task for task in tasks for _ in range(lengths[task])]
         random.Random(seed).shuffle(turns)
-        model: nn.Module = models.build(self.architecture).visual
-        model.load_state_dict(self._base)
-        model.set_grad_checkpointing(recipe.checkpointing)
-        names = None
-        if finetuning == "lora":
-            targets = models.lora_targets(model, recipe.targets)
-            model = training.add_lora(model, targets, recipe.r, recipe.alpha, seed)
-            if recipe.targets == "in_proj":
-                models.freeze_all_but_packed(model)
-        else:
-            names = [name for name, _ in model.named_parameters()]
 
         def batches(first: int) -> Iterator[Batch]:
             done = Counter(turns[:first])
-            streams = {t: self._training_batches(t, lengths[t], recipe, seed) for t in tasks}
+            streams = {
+                t: lesson_batches(
+                    self._images(t), self._preprocessing, lengths[t], recipe, seed, self.workers
+                )
+                for t in tasks
+            }
             started = {task: stream(done[task]) for task, stream in streams.items()}
             for task in turns[first:]:
                 yield task, *next(started[task])
@@ -488,81 +388,24 @@ class VisionSuite(TrainedSuite):
             logits = self.logit_scale * embedded @ heads[task].T
             return F.cross_entropy(logits, labels.to(self.device))
 
-        settings = {
-            "steps": len(turns),
-            "lr": recipe.lr,
-            "warmup": min(0.5, recipe.warmup_steps / len(turns)),
-            "weight_decay": recipe.weight_decay,
-            "parameters": names,
-            "seed": seed,
-            "device": self.device,
-            "precision": recipe.precision,
-            "label": f"{', '.join(tasks)} ({finetuning}, seed {seed})",
-        }
-        return training.Training(model, batches, loss, None, settings)
+        return Lessons(len(turns), batches, loss)
 
-    def _training_batches(
-        self, task: str, steps: int, recipe: Recipe, seed: int
-    ) -> Callable[[int], Iterator[tuple[Tensor, Tensor]]]:
+    def sample(self, task: str, count: int, batch_size: int) -> Sequence[Tensor]:
+        """(batch, 3, size, size) images without augmentation."""
         data = self._images(task)
-        return training_batches(
-            data.rows("train"),
-            data.labels("train"),
-            self._preprocessing,
-            order=epochs(len(data.rows("train")), steps, recipe.batch_size, seed),
-            batch_size=recipe.batch_size,
-            crop_scale=tuple(recipe.crop_scale),
-            seed=seed,
-            workers=self.workers,
-            column=data.image,
-            path=data.path,
-        )
+        images = cropped(data, "train", self._preprocessing, sample(self.available(task), count))
+        return normalise(images, self._preprocessing, self.device).split(batch_size)
 
-    def _finetune(
-        self, tasks: Sequence[str], finetuning: Finetuning, seed: int, folder: Path
-    ) -> None:
-        model, batches, loss, _, settings = self.training(tasks, finetuning=finetuning, seed=seed)
-        training.train(model, batches, loss, output=folder, **settings)
-        training.save_expert(model, self._base, folder)
-
-    def _training_sample(self, task: str, count: int) -> tuple[Tensor, Tensor]:
-        """(count, 3, size, size) training images without augmentation, the same for every
-        expert, and their labels."""
-        data = self._images(task)
-        chosen = sample(len(data.rows("train")), count)
-        images = cropped(data, "train", self._preprocessing, chosen)
-        return normalise(images, self._preprocessing, self.device), data.labels("train")[chosen]
-
-    def _moments(
-        self, task: str, batches: int, batch_size: int, names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Over all tokens of images without augmentation."""
-        images, _ = self._training_sample(task, batches * batch_size)
-        chosen = linear_layers(self._tower) if names is None else names
-        return statistics.second_moments(self._tower, images.split(batch_size), chosen)
-
-    def _fisher(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Of every tower parameter, for labels drawn from the model's own distribution."""
-        images, _ = self._training_sample(task, batches * batch_size)
+    def log_prob(
+        self, model: nn.Module, task: str, example: Tensor, generator: torch.Generator
+    ) -> Tensor:
         head = self._head(task).to(self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
+        logits = self.logit_scale * F.normalize(model(example)[0], dim=-1) @ head.T
+        return statistics.sampled(logits, generator)
 
-        def log_prob(model: nn.Module, image: Tensor) -> Tensor:
-            logits = self.logit_scale * F.normalize(model(image[None])[0], dim=-1) @ head.T
-            return statistics.sampled(logits, generator)
-
-        names = [name for name, _ in self._tower.named_parameters()]
-        return statistics.diagonal_fisher(self._tower, images, log_prob, names)
-
-    def _kfac(self, task: str, batches: int, batch_size: int) -> dict[str, Tensor]:
-        """Over all tokens of images without augmentation, for labels drawn from the model."""
-        images, _ = self._training_sample(task, batches * batch_size)
+    def kfac_loss(
+        self, model: nn.Module, task: str, batch: Tensor, generator: torch.Generator
+    ) -> Tensor:
         head = self._head(task).to(self.device)
-        generator = torch.Generator(self.device).manual_seed(0)
-
-        def loss(model: nn.Module, batch: Tensor) -> Tensor:
-            logits = self.logit_scale * F.normalize(model(batch), dim=-1) @ head.T
-            return kfac.drawn(logits, generator)
-
-        layers = linear_layers(self._tower)
-        return kfac.factors(self._tower, images.split(batch_size), layers, loss)
+        logits = self.logit_scale * F.normalize(model(batch), dim=-1) @ head.T
+        return kfac.drawn(logits, generator)

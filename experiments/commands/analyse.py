@@ -35,10 +35,10 @@ from eval.training import Loss, train
 from experiments import sides
 from experiments.differences import blocks
 from experiments.hydra_run import Command
-from experiments.measurement import merge_suite
 from experiments.report import records
 from experiments.report.theory import OPTIONAL, RHO, read_published, render
 from experiments.settings import Experiment, Statistics, check_choices, resolve_device
+from experiments.suite_merge import prepare
 from experiments.suites import load_expert, load_suite, pick_tasks
 from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
@@ -86,7 +86,7 @@ def analyse(settings: Analyse) -> None:
         merging.create(name)
     published = read_published(Path(settings.published))  # before the work, if it is not there
     recorded = _spread(tasks, len(tasks) if settings.record is None else settings.record)
-    if recorded and (settings.finetuning != "full" or not hasattr(suite, "training")):
+    if recorded and (settings.finetuning != "full" or suite.trainable is None):
         raise InputError(
             f"the {settings.finetuning} fine-tuning of suite {suite.name} cannot be recorded",
             hint="set record=0 to measure the estimates alone",
@@ -291,10 +291,10 @@ def _interference(
 ) -> pd.DataFrame:
     """Columns task, layer, method, before (of the base model), after."""
     base, tasks = suite.base(), list(experts)
-    merges = {
-        name: merge_suite(_experiment(settings), suite, tasks, merging.create(name)).state
-        for name in track(settings.methods, "merging")
-    }
+    merges = {}
+    for name in track(settings.methods, "merging"):
+        with prepare(_experiment(settings), suite, tasks, merging.create(name)) as prepared:
+            merges[name] = prepared.finish(prepared.call()).state
     merged = {n: blocks(base, {n: StateDict(state)}, layers) for n, state in merges.items()}
     rows = []
     for name, part, deltas in blocks(base, experts, layers):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.markdown import Markdown
 
-from eval.suite import Unsupported
+from eval.backend import Unsupported
 from experiments import preflight
 from experiments.commands.run import COMMAND as RUN
 from experiments.hydra_run import Command, composed

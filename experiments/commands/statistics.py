@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from eval.suite import Statistic
+from eval.backend import Statistic
 from experiments.hydra_run import Command
 from experiments.settings import Statistics, check_choices, resolve_device
 from experiments.suites import collect, load_suite, pick_tasks, under_protocol

@@ -119,10 +119,10 @@ def gather(settings: Tables) -> list[Record]:
 
 def of_one_protocol(settings: Tables, found: list[Record]) -> list[Record]:
     """The records of the protocol that the suite's settings describe; others are counted aloud."""
-    if "_target_" not in settings.suite:
+    if "kind" not in settings.suite:
         return found
     suite = load_suite(under_protocol(settings.suite, settings.protocol), "cpu")
-    wanted = suite.protocol_key()
+    wanted = suite.backend.protocol_key()
     chosen = [r for r in found if _protocol(r) == wanted]
     others = [_protocol(r) for r in found if _protocol(r) != wanted]
     if others:

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from eval.suite import unpacked
+from eval.backend import unpacked
 
 DRAWS = 2000
 LEVEL = 95.0  # percent of the replicates that an interval holds

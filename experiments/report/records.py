@@ -5,7 +5,7 @@ A record is a dictionary with these fields:
     schema      version of this layout
     key         all that determines the scores: suite, experts (the suite's identity of them),
                 method, hyperparameters, finetuning, seed, split, tasks, limit, statistics,
-                selection; protocol (see `eval.suite.Suite.protocol_key`) where it has
+                selection; protocol (see `eval.backend.Backend.protocol_key`) where it has
                 one: without the field, the one its code had before there were several
     family      checkpoint family; figures of different families are never compared
     metric      what "accuracy" is on this suite
