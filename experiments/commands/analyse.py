@@ -28,9 +28,10 @@ from torch import Tensor
 
 import merging
 from eval import theory
+from eval.backend import Unsupported
 from eval.cache import cached
 from eval.statistics import second_moments
-from eval.suite import Suite, Unsupported
+from eval.suite import Suite
 from eval.training import Loss, train
 from experiments import sides
 from experiments.differences import blocks

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from experiments.cli import COMMANDS, CONFIGS
 
-_PLAIN = {"_target_", "_convert_", "defaults", "hydra", "name"}
+_PLAIN = {"defaults", "hydra", "name"}
 _SHORT = 24  # characters of a value that is shown beside its key
 _MOST = 8  # keys of a file that are shown
 _COMMAND = re.compile(r"python -m experiments\.[^#\n]*")
