@@ -10,6 +10,7 @@ import merging
 from merging import InputError
 from merging.method import order, sparse
 from merging.method.reference import TEXTBOOK
+from merging.method.sparse import agreed, drop, elect, trim, uniform
 
 
 def stack(T=3, shape=(6, 8), seed=0, dtype=torch.float32):
@@ -231,6 +232,44 @@ def test_pcb_competes_over_the_whole_model():
     merged = torch.cat([method(x, **context).flatten() for x in (a, b)])
     whole = TEXTBOOK["pcb"](torch.cat([a.flatten(1), b], dim=1).double(), ratio=0.25)
     assert_close(merged, whole.float(), rtol=1e-4, atol=1e-5)
+
+
+def same_bytes(one, other):
+    return torch.equal(one.view(torch.int32), other.view(torch.int32))
+
+
+@pytest.mark.parametrize("merge", ["mean", "sum"])
+@pytest.mark.parametrize("cancelled", ["zero", "majority"])
+def test_masks_as_numbers_change_no_bit(merge, cancelled):
+    """The comparisons written out with masks, on values with ties, zeros of both signs and a cut
+    at 0; the bytes agree, the sign of 0 too."""
+    draw = torch.Generator().manual_seed(0)
+    deltas = torch.randint(-3, 4, (3, 4000), generator=draw) / 8 * torch.tensor([[1.0], [-1], [1]])
+    for thresholds in (torch.tensor([0.25, 0.125, 0.375]), torch.zeros(3)):
+        kept = torch.where(deltas.abs() >= thresholds[:, None], deltas, 0)
+        assert torch.equal(trim(deltas, 0.2, thresholds).abs(), kept.abs())
+        sign = kept.double().sum(0).sign().float()
+        if cancelled == "majority":
+            sign = torch.where(sign == 0, sign.sum().sign(), sign)
+        agree = kept * sign > 0
+        total = torch.where(agree, kept, 0).sum(0)
+        expected = total if merge == "sum" else total / agree.sum(0).clamp_min(1)
+        elected = elect(trim(deltas, 0.2, thresholds), merge, cancelled)
+        assert same_bytes(elected, expected)
+        needed = (deltas.abs() > 0.4 * (expected - deltas).abs()).sum(0) >= 2
+        masked = torch.where(needed, expected, 0)
+        assert torch.equal(
+            agreed(expected, deltas, 0.4, 2).view(torch.int32), masked.view(torch.int32)
+        )
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.0, 1.0])
+def test_dropping_with_numbers_for_masks_changes_no_bit(keep):
+    deltas = stack(T=3, shape=(500,), seed=4)
+    draws = torch.stack([uniform(delta, 7) for delta in deltas])
+    expected = torch.where(draws < keep, deltas / keep, 0)
+    assert same_bytes(drop(deltas, keep, 7), expected)
+    assert torch.equal(drop(deltas, torch.full_like(deltas, keep), 7), expected)
 
 
 # --- Order statistics -------------------------------------------------------------------------
