@@ -50,8 +50,10 @@ def test_the_core_merges_without_any_extra(checkpoints, tmp_path):
     assert torch.equal(merged["layer.weight"], 2 * torch.eye(4))
 
 
-def test_a_merge_imports_nothing_that_it_does_not_need(checkpoints):
-    """The budget of a start: modules, not seconds, as those depend on the machine."""
+def test_a_merge_imports_nothing_that_it_does_not_need(checkpoints, tmp_path):
+    """The budget of a start: modules, not seconds, as those depend on the machine. A model's
+    library is not needed either where layers and all else are merged alike."""
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
     code = (
         "from experiments.merge import main; main();"
         f"print([name for name in {EXTRAS!r} if name in sys.modules])"

@@ -183,6 +183,8 @@ def prepare(
     if not experts:
         raise InputError("no experts were given, expected at least one")
     settings = _read(options)
+    if _alike([method, *(part.method for part in settings["parts"])], experts):
+        folder = None  # what is a layer changes no entry: loading the model's library would be vain
     shapes = {name: base.shape(name) for name in base.keys()}
     layers = options.get("layers")
     resolved, reasons = choose_layers(layers, shapes, folder)
@@ -207,6 +209,12 @@ def prepare(
     )  # fmt: skip
     _check_forms(job)
     return job
+
+
+def _alike(methods: Iterable[Method], experts: Mapping[str, Expert]) -> bool:
+    """Whether layers and all else are merged alike, entry by entry, of experts stored in full."""
+    entries = all(method.elementwise and method.rest == "method" for method in methods)
+    return entries and not any(expert.is_adapter for expert in experts.values())
 
 
 def _read(options: FileOptions) -> dict[str, Any]:

@@ -12,8 +12,7 @@ from merging.errors import InputError
 
 _CHUNK = 2**22  # entries per task that are looked at together
 _BLOCK = 2**19  # the same where a pass stays in a CPU's cache
-_AROUND = 2**19  # keys to each side of a guess that are counted singly: a sixteenth of an octave
-_LARGEST = 0x7F800000  # the key of infinity; -inf has the negative
+_WAITING = 2**21  # values that are counted together
 _DIGIT = 16  # bits resolved by one pass over the model
 _LAYOUT = {torch.float32: (torch.int32, 1 << 31), torch.float64: (torch.int64, -(1 << 63))}
 
@@ -44,8 +43,10 @@ def _near(
     sample = [piece.reshape(len(piece), -1) for piece in few()]
     if not sample or sample[0].dtype != torch.float32:
         return None
-    guess = kth_largest_entry(torch.cat(sample, dim=1), share)
-    counts = [_Counts(int(key)) for key in _order(guess.cpu().numpy())]
+    values = torch.cat(sample, dim=1)
+    room = max(0.01, 10 / values.shape[1] ** 0.5)  # many times a sample's error of a share
+    above = [_at(values, share - room, torch.inf), _at(values, share + room, -torch.inf)]
+    counts = [_Counts(*bounds) for bounds in zip(*above, strict=True)]
     total = 0
     for piece in stream():
         rows = piece.reshape(len(piece), -1)
@@ -58,49 +59,49 @@ def _near(
     return None if None in keys else torch.from_numpy(_values(np.array(keys, dtype=np.int32)))
 
 
+def _at(values: Tensor, share: float, beyond: float) -> list[float]:
+    """Each task's value at a share from above, (T, n) -> T numbers; `beyond` outside 0 to 1."""
+    inside = 0 < share < 1
+    return kth_largest_entry(values, share).tolist() if inside else [beyond] * len(values)
+
+
 class _Counts:
-    """How often each of the values around a guess occurs, and how many are larger.
+    """How often each value between two bounds occurs, and how many are larger.
 
     In NumPy, which compares and counts several times faster than torch. 0 and -0 are one value.
     """
 
-    def __init__(self, guess: int) -> None:
-        self.low, self.high = (
-            min(max(key, -_LARGEST), _LARGEST) for key in (guess - _AROUND, guess + _AROUND)
-        )
-        self.high += self.high == -1  # the key of -0
-        self.limits = _values(np.array([self.low, self.high], dtype=np.int32))
+    def __init__(self, high: float, low: float) -> None:
+        self.low, self.high = np.float32(low), np.float32(high)
         self.larger = 0
-        self.counts: np.ndarray | None = None  # by key; none while few have come
+        self.keys = self.counts = np.zeros(0, dtype=np.int64)  # keys ascending
         self._waiting: list[np.ndarray] = []
 
     def add(self, values: np.ndarray) -> None:
         """Values (n,) in float32."""
-        above = values > self.limits[1]
-        near = values >= self.limits[0]
+        above = values > self.high
+        near = values >= self.low
         near ^= above
         self.larger += np.count_nonzero(above)
         self._waiting.append(values[np.flatnonzero(near)])
-        if sum(map(len, self._waiting)) > 2 * _AROUND:
+        if sum(map(len, self._waiting)) > _WAITING:
             self._settle()
 
     def _settle(self) -> None:
-        counts = np.bincount(self._keys() - self.low, minlength=self.high - self.low + 1)
-        self.counts = counts if self.counts is None else self.counts + counts
-
-    def _keys(self) -> np.ndarray:
+        """Add what waits to the counts, key by key."""
         values, self._waiting = np.concatenate([*self._waiting, np.float32([])]), []
-        return _order(values + np.float32(0))
+        keys, counts = np.unique(_order(values + np.float32(0)), return_counts=True)
+        self.keys, places = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
+        both = np.concatenate([self.counts, counts])
+        self.counts = np.bincount(places, both, len(self.keys)).astype(np.int64)  # exact to 2^53
 
     def kth(self, rank: int) -> int | None:
         """The key of the rank-th largest value of all; None where it is none of those counted."""
-        rank -= self.larger
-        if self.counts is None:
-            keys = np.sort(self._keys())
-            return int(keys[-rank]) if 0 < rank <= len(keys) else None
         self._settle()
-        at_least = self.counts[::-1].cumsum()[::-1]
-        return self.low + int((at_least >= rank).sum()) - 1 if 0 < rank <= at_least[0] else None
+        at_least = self.counts[::-1].cumsum()[::-1] + self.larger
+        if not len(at_least) or not self.larger < rank <= at_least[0]:
+            return None
+        return int(self.keys[(at_least >= rank).sum() - 1])
 
 
 def _order(values: np.ndarray) -> np.ndarray:
