@@ -184,3 +184,20 @@ def test_the_engine_hands_over_the_base_in_the_blocks_that_are_merged(name, spli
 def test_a_floor_under_the_fishers():
     deltas, fishers = torch.tensor([[1.0], [4.0]]), torch.tensor([[0.0], [3.0]])
     assert_close(merging.create("fisher", floor=1.0)(deltas, fishers=fishers), torch.tensor([3.25]))
+
+
+@pytest.mark.parametrize("name", ["fisher", "data_free_fisher"])
+def test_entries_in_chunks_change_no_bit(name, monkeypatch):
+    """Where nothing moved, where no task cares, and where squares underflow, too."""
+    draw = torch.Generator().manual_seed(0)
+    deltas = torch.randn(3, 40, 7, generator=draw) * torch.logspace(-44, 0, 40)[:, None]
+    fishers = torch.rand(3, 40, 7, generator=draw)
+    deltas[:, 3], fishers[:, 5] = 0, 0
+    context = {"fishers": fishers} if name == "fisher" else {}
+    whole = merging.create(name)(deltas, **context)
+    monkeypatch.setattr(averages, "_CHUNK", 11)
+    assert torch.equal(merging.create(name)(deltas, **context), whole)
+    weights = (fishers if name == "fisher" else deltas.double().square()).double()
+    weights = torch.where(weights.sum(0) > 0, weights, 1)
+    expected = (weights * deltas).sum(0) / weights.sum(0)
+    torch.testing.assert_close(whole.double(), expected, rtol=1e-5, atol=1e-44)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.linalg import gram, solve_positive
+from merging.linalg import gram, product, solve_positive
 from merging.method.registry import register
 from merging.method.spectral import singular_triplets
 
@@ -41,18 +41,21 @@ def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3
     R = work.new_zeros(d_in, d_in)  # sum_t R_t
     N = work.new_zeros(d_out, d_in)  # sum_t E_t R_t
     residual = work.new_zeros(d_out, d_in)  # sum_t D_t S_t
+    wide = 2 * d_out < d_in  # (E E^T) E costs less than E (E^T E) then, S_t being needed anyway
     for D_t, E_t, tr in zip(work, E, trace, strict=True):
         S_t = gram(E_t) / tr
         R += S_t
-        N += E_t @ S_t + (eps / tr) * E_t
+        N += product(gram(E_t.mT) / tr if wide else E_t, E_t if wide else S_t) + (eps / tr) * E_t
         if uneven:
-            residual += D_t @ S_t
+            residual += product(product(D_t, E_t.mT) / tr, E_t) if wide else product(D_t, S_t)
     prior = R.mean(0) / (energy.mean() if uneven else 1.0)
     R.diagonal().add_((eps / trace).sum())
     D = _solve(N, R, prior)
     if uneven:
-        U, s, V = singular_triplets(D + residual - work.sum(0) @ R / T, int(k * min(d_out, d_in)))
-        D = D + s.sum() / max(1, len(s)) * U @ V.mT
+        U, s, V = singular_triplets(
+            D + residual - product(work.sum(0), R) / T, int(k * min(d_out, d_in))
+        )
+        D = D + product(s.sum() / max(1, len(s)) * U, V.mT)
     return D.to(deltas)
 
 

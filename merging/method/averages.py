@@ -5,6 +5,8 @@ All accept deltas of any shape (T, *shape), so they merge biases and norms as th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from merging import linalg
 from merging.errors import InputError
 from merging.method.registry import register
 
-_CHUNK = 2**22  # entries per task that are held in float64 at a time
+_CHUNK = 2**16  # entries per task that are worked on together: they stay in a CPU's cache
 
 
 @register(
@@ -57,7 +59,7 @@ def fisher(deltas: Tensor, *, fishers: Tensor, floor: float = 0.0) -> Tensor:
         raise InputError(
             f"expected fishers of shape {tuple(deltas.shape)}, got {tuple(fishers.shape)}"
         )
-    return _weighted_mean(deltas, fishers.to(deltas).clamp_min(floor))
+    return in_chunks(lambda D, F: _weighted_mean(D, F.to(D).clamp_min(floor)), deltas, fishers)
 
 
 @register(
@@ -70,16 +72,47 @@ def fisher(deltas: Tensor, *, fishers: Tensor, floor: float = 0.0) -> Tensor:
 )
 def data_free_fisher(deltas: Tensor) -> Tensor:
     """sum_t D_t^3 / sum_t D_t^2, (T, *shape) -> (*shape): the squared difference as the Fisher."""
-    largest = deltas.abs().amax(0)
-    # relative to the largest, since squares of small differences underflow
-    return _weighted_mean(deltas, (deltas / torch.where(largest > 0, largest, 1)).square())
+    return in_chunks(_squares_mean, deltas)
+
+
+def _squares_mean(deltas: Tensor) -> Tensor:
+    # relative to the largest, whose square is 1 then: squares of small differences underflow
+    largest = deltas.abs().amax(0).clamp_min_(_smallest(deltas))
+    weights = (deltas / largest).square_()
+    total = weights.sum(0).clamp_min_(1)  # less only where all differences are 0
+    return weights.mul_(deltas).sum(0).div_(total)
 
 
 def _weighted_mean(deltas: Tensor, weights: Tensor) -> Tensor:
+    """sum_t w_t D_t / sum_t w_t, (T, *shape) twice -> (*shape); `weights` is overwritten."""
     # relative weights: their products neither under- nor overflow, whatever the Fishers' scale
     largest = weights.amax(0)
-    weights = torch.where(largest > 0, weights / largest, 1.0)
-    return (weights * deltas).sum(0) / weights.sum(0)
+    if largest.numel() and not largest.amin() > 0:
+        weights = torch.where(largest > 0, weights / largest, 1.0)
+    else:
+        weights.div_(largest)
+    total = weights.sum(0)
+    return weights.mul_(deltas).sum(0).div_(total)
+
+
+def _smallest(deltas: Tensor) -> float:
+    """The smallest positive number of a dtype, below its normal ones."""
+    return torch.nextafter(deltas.new_zeros(()), deltas.new_ones(())).item()
+
+
+def in_chunks(merge: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+    """merge(*stacks), (T, *shape) each -> (*shape), of a merge that looks at single entries.
+
+    On a CPU some entries at a time, so that what it makes on the way never leaves the cache.
+    """
+    first = stacks[0]
+    if first.device.type != "cpu" or first[0].numel() <= _CHUNK:
+        return merge(*stacks)
+    merged = torch.empty_like(first[0], memory_format=torch.contiguous_format)
+    rows = [stack.reshape(len(stack), -1).split(_CHUNK, dim=1) for stack in stacks]
+    for part, *chunks in zip(merged.view(-1).split(_CHUNK), *rows, strict=True):
+        part.copy_(merge(*chunks))
+    return merged
 
 
 @register(

@@ -96,14 +96,15 @@ def mats(
     S, N = measured_normal_equations(work, covariances, task_weights("uniform", work), 1.0)
     S, N = S.to(solving_dtype(S)), N.to(solving_dtype(S))
     D = start * work.sum(0).to(S)
-    residual = N - D @ S
+    residual = N - product(D, S)
     direction, energy = residual, residual.square().sum()
     for _ in range(steps):
         if energy.sqrt() <= tol * N.norm():
             break
-        image = direction @ S
+        image = product(direction, S)
         step = energy / (direction * image).sum()
-        D, residual = D + step * direction, residual - step * image
+        D.add_(step * direction)
+        residual = residual - step * image
         energy, last = residual.square().sum(), energy
         direction = residual + energy / last * direction
     return D.to(deltas.dtype)

@@ -80,7 +80,8 @@ def measured_normal_equations(
     S, N = torch.zeros_like(covariances[0], dtype=deltas.dtype), torch.zeros_like(deltas[0])
     for x, C, w in zip(deltas, covariances, weights, strict=True):
         C = w * C.to(deltas)
-        C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()
+        if gram_scale != 1:
+            C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()
         S, N = S + C, N + product(x, C)
     return S, N
 
