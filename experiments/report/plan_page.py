@@ -103,7 +103,7 @@ def _matrix(plan: Plan, title: str, values: Tensor) -> str:
 
 def _shade(value: float, largest: float, label: str = "") -> str:
     strength = min(1.0, abs(value) / largest) if largest else 0.0
-    shown = label or f"{value:.2f}"
+    shown = label or f"{value:z.2f}"
     return f'<td style="--s:{strength:.3f}" title="{value:.4g}">{escape(shown)}</td>'
 
 
