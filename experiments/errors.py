@@ -83,6 +83,8 @@ def _of_hydra(error: Exception) -> Explained:
             BAD_INPUT,
         )
     sentence, _, rest = text.strip().partition("\n")
+    if kind := re.search(r"full_key: (\S+)", rest):  # of a value of another type
+        return Explained(f"{kind[1]}: {one_line(sentence)}", "", BAD_INPUT)
     return Explained(one_line(sentence), one_line(rest), BAD_INPUT)
 
 

@@ -63,7 +63,10 @@ def extract(
     source, tuned = open_base(base), open_checkpoint(expert)
     try:
         if tuned.partial:
-            raise InputError(f"expert {expert} is an adapter already")
+            raise InputError(
+                f"expert {expert} is an adapter already",
+                hint="a merge of it alone, method=average form=adapter rank=R, lowers its rank",
+            )
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved = resolve_layers(layers, shapes, base)
         fitted = fit(source, {"expert": tuned}, resolved)

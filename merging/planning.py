@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from merging.diagnosis import LayerDiagnosis, diagnose, residual
+from merging.engine.report import BY_PROTOCOL
 from merging.engine.routes import read_deltas as differences
 from merging.errors import InputError
 from merging.experts import Expert, Source
@@ -24,7 +25,7 @@ from merging.formats.checkpoints import open_base, open_checkpoint
 from merging.formats.checks import problems
 from merging.formats.fit import fit
 from merging.formats.readers import READERS
-from merging.layers import Layer, Layers, cut, parts, resolve_layers
+from merging.layers import Layer, Layers, choose_layers, cut, parts
 from merging.method.registry import Method, create
 from merging.progress import track
 
@@ -111,10 +112,10 @@ def plan(
     opened: dict[str, Expert] = {t: open_checkpoint(path) for t, path in sorted(experts.items())}
     try:
         shapes = {name: source.shape(name) for name in source.keys()}
-        resolved = resolve_layers(layers, shapes, base)
+        resolved, reasons = choose_layers(layers, shapes, base)
         opened = fit(source, opened, resolved, into, layers if isinstance(layers, Path) else None)
         found = Plan(list(opened), problems(source, opened))
-        _count(found, source, opened, resolved)
+        _count(found, source, opened, resolved, reasons)
         if not found.problems:
             _read(found, source, opened, resolved, named, subsets)
     finally:
@@ -129,10 +130,14 @@ def mean_residual(residuals: Mapping[str, tuple[float, float]]) -> float:
     return sum(inputs for inputs, _ in residuals.values()) / len(residuals)
 
 
-def _count(found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer]) -> None:
-    """Bytes, the largest matrix and coverage, from headers."""
+def _count(
+    found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer],
+    reasons: Mapping[str, str],
+) -> None:  # fmt: skip
+    """Bytes, the largest matrix and coverage as a merge reports it, from headers."""
     sizes = {name: torch.Size(source.shape(name)).numel() for name in source.keys()}
     matrices = [n for n in sizes if len(source.shape(n)) > 1 and source.dtype(n).is_floating_point]
+    matrices = [n for n in matrices if reasons.get(n) not in BY_PROTOCOL]
     paths = [source.path, *(expert.path for expert in experts.values())]
     found.bytes = sum(_weight_bytes(Path(path)) for path in paths)
     found.largest = 4 * max((sizes[n] for n in layers if n in sizes), default=0)

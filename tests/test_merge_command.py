@@ -252,3 +252,31 @@ def test_paths_are_quoted_for_hydra():
         "base='q'",
         r"output='it\'s'",
     ]
+
+
+def test_the_last_line_is_the_one_that_loads_the_merge(call, base, experts, tmp_path):
+    """Typed as it stands; without method= it is the default of the README."""
+    named = [f"experts.{name}={path}" for name, path in experts.items()]
+    code, out, err = call(f"base={base}", *named, f"output={tmp_path}/out")
+    assert code == 0, err
+    assert "balanced" in out
+    line = out.splitlines()[-1].removeprefix("load it with: ")
+    assert line == f"AutoModel.from_pretrained('{tmp_path}/out')"
+    loaded = eval(line, {"AutoModel": AutoModel}).state_dict()
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(loaded[LAYER], merged[LAYER])
+    layers = {LAYER: (torch.ones(2, 32), torch.ones(32, 2))}
+    write_adapter(tmp_path / "adapter", layers, {})
+    code, out, err = call(
+        f"base={base}", f"experts.a={tmp_path}/adapter", f"output={tmp_path}/adapted",
+        "form=adapter", "method=average",
+    )  # fmt: skip
+    assert code == 0, err
+    line = out.splitlines()[-1].removeprefix("load it with: ")
+    assert line == f"PeftModel.from_pretrained(base, '{tmp_path}/adapted'), base loaded from {base}"
+
+
+def test_what_a_plan_covers_is_what_a_merge_reports(base, experts):
+    """Embeddings, left to the average by every protocol, count in neither."""
+    planned = merging.plan(base, experts, methods=["average"], subsets=False)
+    assert planned.covered == planned.matrices > 0

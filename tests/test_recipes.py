@@ -117,6 +117,8 @@ def test_a_gradient_of_the_method_itself(call, files, tmp_path):
         (["dtype=int4"], "dtype is 'int4'"),
         (["shard_size=huge"], "shard_size is 'huge'"),
         (["rank=0", "form=adapter"], "rank is 0"),
+        (["rank=2.5", "form=adapter"], "error: rank: Value '2.5' of type 'float' could not be"),
+        (["output=out.safetensors", "shard_size=1MB"], "shard_size splits the weights of a folder"),
     ],
 )
 def test_what_cannot_hold_is_told_early(call, files, tmp_path, line, told):

@@ -188,6 +188,20 @@ def show(settings: MergeCheckpoints, report: merging.Report) -> None:
     if len(notes) > 5:
         print(f"note: and {len(notes) - 5} more of them")
     print(f"{report.text()}\nwritten to {settings.output}")
+    if line := loading(Path(settings.output), settings.base):
+        print(f"load it with: {line}")
+
+
+def loading(output: Path, base: str) -> str | None:
+    """The line of Python that loads a merge, where its folder says what it is."""
+    if (output / "adapter_config.json").is_file():
+        return f"PeftModel.from_pretrained(base, {str(output)!r}), base loaded from {base}"
+    if (output / "modules.json").is_file():
+        return f"SentenceTransformer({str(output)!r})"
+    if not (output / "config.json").is_file():
+        return None
+    architectures = json.loads((output / "config.json").read_text()).get("architectures")
+    return f"{(architectures or ['AutoModel'])[0]}.from_pretrained({str(output)!r})"
 
 
 def shared_modules(base: Path, experts: Mapping[str, Path]) -> list[str]:

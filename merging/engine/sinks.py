@@ -65,7 +65,7 @@ class AdapterFolder:
         if output.suffix == ".safetensors":
             raise InputError(f"an adapter is a folder, the output is to be the file {output}")
         if output.exists() and not overwrite:  # told before the merge, not after
-            raise InputError(f"{output} exists already", hint="remove it or allow overwriting")
+            raise InputError(f"{output} exists already", hint="remove it, or say overwrite=true")
         self.output, self.overwrite = output, overwrite
         self.rank, self.report = job.rank, report
         # as the adapters say: peft reads names as a model has them in memory
@@ -114,6 +114,11 @@ def file_sink(
     """The sink that writes a job's form."""
     if job.form == "adapter":
         return nullcontext(AdapterFolder(job, items, report, Path(output), overwrite))
+    if job.shard_bytes and Path(output).suffix == ".safetensors":
+        raise InputError(
+            f"shard_size splits the weights of a folder, the output is to be the file {output}",
+            hint="give the name of a folder, or no shard_size",
+        )
     base = job.base
     layout = {name: (base.shape(name), job.output_dtype(name)) for name in base.keys()}
     return Writer(

@@ -210,7 +210,9 @@ class Writer:
 
     def _refuse_existing(self) -> None:
         if self.output.exists() and not self._overwrite:
-            raise InputError(f"{self.output} exists already", hint="remove it or allow overwriting")
+            raise InputError(
+                f"{self.output} exists already", hint="remove it, or say overwrite=true"
+            )
 
     @contextmanager
     def _told(self) -> Iterator[None]:
