@@ -90,11 +90,11 @@ def residual(deltas: Tensor, merged: Tensor) -> Tensor:
 def _one_side(deltas: Tensor, merged: Tensor) -> Tensor:
     """|(D_t - D) D_t^T|^2 for each task, (T,)."""
     _, d_out, d_in = deltas.shape
-    found = []
+    sums = []
     for D in deltas:
         gap = D - merged
         if d_in <= d_out:  # tr(gap D^T D gap^T)
-            found.append((product(gap, gram(D)).double() * gap.double()).sum())
+            sums.append((product(gap, gram(D)).double() * gap.double()).sum())
         else:
-            found.append(product(gap, D.mT).double().square().sum())
-    return torch.stack(found)
+            sums.append(product(gap, D.mT).double().square().sum())
+    return torch.stack(sums)

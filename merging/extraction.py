@@ -70,8 +70,8 @@ def extract(
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved = resolve_layers(layers, shapes, base)
         fitted = fit(source, {"expert": tuned}, resolved)
-        if found := problems(source, fitted):
-            raise InputError(several(found), hint="nothing was extracted")
+        if faults := problems(source, fitted):
+            raise InputError(several(faults), hint="nothing was extracted")
         adapted = _adaptable(resolved)
         extraction, factors = _factor(source, fitted["expert"], adapted, rank, energy)
         if not factors:

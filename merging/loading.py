@@ -40,12 +40,12 @@ def loading_openblas() -> Iterator[None]:
 @contextmanager
 def _defaults(settings: Mapping[str, str]) -> Iterator[None]:
     """Environment variables for a while, where the user has not set them."""
-    own = {name: value for name, value in settings.items() if name not in os.environ}
-    os.environ.update(own)
+    chosen = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(chosen)
     try:
         yield
     finally:
-        for name in own:
+        for name in chosen:
             del os.environ[name]
 
 

@@ -114,15 +114,15 @@ def plan(
         shapes = {name: source.shape(name) for name in source.keys()}
         resolved, reasons = choose_layers(layers, shapes, base)
         opened = fit(source, opened, resolved, into, layers if isinstance(layers, Path) else None)
-        found = Plan(list(opened), problems(source, opened))
-        _count(found, source, opened, resolved, reasons)
-        if not found.problems:
-            _read(found, source, opened, resolved, named, subsets)
+        outcome = Plan(list(opened), problems(source, opened))
+        _count(outcome, source, opened, resolved, reasons)
+        if not outcome.problems:
+            _read(outcome, source, opened, resolved, named, subsets)
     finally:
         source.close()
         for expert in opened.values():
             expert.close()
-    return found
+    return outcome
 
 
 def mean_residual(residuals: Mapping[str, tuple[float, float]]) -> float:
@@ -131,7 +131,7 @@ def mean_residual(residuals: Mapping[str, tuple[float, float]]) -> float:
 
 
 def _count(
-    found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer],
+    outcome: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer],
     reasons: Mapping[str, str],
 ) -> None:  # fmt: skip
     """Bytes, the largest matrix and coverage as a merge reports it, from headers."""
@@ -139,10 +139,10 @@ def _count(
     matrices = [n for n in sizes if len(source.shape(n)) > 1 and source.dtype(n).is_floating_point]
     matrices = [n for n in matrices if reasons.get(n) not in BY_PROTOCOL]
     paths = [source.path, *(expert.path for expert in experts.values())]
-    found.bytes = sum(_weight_bytes(Path(path)) for path in paths)
-    found.largest = 4 * max((sizes[n] for n in layers if n in sizes), default=0)
-    found.matrices = sum(sizes[n] for n in matrices)
-    found.covered = sum(sizes[n] for n in matrices if n in layers)
+    outcome.bytes = sum(_weight_bytes(Path(path)) for path in paths)
+    outcome.largest = 4 * max((sizes[n] for n in layers if n in sizes), default=0)
+    outcome.matrices = sum(sizes[n] for n in matrices)
+    outcome.covered = sum(sizes[n] for n in matrices if n in layers)
 
 
 def _weight_bytes(path: Path) -> int:
@@ -152,7 +152,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def _read(
-    found: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer],
+    outcome: Plan, source: Source, experts: Experts, layers: Mapping[str, Layer],
     methods: Sequence[Method], subsets: bool,
 ) -> None:  # fmt: skip
     """Stream the layers that any expert moved and sum what is found by kind and block."""
@@ -182,14 +182,14 @@ def _read(
             kind, block = _place(name)
             group = Group(kind, block, 1, diagnose(part, deltas), residuals)
             groups[kind, block] = _merged(groups.get((kind, block)), group)
-    found.groups = sorted(groups.values(), key=lambda g: (g.block is None, g.block or 0, g.kind))
-    if not found.groups:
+    outcome.groups = sorted(groups.values(), key=lambda g: (g.block is None, g.block or 0, g.kind))
+    if not outcome.groups:
         return
-    energies = _total(g.diagnosis.shared.diagonal() for g in found.groups)  # (T,)
+    energies = _total(g.diagnosis.shared.diagonal() for g in outcome.groups)  # (T,)
     for (name, subset), numerators in sums.items():
-        tasks = tuple(found.tasks[i] for i in subset)
+        tasks = tuple(outcome.tasks[i] for i in subset)
         ratios = (numerators / energies[list(subset)].clamp_min(1e-300)).T.tolist()
-        found.residuals[name, tasks] = dict(zip(tasks, map(tuple, ratios), strict=True))
+        outcome.residuals[name, tasks] = dict(zip(tasks, map(tuple, ratios), strict=True))
 
 
 def _subsets(T: int) -> Iterator[tuple[int, ...]]:

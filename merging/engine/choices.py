@@ -36,9 +36,9 @@ def read_parts(parts: Iterable[Mapping[str, Any]]) -> tuple[Part, ...]:
     for part in parts:
         if missing := {"match", "method"} - set(part):
             raise InputError(f"a part lacks {sorted(missing)[0]!r}: {dict(part)}")
-        own = {k: v for k, v in part.items() if k not in {"match", "method"}}
+        settings = {k: v for k, v in part.items() if k not in {"match", "method"}}
         method = part["method"]
-        made = create(method, **own) if isinstance(method, str) else method
+        made = create(method, **settings) if isinstance(method, str) else method
         read.append(Part(str(part["match"]), made))
         matcher(read[-1].match)
     for method in (part.method for part in read):
@@ -54,16 +54,16 @@ def assign(parts: Sequence[Part], names: Iterable[str]) -> dict[str, Part]:
     tests = [matcher(part.match) for part in parts]
     matches = {n: [i for i, test in enumerate(tests) if test(n)] for n in names}
     for i, part in enumerate(parts):
-        if not any(i in found for found in matches.values()):
+        if not any(i in matching for matching in matches.values()):
             raise InputError(
                 f"match={part.match!r} matches no tensor of the base",
                 hint=f"the first tensors are: {', '.join(list(matches)[:3])}",
             )
-        if not any(found and found[0] == i for found in matches.values()):
+        if not any(matching and matching[0] == i for matching in matches.values()):
             raise InputError(
                 f"match={part.match!r} matches only what earlier parts match: the first match wins"
             )
-    return {name: parts[found[0]] for name, found in matches.items() if found}
+    return {name: parts[matching[0]] for name, matching in matches.items() if matching}
 
 
 # --- gradients over depth -------------------------------------------------------------------------
@@ -87,15 +87,15 @@ def at_depth(method: Method, depth: float) -> Method:
     gradients = _gradients(method)
     if not gradients:
         return method
-    own = dict(method.hyperparameters)
+    settings = dict(method.hyperparameters)
     for key, values in gradients.items():
         whole = isinstance(create(method.name).hyperparameters[key], int)
         place = depth * (len(values) - 1)
         i = min(int(place), max(len(values) - 2, 0))
         following = values[min(i + 1, len(values) - 1)]
         value = values[i] + (place - i) * (following - values[i])
-        own[key] = round(value) if whole else value
-    return replace(create(method.name, **own), rest=method.rest)
+        settings[key] = round(value) if whole else value
+    return replace(create(method.name, **settings), rest=method.rest)
 
 
 def _gradients(method: Method) -> dict[str, Sequence[Any]]:

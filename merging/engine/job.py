@@ -128,12 +128,12 @@ class Job:
             return {"fishers": torch.stack([t if rows is None else t[rows] for t in tensors])}
         # (T, d, d), or (T, E, d, d) of fused experts
         moments = [t if t.ndim > 1 else unpack(t) for t in tensors]
-        own = [m[rows] if m.ndim == 3 and rows is not None else m for m in moments]
-        found = {"covariances": torch.stack(own)}
+        selected = [m[rows] if m.ndim == 3 and rows is not None else m for m in moments]
+        context = {"covariances": torch.stack(selected)}
         if method.needs == "kfac":
-            outputs = [self.statistics[task][name + OUTPUTS] for task in self.experts]
-            found["gradients"] = torch.stack(outputs)
-        return found
+            outputs = [statistics[task][name + OUTPUTS] for task in self.experts]
+            context["gradients"] = torch.stack(outputs)
+        return context
 
     def key(self) -> str:
         """What the output depends on: a partial output is continued only under the same key."""
@@ -193,19 +193,19 @@ def prepare(
     vocabulary = settings.get("vocabulary", "refuse")
     model = layers if isinstance(layers, nn.Module | Path) else None
     experts = fit(base, dict(sorted(experts.items())), resolved, options.get("into"), model)
-    if found := problems(base, experts, common_rows=vocabulary != "refuse"):
-        raise InputError(several(found), hint="nothing was merged")
+    if faults := problems(base, experts, common_rows=vocabulary != "refuse"):
+        raise InputError(several(faults), hint="nothing was merged")
     base = base.with_ties(still_tied(base, experts))
     check_gradients(method)
     taking, task_weights = weigh(experts, options.get("weights"), options.get("weights_on"), method)
     rows = None
     if vocabulary == "union":
         base, taking, rows = united(base, taking)
-    told = check_space(at_depth(method, 0.0), settings.get("space", "full"), len(taking))
+    note = check_space(at_depth(method, 0.0), settings.get("space", "full"), len(taking))
     job = Job(
         base=base, experts=taking, method=method, layers=resolved, reasons=reasons,
         task_weights=task_weights, rows=rows,
-        notes=tuple(x for x in (told, rows and rows.note()) if x), **settings,
+        notes=tuple(x for x in (note, rows and rows.note()) if x), **settings,
     )  # fmt: skip
     _check_forms(job)
     return job

@@ -37,8 +37,8 @@ def merge(
         shares = share(items, len(devices))
         with ThreadPoolExecutor(len(shares)) as pool:
             runs = [
-                pool.submit(merge, job, own, contexts, put, watch, device)
-                for device, own in zip(devices, shares, strict=True)
+                pool.submit(merge, job, part, contexts, put, watch, device)
+                for device, part in zip(devices, shares, strict=True)
             ]
         for run in runs:
             run.result()
@@ -80,10 +80,10 @@ def all_told(job: Job) -> Iterator[None]:
         yield
     except NotFinite as error:
         sources = {"the base": job.base} | {f"expert {t!r}": e for t, e in job.experts.items()}
-        found = []
+        sentences = []
         for label, source in track(sources.items(), "looking for values that are not finite"):
-            found += not_finite(source, label)
-        raise InputError("; ".join(found) or error.message, error.hint) from None
+            sentences += not_finite(source, label)
+        raise InputError("; ".join(sentences) or error.message, error.hint) from None
 
 
 @contextmanager

@@ -98,10 +98,10 @@ def plan(job: Job) -> list[Item]:
     places, copies = depths(names), _copies(base.tied)
     choices, items = _choices(job, names, places), []
     for name in names:
-        own, layer = choices[name]
+        chosen, layer = choices[name]
         holders = [e for t, e in job.experts.items() if name in held[t]]
-        rule, reason = _rule(job, name, own, layer, holders)
-        method = {"method": own, "average": average, "base": None}[rule]
+        rule, reason = _rule(job, name, chosen, layer, holders)
+        method = {"method": chosen, "average": average, "base": None}[rule]
         layer = layer if rule == "method" else None
         route = _route(job, name, method, layer)
         shape = base.shape(name)

@@ -73,7 +73,9 @@ class Report:
     @property
     def moved(self) -> dict[str, float]:
         """How far each expert lies from the base: the median of its distances over layers."""
-        return {task: statistics.median(found) for task, found in self.distances.items() if found}
+        return {
+            task: statistics.median(shares) for task, shares in self.distances.items() if shares
+        }
 
     @property
     def kept(self) -> float:
@@ -132,22 +134,22 @@ class Report:
             raise InputError("; ".join(warnings), hint="nothing was merged; strict=false merges it")
 
     def _of_coverage(self) -> list[str]:
-        found = []
+        sentences = []
         if self.coverage < ENOUGH:
             left = [left for left in self.left_out if left.reason not in BY_PROTOCOL]
-            found.append(
+            sentences.append(
                 f"the method reached {self.coverage:.1%} of the weights in matrices, "
                 f"expected at least {ENOUGH:.0%}; left out, largest first: {_names(left)}"
             )
         if self.two_ways:
-            found.append(
+            sentences.append(
                 f"layers of one kind are treated in two ways; left out of: {_names(self.two_ways)}"
             )
-        return found
+        return sentences
 
     def _of_weights(self) -> list[str]:
-        found = [UNCHANGED] if self.unchanged else []
-        return found + [
+        sentences = [UNCHANGED] if self.unchanged else []
+        return sentences + [
             f"expert {task!r} seems unrelated to the base: in most layers its weights "
             f"differ by {share:.0%} of the base's own norm"
             for task, share in self.moved.items()
@@ -181,9 +183,9 @@ def _two_ways(matrices: Iterable[Item]) -> list[str]:
     return mixed
 
 
-def _names(found: Sequence[object]) -> str:
-    more = f" and {len(found) - 3} kinds more" if len(found) > 3 else ""
-    return "; ".join(map(str, found[:3])) + more
+def _names(kinds: Sequence[object]) -> str:
+    more = f" and {len(kinds) - 3} kinds more" if len(kinds) > 3 else ""
+    return "; ".join(map(str, kinds[:3])) + more
 
 
 def kind(name: str) -> str:

@@ -92,9 +92,9 @@ class Entries:
         for rows, base, deltas in entry_blocks(*loaded):
             if not item.merger.row_space:  # what is linear shows it in its result
                 check_deltas(deltas, item.name, job.experts)
-            own = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
-            own |= {"base": base} if "base" in item.merger.context else {}
-            moved = item.merger(deltas, **own, **context)
+            arguments = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
+            arguments |= {"base": base} if "base" in item.merger.context else {}
+            moved = item.merger(deltas, **arguments, **context)
             part = merged if rows is None else merged[rows]
             add(base, moved, item.name, merged.dtype, out=part)
         return merged
@@ -126,8 +126,8 @@ class Dense:
         layer, merged = item.layer, []
         if piece.rows is not None:  # some of its experts
             layer = replace(layer, experts=len(W0))
-        for block, own in blocks(deltas, layer, statistics):
-            merged.append(item.merger(block, **own, **context))
+        for block, arguments in blocks(deltas, layer, statistics):
+            merged.append(item.merger(block, **arguments, **context))
         return add(W0, join(merged, layer).cpu(), item.name, dtype)
 
     def sample(self, loaded: Loaded) -> Tensor:
@@ -175,17 +175,17 @@ class ToFactors:
             return merge_factors(factors, item.merger, layer, **context).to("cpu")
         deltas = torch.stack([f.dense() for f in factors])
         statistics, merged = on(job.context(item.name, item.merger), device), []
-        for block, own in blocks(deltas, layer, statistics):
-            merged.append(item.merger(block, **own, **context))
+        for block, arguments in blocks(deltas, layer, statistics):
+            merged.append(item.merger(block, **arguments, **context))
         rank = sum(len(f.A) for f in factors)
-        found = factorise(join(merged, layer), rank)
-        if found is None:
+        factored = factorise(join(merged, layer), rank)
+        if factored is None:
             raise InputError(
                 f"method {item.merger.name!r} makes a difference of {item.name!r} that no adapter "
                 f"of rank {rank} holds",
                 hint="use form=dense",
             )
-        return found.to("cpu")
+        return factored.to("cpu")
 
     def sample(self, loaded: Loaded) -> None:
         return None

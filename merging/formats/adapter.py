@@ -206,15 +206,15 @@ class Adapter:
         """{own name: the base's} for names in which "_" stands for "." (kohya's)."""
         flat = {name.removesuffix(".weight").replace(".", "_"): name for name in ours}
         ends = {f"_{short}": name for short, name in flat.items()}
-        found = {}
+        matched = {}
         for name in self.names():
             short = re.sub(r"^(lora|lycoris)_(unet|te\d?|transformer|prior_unet)_", "", name)
             short = short.removesuffix(".weight")
             if short in flat:
-                found[name] = flat[short]
+                matched[name] = flat[short]
             elif len(whole := [n for end, n in ends.items() if end.endswith(f"_{short}")]) == 1:
-                found[name] = whole[0]
-        return found
+                matched[name] = whole[0]
+        return matched
 
     def _is_back(self, name: str, base: Source, layers: Mapping[str, Layer]) -> bool:
         """Whether the base stores a matrix (d_in, d_out): its layer says, else its shape.
@@ -230,18 +230,18 @@ class Adapter:
 
     def problems(self, base: Source, common_rows: bool = False) -> list[str]:
         """What keeps it from being applied to `base`: absent targets and other shapes."""
-        found, ours = [], set(base.keys())
+        faults, ours = [], set(base.keys())
         if unknown := [*self.unknown, *(name for name in self.names() if name not in ours)]:
             target = "the target" if len(unknown) == 1 else f"{len(unknown)} targets:"
             is_are = "is" if len(unknown) == 1 else "are"
-            found.append(f"{target} {listed(unknown)} {is_are} not in {base.path}")
+            faults.append(f"{target} {listed(unknown)} {is_are} not in {base.path}")
         for name in self.names():
             if name in ours:
-                found += compare_shapes(name, self.shape(name), base, common_rows)
+                faults += compare_shapes(name, self.shape(name), base, common_rows)
         for name, pair in self.pairs.items():
             if pair.magnitude and self.source.shape(pair.magnitude) not in _lengths(self, name):
-                found.append(f"the magnitudes of {name!r} do not fit its rows")
-        return found
+                faults.append(f"the magnitudes of {name!r} do not fit its rows")
+        return faults
 
     def close(self) -> None:
         self.source.close()
@@ -262,12 +262,14 @@ def joint_settings(adapters: Mapping[str, Adapter], base: str) -> dict[str, Any]
     saved = sorted({module for config in configs for module in config.get("modules_to_save") or ()})
     for task, adapter in adapters.items():
         for name, pair in adapter.pairs.items():
-            told = f"expert {task!r} ({adapter.path}): the difference of {name!r} cannot be written"
+            refusal = (
+                f"expert {task!r} ({adapter.path}): the difference of {name!r} cannot be written"
+            )
             if not name.endswith(".weight"):
                 raise InputError(f"{name!r} of a packed attention cannot be written as an adapter")
             if adapter.rank(name) is None or pair.table:
                 kind = "with DoRA's magnitudes" if pair.magnitude else "of a convolution or table"
-                raise InputError(f"{told} as an adapter {kind}", hint="use form=dense")
+                raise InputError(f"{refusal} as an adapter {kind}", hint="use form=dense")
         for name in adapter.dense:
             if not any(f".{module}." in f".{name}" for module in saved):
                 raise InputError(

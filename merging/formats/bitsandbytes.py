@@ -152,7 +152,7 @@ def four_bit(
             "shape, block size, absmax and codes do not fit",
         )
     slot = FourBit(codes, absmax, table, shape, block, nested, inner, float(offset))
-    used = [name, states[0], *(f"{name}.{part}" for part, found in parts.items() if found)]
+    used = [name, states[0], *(f"{name}.{part}" for part, stored in parts.items() if stored)]
     return slot, tuple(used)
 
 

@@ -23,19 +23,19 @@ def problems(
     and the other dropped as a tied copy is no problem, nor, with `common_rows`, are embeddings
     of different vocabularies. Empty means mergeable.
     """
-    found = []
+    faults = []
     for task, expert in experts.items():
-        told = expert.problems(base, common_rows)
-        found += [f"expert {task!r} ({expert.path}): {problem}" for problem in told]
+        sentences = expert.problems(base, common_rows)
+        faults += [f"expert {task!r} ({expert.path}): {problem}" for problem in sentences]
     names = {task: expert.base_name for task, expert in experts.items() if expert.hub_base}
     hubs = {task: name for task, name in names.items() if name}
     if len({model_name(name) for name in hubs.values()}) > 1:
         trained = ", ".join(f"{task!r} on {name}" for task, name in hubs.items())
-        found.append(
+        faults.append(
             f"the adapters were trained on different bases: {trained} (if they are one model, name "
             "it alike in their adapter_config.json)"
         )
-    return found
+    return faults
 
 
 def model_name(name: str) -> str:
@@ -73,10 +73,10 @@ def check_finite(
 
 def not_finite(source: Source | Expert, label: str) -> list[str]:
     """A sentence for each tensor with values that are not finite; reads every tensor."""
-    found = []
+    sentences = []
     for name, tensor in source.stored():
         try:
             check_finite(tensor, name, f"{label} ({source.path})")
         except NotFinite as error:
-            found.append(error.message)
-    return found
+            sentences.append(error.message)
+    return sentences

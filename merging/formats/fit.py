@@ -78,19 +78,19 @@ class Fitted(Dense):
         self.source.close()
 
     def problems(self, base: Source, common_rows: bool = False) -> list[str]:
-        found = []
+        faults = []
         if self.lacking:
             is_are = "is" if len(self.lacking) == 1 else "are"
-            found.append(f"{_tensors(self.lacking)} of {base.path} {is_are} missing")
+            faults.append(f"{_tensors(self.lacking)} of {base.path} {is_are} missing")
         if self.surplus:
             is_are = "is" if len(self.surplus) == 1 else "are"
-            found.append(f"{_tensors(self.surplus)} {is_are} not in {base.path}")
+            faults.append(f"{_tensors(self.surplus)} {is_are} not in {base.path}")
         for name in self.keys():
-            found += compare_shapes(name, self.shape(name), base, common_rows)
+            faults += compare_shapes(name, self.shape(name), base, common_rows)
             mine, ours = self.dtype(name), base.dtype(name)
             if mine.is_floating_point != ours.is_floating_point:
-                found.append(f"tensor {name!r} is {mine}, the base's {ours}")
-        return found
+                faults.append(f"tensor {name!r} is {mine}, the base's {ours}")
+        return faults
 
 
 def fit(

@@ -30,15 +30,15 @@ def weight_file(folder: Path) -> Path:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
             return folder / name
-    found = [p for p in sorted(folder.iterdir()) if p.suffix in READERS]
-    if len(found) != 1:
-        listed = ", ".join(p.name for p in found) or "none"
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in READERS]
+    if len(files) != 1:
+        listed = ", ".join(p.name for p in files) or "none"
         raise InputError(
             f"{folder} should hold model.safetensors, an index or exactly one weight file, "
             f"it has: {listed}",
             hint=_where_weights_are(folder),
         )
-    return found[0]
+    return files[0]
 
 
 def _where_weights_are(folder: Path) -> str:
@@ -87,8 +87,8 @@ def output_files(files: Mapping[str, Path]) -> dict[str, str] | None:
     model.safetensors.
     """
     names = {tensor: _output_name(file) for tensor, file in files.items()}
-    found = set(names.values())
-    return names if len(found) > 1 or found & _SINGLE else None
+    outputs = set(names.values())
+    return names if len(outputs) > 1 or outputs & _SINGLE else None
 
 
 # Single files that other libraries than transformers look for.

@@ -101,8 +101,8 @@ def gguf_slots(path: Path) -> dict[str, Slot]:
     except InputError:
         raise
     except Exception as error:  # of the libraries, given any file
-        told = str(error).splitlines()[:1]
-        raise InputError(f"{path} is no GGUF file that can be read: {told}", _HINT) from None
+        reason = str(error).splitlines()[:1]
+        raise InputError(f"{path} is no GGUF file that can be read: {reason}", _HINT) from None
     others = [tensor.name for tensor in reader.tensors if tensor.name not in names]
     if strange := [name for name in others if "rope_" not in name]:
         raise InputError(f"{path}: tensor {strange[0]!r} has no name in transformers", _HINT)

@@ -85,8 +85,8 @@ class Hashes:
 
     def sha256(self, path: str | Path) -> str:
         """Of a checkpoint's one weight file; of several, of their own hashes in order of name."""
-        found = [
+        sums = [
             self._known.get(file) or self._files[file].hexdigest()
             for file in self._checkpoints[str(path)]
         ]
-        return found[0] if len(found) == 1 else hashlib.sha256("".join(found).encode()).hexdigest()
+        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()

@@ -39,17 +39,17 @@ class Part:
 
     def names(self, expert: Expert) -> dict[str, str]:
         """{an expert's name: the base's} for as many as have one."""
-        own, model = list(expert.names()), _model(Path(expert.path))
-        known = loaded_as(model, own) if model is not None else {name: name for name in own}
+        theirs, model = list(expert.names()), _model(Path(expert.path))
+        known = loaded_as(model, theirs) if model is not None else {name: name for name in theirs}
         prefixes = ((f"{model.base_model_prefix}.",) if model is not None else ()) + _PREFIXES
-        found: dict[str, str] = {}
+        best: dict[str, str] = {}
         for prefix in prefixes:
-            inner = _within(own, known, prefix)
+            inner = _within(theirs, known, prefix)
             placed = {inner[name]: ours for name, ours in self.tensors.items() if name in inner}
-            found = max(found, placed, key=len)
+            best = max(best, placed, key=len)
         head = self.tensors.get("lm_head.weight")
         outputs = {_head(model), "lm_head.weight"} if model is not None else {"lm_head.weight"}
-        return found | {n: head for n in own if head and known.get(n) in outputs}
+        return best | {n: head for n in theirs if head and known.get(n) in outputs}
 
     def note(self, names: Collection[str], base: Source) -> str:
         """What becomes of an expert whose tensors these names of the base are."""
@@ -91,17 +91,17 @@ def _model(path: Path) -> nn.Module | None:
 def _module(model: nn.Module, part: str, path: str) -> str:
     """The name of a module in memory; "language_model" is the decoder, whatever its name."""
     named = dict(model.named_modules())
-    found = [name for name in named if name == part or name.endswith(f".{part}")]
-    if part == LANGUAGE_MODEL and not found:
+    modules = [name for name in named if name == part or name.endswith(f".{part}")]
+    if part == LANGUAGE_MODEL and not modules:
         decoder = getattr(model, "get_decoder", lambda: None)()
-        found = [name for name, module in named.items() if name and module is decoder]
-    if not found or not part:
+        modules = [name for name, module in named.items() if name and module is decoder]
+    if not modules or not part:
         top = [n for n, m in named.items() if n.count(".") < 2 and any(True for _ in m.children())]
         raise InputError(
             f"the model of {path} has no part {part!r}",
             hint=f"its parts are: {', '.join(n for n in top if n)}",
         )
-    shortest: str = min(found, key=len)
+    shortest: str = min(modules, key=len)
     return shortest
 
 
@@ -109,8 +109,8 @@ def _head(model: nn.Module) -> str | None:
     """The name of the output head's weight in memory."""
     outputs = getattr(model, "get_output_embeddings", lambda: None)()
     named = model.named_modules(remove_duplicate=False)
-    found = (name for name, module in named if outputs is not None and module is outputs)
-    return next((f"{name}.weight" for name in found), None)
+    heads = (name for name, module in named if outputs is not None and module is outputs)
+    return next((f"{name}.weight" for name in heads), None)
 
 
 def _within(names: Iterable[str], known: Mapping[str, str], prefix: str) -> dict[str, str]:
@@ -120,14 +120,14 @@ def _within(names: Iterable[str], known: Mapping[str, str], prefix: str) -> dict
     is taken from them.
     """
     names = list(names)
-    found = {
+    inner = {
         known[name].removeprefix(prefix): name
         for name in names
         if known.get(name, "").startswith(prefix)
     }
-    before = {n.removesuffix(rest) for rest, n in found.items() if n.endswith(rest)}
+    before = {n.removesuffix(rest) for rest, n in inner.items() if n.endswith(rest)}
     for name in names:
         for start in before if len(before) == 1 and name not in known else ():
             if name.startswith(start):
-                found.setdefault(name.removeprefix(start), name)
-    return found
+                inner.setdefault(name.removeprefix(start), name)
+    return inner

@@ -65,23 +65,23 @@ def renamed(theirs: Iterable[str], ours: Collection[str]) -> dict[str, str]:
     """
     base = {_WRAPPED.sub("", name).lstrip("."): name for name in ours}
     plain = {name: _WRAPPED.sub("", name).lstrip(".") for name in theirs}
-    found = {name: base[short] for name, short in plain.items() if short in base}
+    matched = {name: base[short] for name, short in plain.items() if short in base}
     first = True
-    while left := [name for name in plain if name not in found]:
-        taken = set(found.values())
+    while left := [name for name in plain if name not in matched]:
+        taken = set(matched.values())
         free = {short for short, name in base.items() if name not in taken}
-        if first and len(found) < len(left):  # no names of their own fit by chance alone
-            free, found, left = set(base), {}, list(plain)
-        exchange = _exchange([plain[name] for name in left], free, not found)
+        if first and len(matched) < len(left):  # no names of their own fit by chance alone
+            free, matched, left = set(base), {}, list(plain)
+        exchange = _exchange([plain[name] for name in left], free, not matched)
         if exchange is None:
             break
         strip, add = exchange
         for name in left:
             short = plain[name]
             if short.startswith(strip) and (short := add + short.removeprefix(strip)) in free:
-                found[name] = base[short]
+                matched[name] = base[short]
         first = False
-    return found
+    return matched
 
 
 def _exchange(theirs: Sequence[str], ours: Collection[str], first: bool) -> tuple[str, str] | None:

@@ -49,8 +49,8 @@ def open_peft(folder: Path, config: Mapping[str, Any], source: Source) -> Adapte
     """
     path = str(folder)
     _refuse_unsupported(config, path)
-    found, dense = _sort_keys(source, path)
-    if config.get("use_dora") and (bare := [n for n, keys in found.items() if "m" not in keys]):
+    factors, dense = _sort_keys(source, path)
+    if config.get("use_dora") and (bare := [n for n, keys in factors.items() if "m" not in keys]):
         raise InputError(f"{path}: use_dora is set, but {bare[0]!r} has no magnitudes")
     pairs = {
         name: Pair(
@@ -60,7 +60,7 @@ def open_peft(folder: Path, config: Mapping[str, Any], source: Source) -> Adapte
             keys.get("m"),
             "lora_embedding_" in keys["A"],
         )
-        for name, keys in found.items()
+        for name, keys in factors.items()
     }
     return Adapter(path, source, pairs, dense, config)
 

@@ -117,10 +117,10 @@ def dequantised(
     kinds: dict[str, None] = {}  # in the order they were met
     for name in slots:
         for rule in RULES:
-            if name not in used and (found := rule(name, slots, path, settings)):
-                used.update(found.used)
-                kinds[found.kind] = None
-                weights[found.name] = found.slot
+            if name not in used and (weight := rule(name, slots, path, settings)):
+                used.update(weight.used)
+                kinds[weight.kind] = None
+                weights[weight.name] = weight.slot
     kinds |= {kind: None for slot in slots.values() if (kind := getattr(slot, "quantised", ""))}
     if kinds:
         used |= {name for name in slots if name.rpartition(".")[2] in _INPUTS}
@@ -179,8 +179,8 @@ Rule = Callable[[str, Mapping[str, Slot], Path, Mapping[str, Any]], "Found | Non
 def _four_bit(
     name: str, slots: Mapping[str, Slot], path: Path, settings: Mapping[str, Any]
 ) -> Found | None:
-    found = bitsandbytes.four_bit(name, slots, path)
-    return found and Found(name, *found, "bitsandbytes in 4 bits")
+    weight = bitsandbytes.four_bit(name, slots, path)
+    return weight and Found(name, *weight, "bitsandbytes in 4 bits")
 
 
 def _eight_bit(

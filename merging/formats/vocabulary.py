@@ -122,8 +122,8 @@ class Union:
             files["tokenizer_config.json"] = _written(settings)
         table = self._json("added_tokens.json", given)
         if table is not None:
-            entries = self.content.get("added_tokens") or ()
-            numbers = {e["content"]: e["id"] for e in entries if e["content"] in self.new}
+            tokens = self.content.get("added_tokens") or ()
+            numbers = {t["content"]: t["id"] for t in tokens if t["content"] in self.new}
             files["added_tokens.json"] = _written(table | numbers)
         return files
 

@@ -294,7 +294,7 @@ def _adapter_settings(
     ranks = {name.removesuffix(".weight"): len(a) for name, (a, _) in factors.items()}
     rank = max(ranks.values())
     # peft reads a key as a regular expression that may match a module's last names alone
-    others = {"^" + m.replace(".", r"\."): own for m, own in ranks.items() if own != rank}
+    others = {"^" + m.replace(".", r"\."): other for m, other in ranks.items() if other != rank}
     return dict(config) | {
         "peft_type": "LORA",
         "r": rank,
@@ -318,9 +318,9 @@ def _layout(
     headers, places, sizes = {}, {}, {}
     for file in sorted(set(shards.values())):
         header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata)}
-        own = [(name, *tensors[name]) for name in tensors if shards[name] == file]
+        members = [(name, *tensors[name]) for name in tensors if shards[name] == file]
         end = 0
-        for name, shape, dtype in sorted(own, key=lambda item: -item[2].itemsize):
+        for name, shape, dtype in sorted(members, key=lambda item: -item[2].itemsize):
             if dtype not in _NAMES:
                 raise InputError(f"tensor {name!r} is {dtype}, which safetensors cannot hold")
             place = _Place(file, end, dtype, tuple(shape))

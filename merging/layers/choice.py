@@ -108,10 +108,10 @@ def _of_folder(folder: str | Path | None, shapes: names.Shapes) -> stored.Kinds:
 def _check_related(model: nn.Module, shapes: names.Shapes) -> None:
     """A model that was given and shares no name with the checkpoint is a mistake."""
     if shapes and not stored.matched(model, shapes):
-        own = next(iter(model.state_dict()), "nothing")
+        first = next(iter(model.state_dict()), "nothing")
         raise InputError(
             f"layers is a {type(model).__name__} none of whose tensors is in the checkpoint: "
-            f"it has {own!r}, the checkpoint {next(iter(shapes))!r}",
+            f"it has {first!r}, the checkpoint {next(iter(shapes))!r}",
             hint="pass the model that the checkpoint belongs to, or layers=None to go by names",
         )
 

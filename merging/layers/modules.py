@@ -53,26 +53,26 @@ def kinds(model: nn.Module) -> dict[str, Layer | str]:
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     heads = {id(weight) for weight in _outputs(model)}
     modules = dict(model.named_modules())
-    found: dict[str, Layer | str] = {}
+    table: dict[str, Layer | str] = {}
     for path, module in modules.items():
         parent = modules.get(path.rpartition(".")[0]) if path else None
         for leaf, tensor in _own(module):
             name = f"{path}.{leaf}" if path else leaf
             if not tensor.is_floating_point():
-                found[name] = names.CODES
+                table[name] = names.CODES
             elif tensor.ndim < 2:
-                found[name] = names.VECTOR
+                table[name] = names.VECTOR
             elif id(tensor) in tables:
-                found[name] = names.EMBEDDING
+                table[name] = names.EMBEDDING
             elif id(tensor) in heads or (leaf == "weight" and names.is_head(path)):
-                found[name] = names.HEAD
+                table[name] = names.HEAD
             elif reparametrised := _REPARAMETRISED.fullmatch(name):
                 owner = modules[reparametrised[1]]
                 outer = modules.get(reparametrised[1].rpartition(".")[0])
-                found[name] = _kind(owner, reparametrised[1], "weight", tensor, outer)
+                table[name] = _kind(owner, reparametrised[1], "weight", tensor, outer)
             else:
-                found[name] = _kind(module, path, leaf, tensor, parent)
-    return found
+                table[name] = _kind(module, path, leaf, tensor, parent)
+    return table
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -75,20 +75,20 @@ def kinds(shapes: Shapes, vocabulary: int | None = None) -> dict[str, Layer | st
     vocabulary: the number of tokens, where it is known: a matrix with that many rows is no layer.
     """
     stored_back, ends = _conv1d_stored(shapes), _ends_of_heads(shapes)
-    found = {}
+    table = {}
     for name, shape in shapes.items():
-        found[name] = kind = HEAD if name in ends else _kind(name, tuple(shape), shapes)
+        table[name] = kind = HEAD if name in ends else _kind(name, tuple(shape), shapes)
         if not isinstance(kind, Layer) or kind.experts or kind.kernel:
             continue
         if vocabulary and vocabulary > 256 and shape[0] == vocabulary:
-            found[name] = VOCABULARY
+            table[name] = VOCABULARY
         elif name in stored_back:
             path = name.rpartition(".")[0]
             packed = path.endswith("c_attn")
             whole, rest = divmod(shape[1], shape[0])
             parts = whole if packed and not rest and whole in (2, 3) else 1
-            found[name] = Layer(parts, transposed=True)
-    return found
+            table[name] = Layer(parts, transposed=True)
+    return table
 
 
 def _ends_of_heads(shapes: Shapes) -> set[str]:
@@ -184,12 +184,12 @@ def _conv1d_stored(shapes: Shapes) -> set[str]:
     for name, shape in shapes.items():
         bias = shapes.get(name.removesuffix("weight") + "bias")
         if name.endswith(".weight") and len(shape) == 2 and shape[0] != shape[1]:
-            own = (
+            turned = (
                 bias == (shape[1],)
                 if bias
                 else name.endswith("c_attn.weight") and shape[0] < shape[1]
             )
-            if own:
+            if turned:
                 stored.add(name)
     leaves = {_last(name) for name in stored}
     if not leaves & {"c_attn", "c_fc", "c_proj"}:

@@ -73,8 +73,8 @@ def _mapped(
         if pattern is not None and target in known:
             kind = _converted(known, state, target, converters[pattern], shape)
         else:
-            found = (n for n in _variants(target, bare, prefixes) if n in known)
-            kind = known.get(next(found, ""))
+            variants = (n for n in _variants(target, bare, prefixes) if n in known)
+            kind = known.get(next(variants, ""))
         if isinstance(kind, str) or (isinstance(kind, Layer) and kind.fits(shape)):
             yield name, kind
 
@@ -88,8 +88,8 @@ def _variants(target: str, bare: str, prefixes: tuple[str, ...]) -> Iterator[str
 
 
 def _prefixes(model: nn.Module) -> tuple[str, ...]:
-    own = getattr(model, "base_model_prefix", "")
-    return (*([f"{own}."] if own else []), "model.", "net.")
+    prefix = getattr(model, "base_model_prefix", "")
+    return (*([f"{prefix}."] if prefix else []), "model.", "net.")
 
 
 def _in_loading_order(shapes: names.Shapes) -> list[str]:
@@ -135,13 +135,13 @@ def _converted(
     """
     patterns = converter.target_patterns
     targets = [target.replace(patterns[0], pattern, 1) for pattern in patterns]
-    found = [known[name] for name in targets if name in known]
-    words = [kind for kind in found if isinstance(kind, str)]
-    if len(found) < len(targets) or len(shape) < 2:
-        return words[0] if found[:1] == words[:1] and words else None
+    parts = [known[name] for name in targets if name in known]
+    words = [kind for kind in parts if isinstance(kind, str)]
+    if len(parts) < len(targets) or len(shape) < 2:
+        return words[0] if parts[:1] == words[:1] and words else None
     if words:
         return words[0]
-    layer = next(kind for kind in found if isinstance(kind, Layer))
+    layer = next(kind for kind in parts if isinstance(kind, Layer))
     operations = [type(op).__name__ for op in converter.operations]
     turned = layer.transposed != (operations.count("Transpose") % 2 == 1)
     if len(shape) > 3 or layer.kernel:

@@ -160,8 +160,8 @@ def _merge(name: str, deltas: Tensor, d_in: int | None = None) -> Tensor:
         return deltas.sum(0)
     if not deltas.numel():  # no expert has moved
         return deltas.sum(0)
-    own = {"scope": "layer"} if name == "ties" else {}
-    return create(name, **own)(deltas, d_in=d_in)
+    settings = {"scope": "layer"} if name == "ties" else {}
+    return create(name, **settings)(deltas, d_in=d_in)
 
 
 def _back(U: Tensor, core: Tensor, V: Tensor, deltas: Tensor) -> Tensor:

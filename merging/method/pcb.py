@@ -35,8 +35,8 @@ def _competition_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) 
 def _range(stream: Stream, few: Stream | None, clip: float) -> tuple[Tensor, Tensor]:
     """Smallest and largest magnitude of each task (T,), a share `clip` at each end left out."""
     if not clip:
-        found = [extremes(deltas.abs()) for _, deltas in stream()]
-        low, high = (torch.stack(side) for side in zip(*found, strict=True))
+        ends = [extremes(deltas.abs()) for _, deltas in stream()]
+        low, high = (torch.stack(side) for side in zip(*ends, strict=True))
         return low.amin(0).cpu(), high.amax(0).cpu()
 
     def magnitudes(sign: int, passes: Stream) -> Iterable[Tensor]:
@@ -101,5 +101,5 @@ def competition(deltas: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """
     width = per_task(torch.where(high > low, high - low, 1), deltas)
     magnitudes = deltas.abs().clamp(per_task(low, deltas), per_task(high, deltas))
-    own = ((magnitudes - per_task(low, deltas)) / width).square()
-    return torch.exp(len(deltas) * own) * torch.tanh(deltas * deltas.sum(0))
+    strength = ((magnitudes - per_task(low, deltas)) / width).square()
+    return torch.exp(len(deltas) * strength) * torch.tanh(deltas * deltas.sum(0))

@@ -120,9 +120,9 @@ def _mean_norms(stream: Stream, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Mean norm of what `_polarised` makes, over the layers of each shape (d_out, d_in)."""
     norms: dict[tuple[int, ...], list[float]] = {}
     for _, deltas in stream():
-        found = _polarised(deltas, arguments["of"], None).norm().item()
-        norms.setdefault(tuple(deltas.shape[1:]), []).append(found)
-    return {"thresholds": {shape: fmean(found) for shape, found in norms.items()}}
+        norm = _polarised(deltas, arguments["of"], None).norm().item()
+        norms.setdefault(tuple(deltas.shape[1:]), []).append(norm)
+    return {"thresholds": {shape: fmean(sizes) for shape, sizes in norms.items()}}
 
 
 @register(

@@ -104,16 +104,16 @@ def check_space(method: Method, space: Space, experts: int) -> str | None:
         same = _same(method, space, deltas)
     except InputError as error:
         raise InputError(f"space={space}: {error.message}", error.hint) from None
-    told = f"space={space}: method {method.name!r} gives there what it gives without"
-    return told if same else None
+    note = f"space={space}: method {method.name!r} gives there what it gives without"
+    return note if same else None
 
 
 def _adapters(T: int) -> Tensor:
     """(T, 12, 13): deltas of rank 2 that share one direction of their inputs."""
     g = torch.Generator().manual_seed(0)
     shapes = ((1, 13), (1, 13), (12, 2))
-    shared, own, B = (torch.randn(T, *x, generator=g, dtype=torch.float64) for x in shapes)
-    return B @ torch.cat([shared[:1].expand(T, -1, -1), own], dim=1)
+    shared, apart, B = (torch.randn(T, *x, generator=g, dtype=torch.float64) for x in shapes)
+    return B @ torch.cat([shared[:1].expand(T, -1, -1), apart], dim=1)
 
 
 def _linear(method: Method, deltas: Tensor) -> bool:

@@ -129,8 +129,8 @@ def pcb(D: Tensor, ratio: float = 0.1, clip: float = 0.0) -> Tensor:
     ranked, i = D.abs().sort(1).values, max(1, int(clip * D.shape[1])) - 1
     low, high = ranked[:, i, None], ranked[:, -1 - i, None]
     size = D.abs().clamp(low, high)
-    own = ((size - low) / (high - low)).square()
-    score = torch.exp(len(D) * own) * torch.tanh(D * D.sum(0))
+    strength = ((size - low) / (high - low)).square()
+    score = torch.exp(len(D) * strength) * torch.tanh(D * D.sum(0))
     cut = score.sort(1, descending=True).values[:, int(ratio * D.shape[1]) - 1, None]
     weight = (score - cut).clamp_min(0) / (score.amax(1, True) - cut)
     D = D.sign() * size

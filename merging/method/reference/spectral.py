@@ -97,10 +97,10 @@ def ct_merging(D: Tensor, support: float = 0.5, rank: int | None = None) -> Tens
     k = min(E.shape[1] for E in shared)
     P, Q = (E[:, :k] @ E[:, :k].mT for E in shared)
     mean = sum(U @ s.diag() @ V.mT for U, s, V in parts) / len(D)
-    own = P.new_ones(r)
+    ones = P.new_ones(r)
     U = torch.cat([U - P @ U for U, _, _ in parts], 1)
     V = torch.cat([V - Q @ V for _, _, V in parts], 1)
-    s = torch.cat([own * s.square().mean().sqrt() for _, s, _ in parts])
+    s = torch.cat([ones * s.square().mean().sqrt() for _, s, _ in parts])
     merged: Tensor = P @ mean @ Q + partial(U) @ s.diag() @ partial(V).mT
     return merged
 
