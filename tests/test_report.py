@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from merging import InputError, Layer, create, linalg, merge_checkpoints, merge_state_dicts
+from merging.formats import checkpoints
 from merging.formats.writer import write_adapter
 
 ROOT = Path(__file__).parents[1]
@@ -204,12 +205,13 @@ def test_files_are_closed_also_after_a_failure(base, experts, tmp_path, monkeypa
         save_file(state, tmp_path / f"{task}.safetensors")
     paths = {task: tmp_path / f"{task}.safetensors" for task in experts}
     opened = []
-    real = merge_checkpoints.__globals__["open_checkpoint"]
+    real = checkpoints.open_checkpoint
 
     def open_checkpoint(path):
         opened.append(real(path))
         return opened[-1]
 
+    monkeypatch.setattr(checkpoints, "open_checkpoint", open_checkpoint)  # of the base
     monkeypatch.setitem(merge_checkpoints.__globals__, "open_checkpoint", open_checkpoint)
     experts["b"]["blocks.1.fc.weight"][0, 0] = float("nan")
     save_file(experts["b"], paths["b"])
