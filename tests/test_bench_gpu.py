@@ -69,7 +69,13 @@ def test_it_needs_nothing_that_a_bare_gpu_machine_lacks():
     import subprocess
 
     absent = ["transformers", "datasets", "pandas", "matplotlib", "wandb", "lm_eval"]
-    absent += ["open_clip", "peft", "sklearn"]
+    absent += [
+        "open_clip",
+        "peft",
+        "sklearn",
+        "psutil",
+        "huggingface_hub",
+    ]  # filelock is torch's own
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent}));"  # importing one would fail
         "import experiments.bench.command_gpu"

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import merging
 from merging import InputError
-from merging.method import order, sparse
+from merging.method import averages, order, sparse
 from merging.method.reference import TEXTBOOK
 from merging.method.sparse import agreed, drop, elect, trim, uniform
 
@@ -270,6 +270,14 @@ def test_dropping_with_numbers_for_masks_changes_no_bit(keep):
     expected = torch.where(draws < keep, deltas / keep, 0)
     assert same_bytes(drop(deltas, keep, 7), expected)
     assert torch.equal(drop(deltas, torch.full_like(deltas, keep), 7), expected)
+
+
+@pytest.mark.parametrize("name", ["dare", "dare_ties"])
+def test_masks_go_on_from_chunk_to_chunk(name, monkeypatch):
+    deltas = stack(T=3, shape=(70, 9), seed=4)
+    whole = merging.create(name)(deltas)
+    monkeypatch.setattr(averages, "_CHUNK", 37)
+    assert same_bytes(merging.create(name)(deltas), whole)
 
 
 # --- Order statistics -------------------------------------------------------------------------

@@ -9,7 +9,7 @@ a whole model, keeps all that are as large as the last one kept, as its authors'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from hashlib import blake2b
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.method.averages import in_chunks
 from merging.method.order import kth_largest, kth_largest_entry, largest, per_task, share
 from merging.method.registry import Stream, register
 
@@ -136,7 +137,8 @@ def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
 
     p: probability that an entry is dropped; seed: of the masks, see `uniform`.
     """
-    return drop(deltas, share("1 - p", 1 - p), seed).sum(0)
+    dropped = _dropping(deltas, share("1 - p", 1 - p), seed)
+    return in_chunks(lambda D: dropped(D).sum(0), deltas)
 
 
 @register(
@@ -151,7 +153,8 @@ def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "me
 
     TIES' trim is left out: it keeps the top 20 %, and so everything DARE leaves for p >= 0.8.
     """
-    return elect(drop(deltas, share("1 - p", 1 - p), seed), merge)
+    dropped = _dropping(deltas, share("1 - p", 1 - p), seed)
+    return in_chunks(lambda D: elect(dropped(D), merge), deltas)
 
 
 @register(
@@ -207,10 +210,26 @@ def _mag_prune(deltas: Tensor, density: float, eps: float, seed: int) -> Tensor:
 
 def drop(deltas: Tensor, keep: float | Tensor, seed: int) -> Tensor:
     """Keep each entry with probability `keep`, divided by it; the expectation is unchanged."""
-    with ThreadPoolExecutor(len(deltas)) as pool:
-        draws = torch.stack(list(pool.map(uniform, deltas, [seed] * len(deltas))))
-    kept = draws.neg_().add_(keep).sign_().relu_()  # 1 where draw < keep, else 0
-    return kept.mul_(deltas).div_(keep + (keep == 0)).add_(0.0)
+    return _dropping(deltas, keep, seed)(deltas)
+
+
+def _dropping(deltas: Tensor, keep: float | Tensor, seed: int) -> Callable[[Tensor], Tensor]:
+    """`drop` for (T, n) entries at a time, in their order: a task's draws go on from the last.
+
+    The tasks draw at the same time, each from a generator of its own.
+    """
+    generators = [_generator(delta, seed) for delta in deltas]
+
+    def dropped(D: Tensor) -> Tensor:
+        def drawn(generator: torch.Generator) -> Tensor:
+            return torch.rand(D.shape[1:], generator=generator)
+
+        with ThreadPoolExecutor(len(D)) as pool:
+            draws = torch.stack(list(pool.map(drawn, generators))).to(D)
+        kept = draws.neg_().add_(keep).sign_().relu_()  # 1 where draw < keep, else 0
+        return kept.mul_(D).div_(keep + (keep == 0)).add_(0.0)
+
+    return dropped
 
 
 def uniform(delta: Tensor, seed: int) -> Tensor:
@@ -219,11 +238,14 @@ def uniform(delta: Tensor, seed: int) -> Tensor:
     Not of its place among the tasks, so that their order changes nothing; equal deltas get equal
     numbers. Drawn on the CPU: every device sees the same.
     """
+    return torch.rand(delta.shape, generator=_generator(delta, seed)).to(delta)
+
+
+def _generator(delta: Tensor, seed: int) -> torch.Generator:
     flat = delta.detach().flatten()
     sample = flat[:: max(1, len(flat) // 2**16)].to("cpu", torch.float32).contiguous()
     digest = blake2b(sample.numpy().tobytes(), digest_size=8, salt=seed.to_bytes(8, "little"))
-    generator = torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
-    return torch.rand(delta.shape, generator=generator).to(delta)
+    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
 
 
 # --- Fixed masks ------------------------------------------------------------------------------
