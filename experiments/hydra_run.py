@@ -248,6 +248,8 @@ def _no_such_key(key: str, composed: DictConfig) -> InputError:
     """With the keys that stand beside its place."""
     beside, _, name = key.rpartition(".")
     node = OmegaConf.select(composed, beside) if beside else composed
+    if beside and node is None:
+        return _no_such_key(beside, composed)
     known = [str(other) for other in node if other != "hydra"] if OmegaConf.is_dict(node) else []
     return InputError(f"there is no key {key!r}", did_you_mean(name, known))
 

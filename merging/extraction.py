@@ -18,7 +18,7 @@ from merging.errors import InputError, several
 from merging.experts import Expert, Source
 from merging.factors import Factors
 from merging.formats.checkpoints import open_base, open_checkpoint
-from merging.formats.checks import problems
+from merging.formats.checks import check_apart, problems
 from merging.formats.fit import fit
 from merging.formats.writer import write_adapter
 from merging.layers import Layer, Layers, resolve_layers
@@ -60,6 +60,7 @@ def extract(
     Raises InputError for checkpoints that do not fit, or an adapter of another kind of layer.
     """
     _check_choice(rank, energy)
+    check_apart(output, {"the base": base, "the expert": expert})
     source, tuned = open_base(base), open_checkpoint(expert)
     try:
         if tuned.partial:

@@ -76,6 +76,8 @@ def quote_paths(overrides: list[str]) -> list[str]:
     """
     prepared = []
     for override in told_parts(overrides):
+        if re.match(r"(experts|statistics|weights|into)=\{", override):
+            override = f"++{override}"  # names that the configuration cannot know
         match = re.fullmatch(PATHS, override)
         if match:
             key, path = match.groups()

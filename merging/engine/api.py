@@ -18,6 +18,7 @@ from merging.engine.sinks import Files, Memory, file_sink
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import StateDict, open_base, open_checkpoint
+from merging.formats.checks import check_apart
 from merging.formats.fit import notes
 from merging.formats.hashes import Hashes
 from merging.method.registry import Method
@@ -95,6 +96,7 @@ def merge_checkpoints(
     Other arguments as in `merge_state_dicts`. A merge that changes nothing is an InputError.
     """
     report = Report()
+    check_apart(output, {"the base": base} | {f"expert {t!r}": p for t, p in experts.items()})
     with ExitStack() as stack:
         job = _open(stack, base, experts, method, hashes, options)
         if job.rows:

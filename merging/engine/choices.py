@@ -38,6 +38,11 @@ def read_parts(parts: Iterable[Mapping[str, Any]]) -> tuple[Part, ...]:
             raise InputError(f"a part lacks {sorted(missing)[0]!r}: {dict(part)}")
         settings = {k: v for k, v in part.items() if k not in {"match", "method"}}
         method = part["method"]
+        if isinstance(method, Mapping):  # as the merge's own method is written
+            settings, method = {**method, **settings}, method.get("name")
+            settings.pop("name", None)
+        if not isinstance(method, str | Method):
+            raise InputError(f"the method of part {part['match']!r} is {method!r}, expected a name")
         made = create(method, **settings) if isinstance(method, str) else method
         read.append(Part(str(part["match"]), made))
         matcher(read[-1].match)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from hashlib import blake2b
@@ -33,6 +34,7 @@ from merging.method.registry import OUTPUTS, Method
 from merging.method.space import Space, check_space
 from merging.triangles import unpack
 
+log = logging.getLogger(__name__)
 Statistics = Mapping[str, Mapping[str, Tensor]]
 Vocabulary = Literal["refuse", "common_rows", "union"]
 Form = Literal["dense", "adapter"]
@@ -271,18 +273,38 @@ def _check_forms(job: Job) -> None:
             )
 
 
-def check_method(job: Job, method: Method, layers: Iterable[str]) -> None:
-    """InputError if a method lacks the statistics of its layers, or cannot make what is asked."""
+def check_method(job: Job, method: Method, layers: Iterable[str], factored: bool) -> None:
+    """InputError if a method lacks the statistics of its layers, or cannot make what is asked.
+
+    factored: some of what it merges is to be written as factors.
+    """
     if method.needs:
         _check_statistics(job.statistics, job.experts, layers, method)
     if job.task_weights:
         check_task_weights([method])
-    if job.form == "adapter" and method.rest == "method" and not method.row_space:
+    if factored and method.rest == "method" and not method.row_space:
         raise InputError(
             f"method {method.name!r} changes single entries: the rank of what it makes of "
             "adapters is too high for an adapter",
             hint="use form=dense",
         )
+
+
+def check_values(method: Method, experts: int) -> None:
+    """InputError for values that a method refuses, by a small merge: none waits for the last block.
+
+    experts: how many it merges.
+    """
+    if method.needs:
+        return
+    g = torch.Generator().manual_seed(0)
+    deltas, base = torch.randn(experts, 3, 4, generator=g), torch.randn(3, 4, generator=g)
+    try:
+        method(deltas, base=base)
+    except InputError:
+        raise
+    except Exception as error:  # it may ask for larger tensors: the merge itself will tell
+        log.debug("method %s of a small merge: %s", method.name, error)
 
 
 def _check_statistics(

@@ -20,7 +20,7 @@ from merging.engine.report import Report, Watch
 from merging.engine.sinks import Sink
 from merging.errors import InputError
 from merging.factors import Factors
-from merging.formats.checks import NotFinite, not_finite
+from merging.formats.checks import DAMAGED, NotFinite, not_finite
 from merging.progress import track
 
 Put = Callable[[Piece, Tensor | Factors], None]
@@ -83,7 +83,9 @@ def all_told(job: Job) -> Iterator[None]:
         sentences = []
         for label, source in track(sources.items(), "looking for values that are not finite"):
             sentences += not_finite(source, label)
-        raise InputError("; ".join(sentences) or error.message, error.hint) from None
+        if sentences:
+            raise InputError("; ".join(sentences), DAMAGED) from None
+        raise InputError(error.message, error.hint) from None
 
 
 @contextmanager

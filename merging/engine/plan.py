@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from merging.engine.choices import assign, at_depth
-from merging.engine.job import Job, check_method
+from merging.engine.job import Job, check_method, check_values
 from merging.engine.routes import DENSE, ENTRIES, FACTORS, KEPT, TO_FACTORS, Route
 from merging.engine.rows import row_blocks
 from merging.errors import InputError
@@ -110,7 +110,11 @@ def plan(job: Job) -> list[Item]:
     methods = [i.method for i in items] + ([job.method] if job.space == "full" else [])
     for method in {id(m): m for m in methods}.values():
         if method is not None:
-            check_method(job, method, [i.name for i in items if i.method is method and i.layer])
+            theirs = [i for i in items if i.method is method]
+            factored = any(i.route is TO_FACTORS for i in theirs)
+            check_method(job, method, [i.name for i in theirs if i.layer], factored)
+            if theirs:
+                check_values(method, len(job.experts))
     if not any(i.method and i.method.space == job.space for i in items):
         raise InputError(f"space={job.space}: no layer is held as factors by every adapter")
     return items
@@ -146,7 +150,7 @@ def _rule(
     """
     if not job.base.dtype(name).is_floating_point:
         return "base", NO_NUMBERS
-    if not holders:
+    if not holders or not torch.Size(job.base.shape(name)).numel():
         return "base", UNTOUCHED
     if is_buffer(name, job.base.shape(name)):
         return "base", BUFFER

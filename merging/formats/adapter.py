@@ -132,14 +132,19 @@ class Adapter:
         return None if pair.magnitude or len(shape) > 2 else shape[0]
 
     def factors(self, name: str) -> Factors:
-        """A (r, d_in) and B (d_out, r) in float32, and the scale."""
+        """A (r, d_in) and B (d_out, r) in float32, and the scale; d_out of a table is its rows."""
+        a, b, scale = self._held(name)
+        return Factors(b.mT, a.mT, scale) if self.pairs[name].table else Factors(a, b, scale)
+
+    def _held(self, name: str) -> Factors:
+        """The factors as the file has them: of an embedding those of its transpose."""
         pair = self.pairs[name]
         a, b = (self.source.read(key).float().flatten(1) for key in (pair.a, pair.b))
         return Factors(a, b, pair.scale)
 
     def delta(self, name: str, rows: slice = slice(None)) -> Tensor:
         """scale * B @ A in float32, or those rows of it, laid out as the base stores the weight."""
-        a, b, scale = self.factors(name)
+        a, b, scale = self._held(name)
         left, right = (a.mT, b.mT) if self._back(name) else (b, a)
         moved = scale * (left[rows] @ right)
         return moved.reshape(-1, *self.shape(name)[1:])
@@ -164,14 +169,30 @@ class Adapter:
         lengths = self.source.read(magnitude).float().reshape(-1)
         if self._back(name):  # a row of (d_out, d_in) is a column of what is stored
             whole = self._base.read(name).float() + self.delta(name)
-            return whole.mul(lengths / whole.norm(dim=0))[rows or slice(None)]
+            norms = self._directed(whole.norm(dim=0), name)
+            return whole.mul(lengths / norms)[rows or slice(None)]
         chosen = rows or slice(None)
         moved = self._base.read(name, rows).float() + self.delta(name, chosen)
-        return moved.mul((lengths[chosen] / moved.norm(dim=1))[:, None])
+        norms = self._directed(moved.norm(dim=1), name)
+        return moved.mul((lengths[chosen] / norms)[:, None])
+
+    def _directed(self, norms: Tensor, name: str) -> Tensor:
+        """Lengths of rows, none of which may be 0: nothing says where DoRA's length points."""
+        if not norms.all():
+            raise InputError(
+                f"{self.path}: {int((norms == 0).sum())} outputs of {name!r} are 0 in base and "
+                "adapter together, and have no direction that DoRA's magnitude could scale"
+            )
+        return norms
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         factors = ((name, x) for name in self.keys() for x in self.factors(name)[:2])
-        return itertools.chain(factors, self.dense.items())
+        lengths = (
+            (f"{name} (magnitudes)", self.source.read(pair.magnitude))
+            for name, pair in self.pairs.items()
+            if pair.magnitude
+        )
+        return itertools.chain(factors, lengths, self.dense.items())
 
     def fitted(
         self, base: Source, layers: Mapping[str, Layer], part: Part | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -38,12 +39,32 @@ def problems(
     return faults
 
 
+def check_apart(output: str | Path, inputs: Mapping[str, str | Path]) -> None:
+    """InputError for an output whose place is an input's: to write it would replace that.
+
+    inputs: {what it is: where it lies}.
+    """
+    place = Path(output).resolve()
+    for label, path in inputs.items():
+        source = Path(path).resolve()
+        inside = source in place.parents and place.is_file()
+        if inside or place in (source, *source.parents):
+            raise InputError(
+                f"the output {output} is, holds or is a file of {label} ({path}), which it would "
+                "replace",
+                hint="write it elsewhere",
+            )
+
+
 def model_name(name: str) -> str:
     """What a hub name says of the model: mirrors differ in their owner and in how they store it."""
     short = re.sub(
         r"(-unsloth)?(-bnb-4bit|-4bit|-bf16|-fp16|-hf)$", "", name.rpartition("/")[2].lower()
     )
     return short.removeprefix("meta-")
+
+
+DAMAGED = "the checkpoint is damaged or its training diverged"
 
 
 class NotFinite(InputError):
@@ -54,7 +75,7 @@ def check_finite(
     tensor: Tensor,
     name: str,
     path: str,
-    hint: str = "the checkpoint is damaged or its training diverged",
+    hint: str = DAMAGED,
 ) -> None:
     """Raise NotFinite if any value is NaN or infinite, naming the first one's position."""
     if not tensor.is_floating_point() or not tensor.numel():

@@ -52,6 +52,12 @@ def open_peft(folder: Path, config: Mapping[str, Any], source: Source) -> Adapte
     factors, dense = _sort_keys(source, path)
     if config.get("use_dora") and (bare := [n for n, keys in factors.items() if "m" not in keys]):
         raise InputError(f"{path}: use_dora is set, but {bare[0]!r} has no magnitudes")
+    if not config.get("use_dora") and (dora := [n for n, keys in factors.items() if "m" in keys]):
+        raise InputError(
+            f"{path}: {dora[0]!r} has DoRA's magnitudes, but its adapter_config.json has not "
+            "use_dora: peft would leave them out",
+            hint="set use_dora, or take the magnitudes out of the file",
+        )
     pairs = {
         name: Pair(
             keys["A"],

@@ -213,6 +213,12 @@ class Writer:
             raise InputError(
                 f"{self.output} exists already", hint="remove it, or say overwrite=true"
             )
+        held = os.listdir(self.output) if self.output.is_dir() else []
+        if held and not any(name.endswith(".safetensors") for name in held):
+            raise InputError(
+                f"{self.output} is a folder without a checkpoint: it is not replaced",
+                hint="give the merge a folder of its own",
+            )
 
     @contextmanager
     def _told(self) -> Iterator[None]:
