@@ -35,6 +35,15 @@ def test_both_programs_run_on_one_recipe_and_are_compared(tmp_path):
     assert "| task_arithmetic |" in (tmp_path / "out" / "peers.md").read_text()
 
 
+def test_a_commands_peak_is_its_own():
+    held = torch.ones(60_000_000)  # 240 MB here
+    seconds, cpu, peak = peers.timed([sys.executable, "-S", "-c", "sum(range(10**6))"])
+    assert peak < held.nbytes / 4
+    assert 0 < cpu < 5 * seconds + 1
+    with pytest.raises(InputError, match="ended with 3: .*told"):
+        peers.timed([sys.executable, "-S", "-c", "import sys; print('told'); sys.exit(3)"])
+
+
 def test_the_model_is_that_of_the_settings_and_differences_are_of_the_movement(tmp_path):
     paths = peers.models(tmp_path, SMALL)
     state = {}

@@ -9,13 +9,11 @@ compared tensor by tensor. Writes peers.csv and peers.md.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -164,17 +162,24 @@ def compare(folder: Path, name: str, paths: Mapping[str, Path], settings: Peers)
     return found
 
 
+# In a process of a few megabytes: Linux counts into a command's peak what started it held then.
+_WATCH = """
+import os, subprocess, sys, time
+start = time.perf_counter()
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[1:], stdout=sys.stderr).pid, 0)
+seconds, cpu = time.perf_counter() - start, usage.ru_utime + usage.ru_stime
+print(os.waitstatus_to_exitcode(status), seconds, cpu, usage.ru_maxrss * 1024)
+"""
+
+
 def timed(line: Sequence[str]) -> tuple[float, float, int]:
     """Wall seconds, CPU seconds and peak bytes of a command; InputError if it fails."""
-    start = time.perf_counter()
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    said = process.stdout.read() if process.stdout else ""
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise InputError(f"{' '.join(line[:3])} ended with {process.returncode}: {said[-500:]}")
-    seconds = time.perf_counter() - start
-    return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    watched = [sys.executable, "-S", "-c", _WATCH, *line]
+    done = subprocess.run(watched, capture_output=True, text=True, check=True)
+    code, seconds, cpu, peak = done.stdout.split()
+    if int(code):
+        raise InputError(f"{' '.join(line[:3])} ended with {code}: {done.stderr[-500:]}")
+    return float(seconds), float(cpu), int(peak)
 
 
 def largest_difference(one: Path, other: Path, base: Path) -> float:
