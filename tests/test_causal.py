@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merging
 from eval import statistics, streamed_statistics, tiny_lm, training
 from eval.cache import digest
-from eval.language import causal, checkpoints
+from eval.language import checkpoints, examples
 from eval.language.causal import CausalBackend
 from eval.language.examples import IGNORED, Example
 from eval.suite import Suite
@@ -74,9 +74,9 @@ def copy(models, tmp_path):
 
 def test_logits_are_those_that_predict_the_answers():
     model = load(tiny_lm.model("llama"))
-    batch = causal.collate([Example([5, 6, 7, 8], 3), Example([9, 10, 11], 1)])
+    batch = examples.collate([Example([5, 6, 7, 8], 3), Example([9, 10, 11], 1)])
     assert batch["labels"].tolist() == [[IGNORED, IGNORED, IGNORED, 8], [IGNORED, 10, 11, IGNORED]]
-    logits, tokens = causal.answer_logits(model, batch)
+    logits, tokens = examples.answer_logits(model, batch)
     assert tokens.tolist() == [[IGNORED, IGNORED, 8], [10, 11, IGNORED]]
     with torch.no_grad():
         alone = [model(torch.tensor([ids])).logits[0] for ids in ([5, 6, 7, 8], [9, 10, 11])]
@@ -84,7 +84,7 @@ def test_logits_are_those_that_predict_the_answers():
     torch.testing.assert_close(logits[1, :2], alone[1][:2])
     expected = [alone[0][2].log_softmax(-1)[8]]
     expected += [alone[1][i].log_softmax(-1)[t] for i, t in ((0, 10), (1, 11))]
-    torch.testing.assert_close(causal.answer_loss(model, batch), -torch.stack(expected).mean())
+    torch.testing.assert_close(examples.answer_loss(model, batch), -torch.stack(expected).mean())
 
 
 # --- packed second moments ------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def test_rows_of_a_larger_vocabulary_follow_the_named_rule(models, copy):
         t: training.expert_state({}, own.expert(t, finetuning="full", seed=0)) for t in own.tasks
     }
     merged = merging.merge_state_dicts(
-        base, states, merging.create("average"), layers=own.layers(), vocabulary=own.vocabulary
+        base, states, merging.create("average"), layers=own.layers(), vocabulary=own.backend.vocabulary
     )
     name = "model.embed_tokens.weight"
     rows = [states[task][name][: len(base[name])].float() for task in own.tasks]
