@@ -136,6 +136,28 @@ class Settings:
         return Recipe(**chosen, settings=self)
 
 
+SENTENCES = Settings(
+    ("lr",),
+    {"batch_size": 32, "epochs": 1, "warmup": 0.1, "weight_decay": 0.01, "r": 0, "alpha": 0},
+)
+LANGUAGE = Settings(
+    ("lr", "steps", "batch_size"),
+    {
+        "accumulate": 1, "schedule": "onecycle", "warmup": 0.1, "weight_decay": 0.0, "r": 0,
+        "alpha": 0,
+    },
+    later={"clip": 1.0, "validate_every": 0, "patience": 5, "keep": "best"},
+)  # fmt: skip
+IMAGES = Settings(
+    ("lr",),
+    {
+        "batch_size": 128, "steps": None, "epochs": None, "warmup_steps": 500, "weight_decay": 0.1,
+        "crop_scale": (0.9, 1.0), "precision": "fp32", "checkpointing": False, "r": 0, "alpha": 0,
+    },
+    later={"targets": "all", "schedule": "cosine"},
+)  # fmt: skip
+
+
 def batch_order(
     tokens: Sequence[list[int]], batch_size: int, epochs: int, seed: int, window: int = 8
 ) -> list[Tensor]:

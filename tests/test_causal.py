@@ -285,7 +285,11 @@ def test_rows_of_a_larger_vocabulary_follow_the_named_rule(models, copy):
         t: training.expert_state({}, own.expert(t, finetuning="full", seed=0)) for t in own.tasks
     }
     merged = merging.merge_state_dicts(
-        base, states, merging.create("average"), layers=own.layers(), vocabulary=own.backend.vocabulary
+        base,
+        states,
+        merging.create("average"),
+        layers=own.layers(),
+        vocabulary=own.backend.vocabulary,
     )
     name = "model.embed_tokens.weight"
     rows = [states[task][name][: len(base[name])].float() for task in own.tasks]

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from eval import tiny_lm
-from eval.language import prompts, promptsource, questions, seq2seq
-from eval.language.seq2seq import Example, Seq2SeqBackend
+from eval.language import prompts, promptsource, questions, ranking
+from eval.language.questions import Example
+from eval.language.seq2seq import Seq2SeqBackend
 from eval.suite import Suite
 from experiments.report import records
 from experiments.suites import build
@@ -184,7 +185,7 @@ def test_the_papers_score_is_the_sum_and_ours_the_mean():
             sums.append(out.double().log_softmax(-1)[range(len(choice)), choice].sum().item())
         means = [total / len(choice) for total, choice in zip(sums, choices, strict=True)]
         best = [max(range(3), key=scores.__getitem__) for scores in (sums, means)]
-        found = [seq2seq.rank(model, [example], mean=mean).item() for mean in (False, True)]
+        found = [ranking.rank(model, [example], mean=mean).item() for mean in (False, True)]
         assert found == best
         differ += best[0] != best[1]
     assert differ

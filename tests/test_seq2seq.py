@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from eval import tiny_lm, training
-from eval.language import benchmarks, judge, prompts, seq2seq
+from eval.language import benchmarks, judge, prompts, ranking
 from eval.language.examples import IGNORED
-from eval.language.seq2seq import Example
+from eval.language.questions import Example
 from eval.suite import Suite
 from experiments.suites import build
 from merging.errors import InputError
@@ -85,19 +85,19 @@ def test_rank_takes_the_highest_mean_log_probability_over_an_answers_tokens(suit
             logp = out.double().log_softmax(-1)
             means.append(sum(logp[i, token].item() for i, token in enumerate(choice)) / len(choice))
         expected.append(max(range(len(means)), key=means.__getitem__))
-    assert seq2seq.rank(model, examples).tolist() == expected
+    assert ranking.rank(model, examples).tolist() == expected
 
 
 def test_training_loss_ignores_padding(suite):
     model = load(tiny_lm.model(suite.backend.model.removeprefix("tiny_")))
     short, long = Example([5, 3], [[8, 3]], 0), Example([6, 7, 8, 9, 3], [[9, 10, 3]], 0)
-    alone = [seq2seq.loss(model, seq2seq.training_batch([e], "cpu")).item() for e in (short, long)]
-    together = seq2seq.loss(model, seq2seq.training_batch([short, long], "cpu")).item()
+    alone = [ranking.loss(model, ranking.training_batch([e], "cpu")).item() for e in (short, long)]
+    together = ranking.loss(model, ranking.training_batch([short, long], "cpu")).item()
     assert together == pytest.approx((2 * alone[0] + 3 * alone[1]) / 5, rel=1e-5)
 
 
 def test_token_mask_follows_what_each_layer_is_given():
-    batch = seq2seq.training_batch(
+    batch = ranking.training_batch(
         [Example([5, 3], [[8, 3]], 0), Example([6, 7, 3], [[9, 9, 3]], 0)], "cpu"
     )
     prompt = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
@@ -111,7 +111,7 @@ def test_token_mask_follows_what_each_layer_is_given():
         f"{block}.v.weight": prompt,
         f"{block}.o.weight": answer,
     }.items():
-        assert torch.equal(seq2seq.token_mask(batch, name), expected), name
+        assert torch.equal(ranking.token_mask(batch, name), expected), name
 
 
 def test_second_moments_leave_padding_out(suite):

@@ -18,16 +18,14 @@ import psutil
 import torch
 from torch import Tensor
 
-from eval import streamed_statistics
 from eval.backend import Finetuning, OnDisk, Score, Split
 from eval.companions import companions, with_config
 from eval.data import hub
-from eval.language import benchmarks, checkpoints, judge
-from eval.language.examples import Example, collate
+from eval.language import benchmarks, checkpoints, judge, moments
 from eval.requirements import Requirement, of_checkpoints, of_rows
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
-from merging.layers import Layer, choose_layers, linear_layers
+from merging.layers import Layer, choose_layers
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -359,20 +357,6 @@ class CausalBackend(OnDisk):
         config = json.loads((folder / "config.json").read_text())
         return judge.rows_that_fit(config, context=self._context[1], weights=weights, free=free)
 
-    def _read_texts(self, settings: Mapping[str, Any], count: int) -> list[str]:
-        import datasets
-
-        column, template = settings.get("field", "text"), settings.get("chat_template")
-        source = {k: v for k, v in settings.items() if k not in {"field", "chat_template"}}
-        try:
-            with judge.noted(self._commits):
-                texts = datasets.load_dataset(**source)[column][:count]
-        except Exception as error:  # datasets has a dozen kinds for "not there"
-            raise InputError(f"texts {source} cannot be loaded: {error}") from error
-        if len(texts) < count:
-            raise InputError(f"texts {source} are {len(texts)}, {count} were asked for")
-        return [checkpoints.wrapped(text, template) for text in texts] if template else texts
-
     def moments_key(self, task: str, batches: int, batch_size: int) -> dict[str, Any]:
         key = {"texts": self._own_texts(task), "size": [batches, batch_size, self.max_tokens]}
         return key | ({} if self.measured_through == "expert" else {"in": self.measured_through})
@@ -382,8 +366,19 @@ class CausalBackend(OnDisk):
     ) -> None:
         """Over all tokens of the task's texts, and beside them `cost.json` with the bytes, seconds
         and passes they took."""
-        texts = self._read_texts(self._own_texts(task), batches * batch_size)
-        cost = self._stream(task, texts, batch_size, path, about)
+        base, named = self._checked["base"], self._set("tokenizer")
+        cost = moments.write(
+            base,
+            self._checked[task] if self.measured_through == "expert" else None,
+            checkpoints.part(named, checkpoints.TOKENIZER) if named else base,
+            moments.read_texts(self._own_texts(task), batches * batch_size, self._commits),
+            path,
+            about=about,
+            batch_size=batch_size,
+            max_tokens=self.max_tokens,
+            memory=self.moment_memory,
+            device=self.device,
+        )
         (path.parent / "cost.json").write_text(json.dumps(cost._asdict()))
 
     def _own_texts(self, task: str) -> dict[str, Any]:
@@ -393,42 +388,4 @@ class CausalBackend(OnDisk):
             f"suite {self.name!r} has no texts for the second moments of {task!r}",
             hint=f"give suite.texts.{task}={{path: json, data_files: FILE, split: train, "
             "field: text}",
-        )
-
-    def _stream(
-        self,
-        task: str,
-        texts: Sequence[str],
-        batch_size: int,
-        path: Path,
-        about: Mapping[str, Any],
-    ) -> streamed_statistics.Cost:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        folder = self._checked["base"]
-        named = self._set("tokenizer")
-        words = checkpoints.part(named, checkpoints.TOKENIZER) if named else folder
-        tokenizer = AutoTokenizer.from_pretrained(words, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", trust_remote_code=False
-        ).to(self.device)
-        if self.measured_through == "expert":
-            with torch.no_grad():
-                checkpoints.load_into(model, open_checkpoint(self._checked[task]))
-        texts = [tokenizer(text)["input_ids"][: self.max_tokens] for text in texts]
-        examples = [Example(tokens, len(tokens)) for tokens in texts if tokens]
-        return streamed_statistics.collect(
-            model,
-            lambda: (
-                collate(examples[i : i + batch_size], self.device)
-                for i in range(0, len(examples), batch_size)
-            ),
-            linear_layers(model),
-            path,
-            about=about,
-            memory=self.moment_memory,
-            forward=lambda model, batch: model.base_model(
-                batch["input_ids"], batch["attention_mask"], use_cache=False
-            ),
-            mask=lambda batch, name: batch["attention_mask"],
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from eval import training
 from eval.backend import Finetuning, Trainable
 from eval.language import checkpoints
-from eval.recipes import Recipe, Settings
+from eval.recipes import LANGUAGE, Recipe
 from merging.layers import linear_layers
 
 if TYPE_CHECKING:
@@ -26,18 +26,7 @@ class PretrainedBackend(Trainable):
     """Every parameter counts once: what modules share is one tensor, under its first name."""
 
     loader: ClassVar[str]  # of transformers
-    settings = Settings(
-        ("lr", "steps", "batch_size"),
-        {
-            "accumulate": 1,
-            "schedule": "onecycle",
-            "warmup": 0.1,
-            "weight_decay": 0.0,
-            "r": 0,
-            "alpha": 0,
-        },
-        later={"clip": 1.0, "validate_every": 0, "patience": 5, "keep": "best"},
-    )
+    settings = LANGUAGE
 
     @property
     @abstractmethod

@@ -29,7 +29,7 @@ from eval.data import bigbench
 from eval.language.checkpoints import require_same
 from eval.language.corpora import VADER, Pairs, minilm, opinions, questions, rated
 from eval.onednn import accelerate
-from eval.recipes import Recipe, Settings, batch_order
+from eval.recipes import SENTENCES, Recipe, batch_order
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 
@@ -93,10 +93,7 @@ class TextBackend(Trainable):
     metric: str = "accuracy"
 
     version = 2
-    settings = Settings(
-        ("lr",),
-        {"batch_size": 32, "epochs": 1, "warmup": 0.1, "weight_decay": 0.01, "r": 0, "alpha": 0},
-    )
+    settings = SENTENCES
 
     def __post_init__(self) -> None:
         super().__post_init__()

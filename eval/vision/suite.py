@@ -26,7 +26,7 @@ from eval import kfac, statistics, training
 from eval.backend import Finetuning, Lessons, Score, Split, Trainable, bits
 from eval.cache import cached, digest
 from eval.language.checkpoints import require_same
-from eval.recipes import Recipe, Settings
+from eval.recipes import IMAGES, Recipe
 from eval.requirements import Requirement
 from eval.vision import models
 from eval.vision.data import (
@@ -44,7 +44,6 @@ from eval.vision.published import Family, Published
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers, paper_layers
 
-BATCH = 64
 Protocol = Literal["ours", "paper"]
 Batch = tuple[str, Tensor, Tensor]  # task, images (batch, 3, size, size), labels (batch,)
 
@@ -94,15 +93,7 @@ class VisionBackend(Trainable):
 
     examples = "images"  # constants of the class, not fields
     version = 1
-    settings = Settings(
-        ("lr",),
-        {
-            "batch_size": 128, "steps": None, "epochs": None, "warmup_steps": 500,
-            "weight_decay": 0.1, "crop_scale": (0.9, 1.0), "precision": "fp32",
-            "checkpointing": False, "r": 0, "alpha": 0,
-        },
-        later={"targets": "all", "schedule": "cosine"},
-    )  # fmt: skip
+    settings = IMAGES
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -205,7 +196,7 @@ class VisionBackend(Trainable):
     def _score(self, images: ImageSet, head: Tensor, split: Split, limit: int | None) -> Score:
         data, labels = pixels(images, split, self._preprocessing, self.workers)
         chosen = sample(len(labels), limit)
-        embedded = self._embed(data[part.numpy()] for part in chosen.split(BATCH))
+        embedded = self._embed(data[part.numpy()] for part in chosen.split(64))
         predicted = (embedded @ head.T).argmax(1)
         right = predicted == labels[chosen]
         constant = bool((predicted == predicted[0]).all())
@@ -276,20 +267,16 @@ class VisionBackend(Trainable):
         return self._published.place(self.clip)
 
     @cached_property
-    def _pretraining(self) -> Pretraining:
-        return Pretraining(**self.pretraining)
-
-    @cached_property
     def base_key(self) -> dict[str, Any]:
         """What determines the base; costs no training and no download."""
         if self.clip is None:
-            return self._pretraining.key(self.model, self._sets)
+            return Pretraining(**self.pretraining).key(self.model, self._sets)
         return self._published.base.stamp()
 
     @cached_property
     def _base_path(self) -> Path:
         if self.clip is None:
-            return self._pretraining.tower(self.model, self._sets, self.device)
+            return Pretraining(**self.pretraining).tower(self.model, self._sets, self.device)
         self._published.fetch(self._published.base)
         return models.tower_checkpoint(self._published.base, self.architecture)
 
