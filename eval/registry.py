@@ -25,4 +25,7 @@ KINDS = {
     "seq2seq": Place("eval.language.seq2seq", "Seq2SeqBackend"),
     "causal": Place("eval.language.causal", "CausalBackend"),
     "embedded_lm": Place("eval.language.embedded_lm", "EmbeddedBackend"),
+    "tiny_text": Place("eval.tiny.suites", "TinyText"),
+    "tiny_seq2seq": Place("eval.tiny.suites", "TinySeq2Seq"),
+    "tiny_lm": Place("eval.tiny.suites", "TinyLM"),
 }

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import merging
-from eval import statistics, streamed_statistics, tiny_lm, training
+from eval import statistics, streamed_statistics, training
 from eval.cache import digest
 from eval.language import checkpoints, examples
 from eval.language.causal import CausalBackend
 from eval.language.examples import IGNORED, Example
 from eval.suite import Suite
+from eval.tiny import models as tiny_lm
 from experiments.suites import build
 from merging.errors import InputError
 from merging.triangles import pack, unpack

@@ -14,9 +14,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import merging
-from eval import tiny_lm, training
+from eval import training
 from eval.language import benchmarks, checkpoints, embedded_lm, judge
 from eval.suite import Suite
+from eval.tiny import models as tiny_lm
+from eval.tiny.suites import documents
 from experiments.suites import build
 from merging.errors import InputError
 
@@ -180,9 +182,9 @@ def test_a_model_of_all_tasks_and_moments_through_a_merged_one(suite):
 
 
 def test_splits_share_no_text_and_never_change(suite):
-    first = embedded_lm.documents("tiny_meals", test=60, validation=40, train=120)
-    embedded_lm.documents.cache_clear()
-    again = embedded_lm.documents("tiny_meals", test=60, validation=40, train=120)
+    first = documents("meals", test=60, validation=40, train=120)
+    documents.cache_clear()
+    again = documents("meals", test=60, validation=40, train=120)
     texts = {split: own["text"] for split, own in first.items()}
     assert texts == {split: own["text"] for split, own in again.items()}
     assert {split: len(own) for split, own in texts.items()} == {

@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import tiny_lm
+from eval.tiny import models as tiny_lm
 
 
 def test_a_file_is_fetched_once_and_found_again(hub):

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import tiny_lm
 from eval.language import benchmarks, judge
 from eval.language.benchmarks import Benchmark
+from eval.tiny import models as tiny_lm
 from merging.errors import InputError
 
 GENERATION = {"do_sample": True, "temperature": 1.0, "max_gen_toks": 1, "until": []}

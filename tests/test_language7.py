@@ -11,11 +11,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from eval import tiny_lm
 from eval.language import prompts, promptsource, questions, ranking
 from eval.language.questions import Example
 from eval.language.seq2seq import Seq2SeqBackend
 from eval.suite import Suite
+from eval.tiny import models as tiny_lm
 from experiments.report import records
 from experiments.suites import build
 from merging.errors import InputError

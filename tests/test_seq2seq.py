@@ -10,11 +10,12 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from eval import tiny_lm, training
+from eval import training
 from eval.language import benchmarks, judge, prompts, ranking
 from eval.language.examples import IGNORED
 from eval.language.questions import Example
 from eval.suite import Suite
+from eval.tiny import models as tiny_lm
 from experiments.suites import build
 from merging.errors import InputError
 

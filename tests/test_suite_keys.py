@@ -14,9 +14,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from eval import training
+from eval import tiny, training
 from eval.cache import cache_root, digest
 from eval.language import benchmarks, causal, checkpoints, embedded_lm, text
+from eval.tiny.suites import TinyLM
 from eval.vision import models
 from eval.vision.data import ImageSet
 from experiments import suites
@@ -54,8 +55,8 @@ def stubs(patch, folder):
     }
     for reader in ("rated", "opinions", "questions"):
         patch.setitem(text.READERS, reader, lambda source: numbered(source, labels[source]))
-    patch.setitem(text.ENCODERS, "all-MiniLM-L6-v2", text.ENCODERS["tiny"])
-    patch.setitem(embedded_lm.DECODERS, "SmolLM2-135M-Instruct", embedded_lm.DECODERS["tiny"])
+    patch.setitem(text.ENCODERS, "all-MiniLM-L6-v2", tiny.encoder)
+    patch.setitem(embedded_lm.DECODERS, "SmolLM2-135M-Instruct", TinyLM.decoders["tiny"])
     for file in (ROOT / "configs/lm_tasks/embedded").glob("*.yaml"):
         task = OmegaConf.create(file.read_text().replace("!function ", ""))
         source = task.dataset_kwargs.source

@@ -17,9 +17,10 @@ from eval.backend import unpacked
 from eval.cache import digest
 from eval.data import bigbench
 from eval.data.packages import Package
-from eval.language import corpora, text
+from eval.language import corpora
 from eval.recipes import batch_order
 from eval.suite import Suite
+from eval.tiny.suites import TinyText
 from eval.training import expert_state
 from experiments.suites import build
 from merging.errors import InputError
@@ -89,7 +90,7 @@ def test_a_text_tested_anywhere_is_learnt_nowhere(own_cache, monkeypatch):
     pairs = [(f"the cat number {i}", "pets" if i % 2 else "farm") for i in range(300)]
     spelt = [(f"The  CAT number {i} ", label) for i, (_, label) in enumerate(pairs)]
     monkeypatch.setitem(
-        text.READERS, "tiny", lambda source: {"a": pairs, "b": pairs + spelt}[source]
+        TinyText.readers, "tiny", lambda source: {"a": pairs, "b": pairs + spelt}[source]
     )
     labels = {"pets": "cat", "farm": "cow"}
     corpora = {t: {"reader": "tiny", "source": t, "labels": labels} for t in "ab"}

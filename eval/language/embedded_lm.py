@@ -13,14 +13,14 @@ import functools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from eval import recipes, statistics, tiny, tiny_lm
+from eval import recipes, statistics
 from eval.backend import Finetuning, Lessons, Score, Split
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
@@ -108,7 +108,7 @@ SOURCES: dict[str, Callable[[], Iterable[tuple[str, str]]]] = {
     "language": _languages,
     "polarity": _polarity,
     "topic": _topics,
-} | {f"tiny_{topic}": functools.partial(tiny.sentences, topic) for topic in tiny.TOPICS}
+}
 
 
 @functools.cache
@@ -120,9 +120,16 @@ def documents(
     Splits are cut from one fixed shuffle: first the test examples, then the training examples,
     from whose end validation is taken.
     """
+    return parted(SOURCES[source](), test, validation, train)
+
+
+def parted(
+    pairs: Iterable[tuple[str, str]], test: int, validation: int, train: int
+) -> dict[str, Any]:
+    """Texts with their labels, cut as `documents` says."""
     from datasets import Dataset
 
-    pairs = sorted((t, l) for t, l in dict(SOURCES[source]()).items() if _fits(t))
+    pairs = sorted((t, l) for t, l in dict(pairs).items() if _fits(t))
     random.Random(SPLIT_SEED).shuffle(pairs)
     rows = [{"text": text, "label": label} for text, label in pairs]
     learn = rows[test : test + train + validation]
@@ -159,10 +166,7 @@ def smollm2() -> Path:
     return cached("models", key, build)
 
 
-DECODERS: dict[str, Callable[[], Path]] = {
-    "SmolLM2-135M-Instruct": smollm2,
-    "tiny": partial(tiny_lm.model, "llama"),
-}
+DECODERS: dict[str, Callable[[], Path]] = {"SmolLM2-135M-Instruct": smollm2}
 
 
 # ---------------------------------------------------------------------------- suite
@@ -192,6 +196,7 @@ class EmbeddedBackend(PretrainedBackend):
 
     version = 1
     loader = "AutoModelForCausalLM"
+    decoders: ClassVar = DECODERS
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -269,11 +274,11 @@ class EmbeddedBackend(PretrainedBackend):
 
     @cached_property
     def folder(self) -> Path:
-        if self.decoder not in DECODERS:
+        if self.decoder not in self.decoders:
             raise InputError(
-                f"unknown decoder {self.decoder!r}", hint=f"known: {', '.join(DECODERS)}"
+                f"unknown decoder {self.decoder!r}", hint=f"known: {', '.join(self.decoders)}"
             )
-        return DECODERS[self.decoder]()
+        return self.decoders[self.decoder]()
 
     # --- experts and statistics ---------------------------------------------------------------
 

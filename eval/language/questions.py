@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eval import tiny
 from eval.cache import cached, digest, file_sha256
 from eval.data import hub
 from eval.language import prompts, promptsource
@@ -184,7 +183,7 @@ class Questions:
     @property
     def public(self) -> promptsource.Template | None:
         """The paper's own template, where the protocol wants it and its file is there."""
-        if self.protocol != "paper" or self.templates is None or self.task in tiny.TOPICS:
+        if self.protocol != "paper" or self.templates is None:
             return None
         return promptsource.load(self.templates, *prompts.TASKS[self.task].first)
 
@@ -194,11 +193,9 @@ class Questions:
         if template := self.public:
             return {"of": "promptsource", "name": template.name, "sha256": template.sha256}
         number = 0 if self.protocol == "paper" else self.template
-        told = {"of": "this repository", "name": str(number)}
-        if self.task in prompts.TASKS:
-            own = prompts.TASKS[self.task].templates
-            told["sha256"] = digest({"prompts": [list(template) for template in own]})
-        return told
+        own = prompts.TASKS[self.task].templates
+        words = digest({"prompts": [list(template) for template in own]})
+        return {"of": "this repository", "name": str(number), "sha256": words}
 
     @property
     def splits(self) -> list[str]:
@@ -220,9 +217,6 @@ class Questions:
 
     def asked(self) -> tuple[dict[str, list[Asked]], str | None]:
         """{split: questions}, and the commit of their data."""
-        if self.source is None:
-            pairs = [[question] for question in _made_up(self.task)]
-            return self._ours(pairs[100:], pairs[:100]), None
         if self.protocol == "paper":
             return self._paper()
         own = prompts.TASKS[self.task]
@@ -267,11 +261,6 @@ class Questions:
 
 def _own_words(own: prompts.Task, row: prompts.Row) -> list[Asked]:
     return [prompts.ask(own.read(row), template) for template in own.templates]
-
-
-def _made_up(topic: str) -> list[Asked]:
-    labels = sorted(tiny.TOPICS[topic])
-    return [(f"{text} Label:", labels, labels.index(own)) for text, own in tiny.sentences(topic)]
 
 
 # --- how they are kept ------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from eval import recipes, statistics, tiny, tiny_lm, training
+from eval import recipes, statistics, training
 from eval.backend import Finetuning, Lessons, Score, Split, bits
 from eval.cache import digest
 from eval.data import hub
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 class Seq2SeqBackend(PretrainedBackend):
     """The fields are the keys of the suite's YAML file.
 
-    model: folder or hub name of the base, or "tiny_..." (eval.tiny_lm).
-    tasks: names in `eval.language.prompts.TASKS`, or of `eval.tiny.TOPICS`.
+    model: folder or hub name of the base.
+    tasks: names in `eval.language.prompts.TASKS`.
     protocol: "paper" is the ACTMat paper's: one prompt a task, from promptsource where its
         templates are at hand, answers scored by sums, its test subsets, every matrix that it
         merges by the method; "ours" two prompts of our own, means, all that is published.
@@ -143,7 +143,7 @@ class Seq2SeqBackend(PretrainedBackend):
         self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
     ) -> list[Requirement]:
         """The base, the experts that are given, and the splits of every task's data."""
-        found = of_checkpoints({} if self._tiny else {"base": self.model}, checkpoints.FILES)
+        found = of_checkpoints({"base": self.model}, checkpoints.FILES)
         for task in tasks:
             found += [self._expert_requirement(task), self._data_requirement(task)]
         return found
@@ -165,8 +165,6 @@ class Seq2SeqBackend(PretrainedBackend):
             own = self._questions(task)
         except questions.Absent as error:
             return Requirement(what, "its authors", problem=error.message, hint=error.hint)
-        if own.source is None:
-            return Requirement(what, "made here")
         return own.source.requirement(what, own.splits)
 
     def footprint(self, tasks: Sequence[str], images: int, inputs: bool) -> dict[str, int]:
@@ -217,14 +215,18 @@ class Seq2SeqBackend(PretrainedBackend):
         return self.protocol != "paper"
 
     def _questions(self, task: str) -> Questions:
-        if task not in prompts.TASKS and task not in tiny.TOPICS:
+        if task not in prompts.TASKS:
             raise InputError(
                 f"unknown task {task!r} in suite {self.name!r}",
                 hint=f"known: {', '.join(prompts.TASKS)}",
             )
-        source = None if task in tiny.TOPICS else questions.source(task, self.data)
+        return self._asking(Questions, task, questions.source(task, self.data))
+
+    def _asking(
+        self, kind: type[Questions], task: str, source: questions.Source | None
+    ) -> Questions:
         sizes = (self.validation, self.train, self.test, self.split_seed)
-        return Questions(task, source, self.protocol, self._templates, self.template, *sizes)
+        return kind(task, source, self.protocol, self._templates, self.template, *sizes)
 
     @cached_property
     def _templates(self) -> Path | None:
@@ -256,17 +258,11 @@ class Seq2SeqBackend(PretrainedBackend):
     # --- model ------------------------------------------------------------------------------
 
     @property
-    def _tiny(self) -> bool:
-        return self.model.startswith("tiny_")
-
-    @property
     def title(self) -> str:
         return self.model
 
     @cached_property
     def folder(self) -> Path:
-        if self._tiny:
-            return tiny_lm.model(self.model.removeprefix("tiny_"))
         return self._fetched(self.model)
 
     @cached_property
@@ -303,7 +299,7 @@ class Seq2SeqBackend(PretrainedBackend):
         """The base without weights, from its configuration alone."""
         from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
-        folder = self.folder if self._tiny else checkpoints.part(self.model, ("config.json",))
+        folder = checkpoints.part(self.model, ("config.json",))
         with torch.device("meta"):
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             return AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=False)
@@ -312,7 +308,7 @@ class Seq2SeqBackend(PretrainedBackend):
 
     @property
     def base_key(self) -> dict[str, str]:
-        return self._digests(str(self.folder) if self._tiny else self.model)
+        return self._digests(self.model)
 
     def task_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         return {

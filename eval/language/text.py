@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from eval import kfac, statistics, tiny, training
+from eval import kfac, statistics, training
 from eval.backend import Finetuning, Lessons, Score, Split, Statistic, Trainable, bits
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
@@ -33,12 +33,11 @@ from eval.recipes import SENTENCES, Recipe, batch_order
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
 
-ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm, "tiny": tiny.encoder}
+ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm}
 READERS: dict[str, Callable[[str], Pairs]] = {
     "rated": rated,
     "opinions": opinions,
     "questions": questions,
-    "tiny": tiny.sentences,
 }
 
 
@@ -94,12 +93,14 @@ class TextBackend(Trainable):
 
     version = 2
     settings = SENTENCES
+    encoders: ClassVar = ENCODERS
+    readers: ClassVar = READERS
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.encoder not in ENCODERS:
+        if self.encoder not in self.encoders:
             raise InputError(
-                f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(ENCODERS)}"
+                f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(self.encoders)}"
             )
         if self.adapter_seeds not in (known := ("shared", "independent")):
             raise InputError(
@@ -110,10 +111,11 @@ class TextBackend(Trainable):
             if task not in self.corpora:
                 raise InputError(f"scales of suite {self.name!r} names an unknown task {task!r}")
         for task, corpus in self.corpora.items():
-            if set(corpus) != {"reader", "source", "labels"} or corpus["reader"] not in READERS:
+            whole = set(corpus) == {"reader", "source", "labels"}
+            if not whole or corpus["reader"] not in self.readers:
                 raise InputError(
                     f"task {task!r} of suite {self.name!r} is {dict(corpus)}, expected a reader "
-                    f"among {', '.join(READERS)}, its source, and labels with descriptions"
+                    f"among {', '.join(self.readers)}, its source, and labels with descriptions"
                 )
 
     @property
@@ -175,7 +177,7 @@ class TextBackend(Trainable):
     def _split(self, folder: Path) -> None:
         shuffled: dict[str, Pairs] = {}
         for task, corpus in self.corpora.items():
-            pairs = READERS[corpus["reader"]](corpus["source"])
+            pairs = self.readers[corpus["reader"]](corpus["source"])
             shuffled[task] = list(
                 {_canonical(text): (text, label) for text, label in pairs}.values()
             )
@@ -217,7 +219,7 @@ class TextBackend(Trainable):
 
     @cached_property
     def _folder(self) -> Path:
-        return ENCODERS[self.encoder]()
+        return self.encoders[self.encoder]()
 
     @cached_property
     def network(self) -> BertModel:

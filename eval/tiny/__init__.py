@@ -1,4 +1,9 @@
-"""A made-up encoder and made-up sentences, for tests that must run in seconds and offline."""
+"""Made-up models and sentences behind the suites tiny_*, which run in seconds and offline.
+
+They stay with the code, in this room alone, because they are how an installation is tried out:
+`model-merging-run suite=tiny_text method=average` needs no download. Here are the encoder and the
+sentences, in `eval.tiny.models` the language models, in `eval.tiny.suites` the kinds of suites.
+"""
 
 from __future__ import annotations
 
