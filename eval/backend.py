@@ -60,6 +60,12 @@ def unpacked(correct: str, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(correct), np.uint8), count=count)
 
 
+def require_protocol(protocol: str, known: Iterable[str]) -> None:
+    """InputError for a protocol that a suite does not have."""
+    if protocol not in (names := tuple(known)):
+        raise InputError(f"protocol is {protocol!r}, expected one of: {', '.join(names)}")
+
+
 class Backend(ABC):
     """The models and tasks of a suite. `name`, `tasks`, `family` and `metric` are fields or
     properties; an unknown task is an InputError by the time it comes here."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from eval import tiny, training
 from eval.cache import cache_root, digest
-from eval.language import benchmarks, causal, checkpoints, embedded_lm, text
+from eval.language import benchmarks, checkpoints, embedded_lm, text
 from eval.tiny.suites import TinyLM
 from eval.vision import models
 from eval.vision.data import ImageSet
@@ -73,7 +73,7 @@ def stubs(patch, folder):
     patch.setattr(checkpoints, "require_mergeable", lambda *_, **__: {})
     patch.setattr(checkpoints, "part", lambda name, files: written(folder / "config.json", "{}"))
     patch.setattr(checkpoints, "chat_template", lambda name: "{{ messages }}")
-    patch.setattr(causal.hub, "commit", lambda path: None)
+    patch.setattr(checkpoints.hub, "commit", lambda path: None)
     manager = benchmarks.task_manager
     patch.setattr(benchmarks, "task_manager", lambda own, **code: None if code else manager(own))
     for check in ("require_room", "require_resources"):

@@ -18,9 +18,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from eval.backend import Finetuning, OnDisk, Score, Split
+from eval.backend import Finetuning, OnDisk, Score, Split, require_protocol
 from eval.companions import companions, with_config
-from eval.data import hub
 from eval.language import benchmarks, checkpoints, judge, moments
 from eval.requirements import Requirement, of_checkpoints, of_rows
 from merging.errors import InputError
@@ -81,9 +80,8 @@ class CausalBackend(OnDisk):
     metric: str = "pass@1 or accuracy (lm-eval)"
 
     def __post_init__(self) -> None:
-        if self.protocol is not None and self.protocol not in self.protocols:
-            known = ", ".join(self.protocols)
-            raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
+        if self.protocol is not None:
+            require_protocol(self.protocol, self.protocols)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -294,12 +292,6 @@ class CausalBackend(OnDisk):
     def _commits(self) -> dict[str, str]:
         return {}
 
-    def _fetched(self, name: str) -> Path:
-        path = checkpoints.local(name)
-        if commit := hub.commit(path):
-            self._commits[name.partition("@")[0]] = commit
-        return path
-
     @property
     def _named(self) -> dict[str, str]:
         """What the suite's checkpoints are called, for people."""
@@ -315,8 +307,10 @@ class CausalBackend(OnDisk):
         """Where base and experts are, everything having been checked that can be before a merge:
         benchmarks, shards and indices, tokenizers, what adapters belong to."""
         self.check(self.tasks)
-        base = self._fetched(self.model)
-        experts = {task: self._fetched(name) for task, name in self.experts.items()}
+        base = checkpoints.fetched(self.model, self._commits)
+        experts = {
+            task: checkpoints.fetched(name, self._commits) for task, name in self.experts.items()
+        }
         told = checkpoints.require_mergeable(
             base, experts, vocabulary=self.vocabulary, name=self.model
         )

@@ -62,6 +62,14 @@ def local(name: str) -> Path:
     return hub.folder(repository, revision or None, FILES)
 
 
+def fetched(name: str, commits: dict[str, str]) -> Path:
+    """As `local`; its commit is noted, under its repository, where it came from the hub."""
+    path = local(name)
+    if commit := hub.commit(path):
+        commits[name.partition("@")[0]] = commit
+    return path
+
+
 def unpacked(pattern: str, origin: str | None) -> str:
     """The first file that a pattern with `*` finds below $MODEL_MERGING_CHECKPOINTS.
 

@@ -20,9 +20,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from eval import recipes, statistics, training
-from eval.backend import Finetuning, Lessons, Score, Split, bits
+from eval.backend import Finetuning, Lessons, Score, Split, bits, require_protocol
 from eval.cache import digest
-from eval.data import hub
 from eval.language import checkpoints, prompts, promptsource, questions
 from eval.language.pretrained import PretrainedBackend
 from eval.language.questions import Asked, Example, Protocol, Questions, Splits
@@ -85,9 +84,7 @@ class Seq2SeqBackend(PretrainedBackend):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.protocol not in get_args(Protocol):
-            known = ", ".join(get_args(Protocol))
-            raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
+        require_protocol(self.protocol, get_args(Protocol))
 
     def layers(self) -> dict[str, Layer]:
         if self.protocol == "paper":
@@ -179,7 +176,9 @@ class Seq2SeqBackend(PretrainedBackend):
     def given_expert(self, task: str, finetuning: Finetuning) -> Path | None:
         """The checkpoint that was given."""
         if given := self._given(task):
-            return checkpoints.unwrapped(self._fetched(given), self._base, self.name)
+            return checkpoints.unwrapped(
+                checkpoints.fetched(given, self._commits), self._base, self.name
+            )
         return None
 
     def score(
@@ -263,18 +262,11 @@ class Seq2SeqBackend(PretrainedBackend):
 
     @cached_property
     def folder(self) -> Path:
-        return self._fetched(self.model)
+        return checkpoints.fetched(self.model, self._commits)
 
     @cached_property
     def _commits(self) -> dict[str, str]:
         return {}
-
-    def _fetched(self, name: str) -> Path:
-        """A checkpoint on this machine, its commit noted where the hub had it."""
-        path = checkpoints.local(name)
-        if commit := hub.commit(path):
-            self._commits[name] = commit
-        return path
 
     def _given(self, task: str) -> str | None:
         """The checkpoint of a task: as it was given, or the file that the pattern means."""

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eval import kfac, statistics, training
-from eval.backend import Finetuning, Lessons, Score, Split, Trainable, bits
+from eval.backend import Finetuning, Lessons, Score, Split, Trainable, bits, require_protocol
 from eval.cache import cached, digest
 from eval.language.checkpoints import require_same
 from eval.recipes import IMAGES, Recipe
@@ -99,9 +99,7 @@ class VisionBackend(Trainable):
         super().__post_init__()
         if (self.clip is None) == (self.pretraining is None):
             raise InputError(f"suite {self.name!r} needs either clip or pretraining")
-        if self.protocol not in get_args(Protocol):
-            known = ", ".join(get_args(Protocol))
-            raise InputError(f"protocol is {self.protocol!r}, expected one of: {known}")
+        require_protocol(self.protocol, get_args(Protocol))
 
     @property
     def tasks(self) -> tuple[str, ...]:
