@@ -64,12 +64,12 @@ class Hashes:
     def __init__(self, known: Callable[[Path], str | None] = lambda file: None) -> None:
         self._known: dict[Path, str] = {}
         self._files: dict[Path, FileHash] = {}
-        self._checkpoints: dict[str, list[Path]] = {}
+        self._checkpoints: dict[Path, list[Path]] = {}
         self._lookup = known
 
     def watch(self, path: str | Path, files: Callable[[Path], int], *names: Path) -> None:
         """Begin with the files called `names` of the checkpoint at `path`."""
-        self._checkpoints[str(path)] = sorted(names)
+        self._checkpoints[Path(path)] = sorted(names)
         for name in names:
             if sha256 := self._lookup(name):
                 self._known[name] = sha256
@@ -87,6 +87,6 @@ class Hashes:
         """Of a checkpoint's one weight file; of several, of their own hashes in order of name."""
         sums = [
             self._known.get(file) or self._files[file].hexdigest()
-            for file in self._checkpoints[str(path)]
+            for file in self._checkpoints[Path(path)]
         ]
         return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
