@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
+from eval import requirements
 from eval.language import prompts
 from experiments import preflight, suites
 from experiments.commands import paper
@@ -248,6 +249,15 @@ def test_every_t5_table_whole(make, hub, tmp_path):
         hub.requests.clear()
         assert "to do" not in make(name, *FEW)
         assert not hub.downloads
+
+
+def test_a_shard_that_was_never_uploaded_is_told_from_the_names_alone(hub):
+    files = {f"model-0000{i}-of-00003.safetensors": b"0" for i in (1, 3)}
+    hub.model("some/model", files | {"model.safetensors.index.json": "{}"})
+    found = requirements.of_folder("base", "some/model")
+    assert "some/model has no file model-00002-of-00003.safetensors" in found.problem
+    hub.model("some/model", files | {"model-00002-of-00003.safetensors": b"0"})
+    assert requirements.of_folder("base", "some/model").problem == ""
 
 
 def _is(name, stem):

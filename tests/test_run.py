@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 
+import merging
 from experiments import measurement
 from experiments.commands import run
 from experiments.measurement import measure, references
 from experiments.settings import Experiment, Selection
+from merging.engine.job import LazyStatistics
 from merging.errors import InputError
+from merging.formats.checkpoints import Checkpoint
 from tests.linear_suite import BenchmarkSuite, LinearSuite
 
 
@@ -108,6 +111,20 @@ def test_a_method_with_needs_gets_statistics_and_says_so(suite, settings):
     assert record["seconds"]["statistics"] >= 0
     # with equal second moments RegMean is the average
     assert record["mean"] == pytest.approx(0.75, abs=1e-6)
+
+
+def test_experts_and_statistics_are_read_where_they_lie(suite, settings, monkeypatch):
+    """A merge for a suite holds the base, the result and one layer, however many experts."""
+    handed, merge = {}, merging.merge_state_dicts
+
+    def seen(base, experts, method, **options):
+        handed.update(experts=experts, statistics=options["statistics"])
+        return merge(base, experts, method, **options)
+
+    monkeypatch.setattr(merging, "merge_state_dicts", seen)
+    measure(replace(settings, method={"name": "regmean"}))
+    assert all(isinstance(expert, Checkpoint) for expert in handed["experts"].values())
+    assert all(isinstance(found, LazyStatistics) for found in handed["statistics"].values())
 
 
 def test_selection_uses_validation_and_reports_test(suite, settings):
