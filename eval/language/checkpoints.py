@@ -208,7 +208,10 @@ def size(name: str) -> int:
     if path.exists():
         files = [path] if path.is_file() else path.glob("*.safetensors")
         return sum(file.stat().st_size for file in files)
-    return sum(bytes_ for _, bytes_ in _stated(name).values())
+    try:
+        return sum(bytes_ for _, bytes_ in _stated(name).values())
+    except hub.Unreachable:
+        return size(str(local(name)))
 
 
 def _stated(name: str) -> dict[str, tuple[str | None, int]]:
