@@ -128,6 +128,16 @@ def test_ifeval_without_its_sentences_is_refused(stocked, monkeypatch):
         suite().backend.check(["if"])
 
 
+def test_a_checkpoint_is_known_before_it_is_fetched_and_without_a_network(stocked):
+    name = "allenai/Olmo-3-1025-7B"
+    stated = checkpoints.digests(name), checkpoints.size(name)
+    assert not any("safetensors" in file for _, file in stocked.downloads)
+    folder = checkpoints.local(name)
+    assert stated == (checkpoints.file_digests(folder), checkpoints.size(str(folder)))
+    with stocked.offline():
+        assert (checkpoints.digests(name), checkpoints.size(name)) == stated
+
+
 # --- keys -----------------------------------------------------------------------------------------
 
 
