@@ -60,6 +60,8 @@ def extract(
     Raises InputError for checkpoints that do not fit, or an adapter of another kind of layer.
     """
     _check_choice(rank, energy)
+    if Path(output).suffix == ".safetensors":
+        raise InputError(f"an adapter is a folder, the output is to be the file {output}")
     check_apart(output, {"the base": base, "the expert": expert})
     source, tuned = open_base(base), open_checkpoint(expert)
     try:

@@ -104,6 +104,8 @@ def plan(
     subsets: the best method on all pairs and on all experts but one, too.
     Raises InputError for unreadable files and unknown methods; what does not fit is in `problems`.
     """
+    if not methods:
+        raise InputError("no methods were given", hint=f"for example {', '.join(PLANNED)}")
     named = [create(m) if isinstance(m, str) else m for m in methods]
     for method in named:
         if method.needs or method.sequential:
@@ -194,8 +196,8 @@ def _read(
 
 def _subsets(T: int) -> Iterator[tuple[int, ...]]:
     """All experts, all but one, and all pairs where they are few."""
-    sizes = {T, T - 1} | ({2} if T <= 5 else set())
-    for size in sorted((n for n in sizes if n > 1), reverse=True):
+    smaller = {T - 1} | ({2} if T <= 5 else set())
+    for size in sorted({T} | {n for n in smaller if 1 < n < T}, reverse=True):
         yield from itertools.combinations(range(T), size)
 
 

@@ -232,3 +232,29 @@ def test_a_plan_of_damaged_files_is_one_sentence(call, base, experts, tmp_path):
     code, told = call(plan.main, f"base={base}", f"experts.x={put(tmp_path / 'x', state)}")
     assert code == 2, told
     assert "not finite" in told
+
+
+def test_a_plan_of_one_expert_is_a_page_and_of_no_method_a_sentence(call, base, experts, tmp_path):
+    given = [f"base={base}", f"experts.a={experts['a']}"]
+    code, told = call(plan.main, *given, "methods=[average,ties]", f"output={tmp_path / 'p.html'}")
+    assert code == 0, told
+    assert "ties" in (tmp_path / "p.html").read_text()  # its row of the ranking
+    code, told = call(plan.main, *given, "methods=[]")
+    assert code == 2
+    assert "no methods were given" in told
+    (tmp_path / "d.html").mkdir()
+    assert call(plan.main, *given, f"output={tmp_path / 'd.html'}")[0] == 2
+
+
+def test_hyperparameters_that_are_no_numbers_and_outputs_that_are_no_folders(
+    call, base, experts, tmp_path
+):
+    for key, value in [("rtol", "abc"), ("alpha", "nan"), ("alpha", "big"), ("rtol", "true")]:
+        given = line(base, experts, tmp_path / "o", "method=actmat", f"method.{key}={value}")
+        code, told = call(merge.main, *given)
+        assert code == 2, told
+        assert f"{key} of method 'actmat' is" in told
+    given = [f"base={base}", f"expert={experts['a']}", f"output={tmp_path / 'x.safetensors'}"]
+    code, told = call(extract.main, *given, "rank=2")
+    assert code == 2
+    assert "an adapter is a folder" in told

@@ -34,7 +34,7 @@ def plan(settings: PlanMerge) -> None:
     if not settings.experts:
         raise InputError("no experts were given", hint="add experts.NAME=PATH for each of them")
     output = Path(settings.output) if settings.output else None
-    if output and output.suffix != ".html":
+    if output and (output.suffix != ".html" or output.is_dir()):
         raise InputError(f"output is {output}, expected the name of an .html file")
     if settings.picture:
         if not output or not settings.picture.endswith(".png"):

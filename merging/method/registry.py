@@ -12,9 +12,12 @@ adds one, from a module of this package as from any other.
 from __future__ import annotations
 
 import inspect
+import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any, Literal, Protocol
 
 from torch import Tensor
@@ -250,7 +253,21 @@ def create(name: str, **hyperparameters: Any) -> Method:
             f"method {name!r} has no hyperparameter {sorted(unknown)[0]!r}",
             hint=f"it takes: {', '.join(sorted(defaults))}",
         )
+    for key, value in hyperparameters.items():
+        _check_number(entry, key, defaults[key], value)
     return _bind(entry, defaults | hyperparameters)
+
+
+def _check_number(entry: Entry, key: str, default: Any, value: Any) -> None:
+    """InputError for what is no finite number where one belongs; lists are gradients over depth."""
+    parameter = inspect.signature(entry.function).parameters.get(key)
+    told = "float" if key == "alpha" or parameter is None else str(parameter.annotation)
+    others = {"str", "bool"} & set(re.findall(r"\w+", told))
+    numeric = isinstance(default, Real | None) and not isinstance(default, bool) and not others
+    if not numeric or value is None or isinstance(value, list | tuple):
+        return
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise InputError(f"{key} of method {entry.name!r} is {value!r}, expected a number")
 
 
 def _context(function: Callable[..., Tensor]) -> frozenset[str]:
