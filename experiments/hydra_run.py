@@ -104,6 +104,7 @@ def prepared(name: str, command: Command[Any], arguments: Sequence[str]) -> Call
 
 def sweep(hydra: Hydra, command: Command[Any], *, config_name: str, overrides: list[str]) -> None:
     """Every member of a sweep, then what became of them; SystemExit where one failed."""
+    _configure_logging()  # the launcher says what it starts, the first member too
     config = hydra.compose_config(config_name, overrides, run_mode=RunMode.MULTIRUN)
     sweeper = Plugins.instance().instantiate_sweeper(
         config=config,
