@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,7 @@ from filelock import FileLock
 from torch import Tensor
 
 import merging
+from eval.language import heldout
 from eval.suite import Suite
 from eval.training import expert_state
 from experiments.report import records
@@ -127,12 +129,21 @@ def _check_weights(settings: Experiment, tasks: Collection[str]) -> None:
 
 def _check_heldout(settings: Experiment, suite: Suite) -> None:
     merged = pick_tasks(suite, settings.tasks)
-    for task in pick_tasks(suite, settings.heldout or []):
+    own, beside = _heldout(suite, settings.heldout)
+    if beside:
+        heldout.check(suite, beside)
+    for task in own:
         if task in merged:
             raise InputError(
                 f"task {task!r} is held out and merged too",
                 hint=f"merge the others with tasks=[{','.join(t for t in merged if t != task)}]",
             )
+
+
+def _heldout(suite: Suite, names: Sequence[str] | None) -> tuple[list[str], list[str]]:
+    """Tasks of the suite, in its order, and others, which are lm-eval's."""
+    asked = set(names or ())
+    return [task for task in suite.tasks if task in asked], sorted(asked - set(suite.tasks))
 
 
 def _check_selection(settings: Experiment) -> None:
@@ -176,8 +187,8 @@ def _key(settings: Experiment, suite: Suite) -> dict[str, Any]:
     if settings.weights and name not in UNMERGED:
         optional["weights"] = dict(sorted(settings.weights.items()))
         optional["weights_on"] = settings.weights_on
-    if heldout := pick_tasks(suite, settings.heldout or []):
-        optional["heldout"] = heldout
+    if settings.heldout:
+        optional["heldout"] = [*chain(*_heldout(suite, settings.heldout))]
     return {
         "suite": suite.name,
         "experts": suite.identity(finetuning=settings.finetuning, seed=settings.seed),
@@ -216,8 +227,8 @@ def _record(settings: Experiment, suite: Suite, key: dict[str, Any], merge: Merg
     start, scores, beside = time.perf_counter(), {}, []
     for state, tasks in judged:
         scores |= _score(settings, suite, state, settings.split, tasks)
-        if heldout := key.get("heldout"):
-            beside.append(_score(settings, suite, state, settings.split, heldout))
+        if key.get("heldout"):
+            beside.append(_score_heldout(settings, suite, state, key["heldout"]))
     evaluation = time.perf_counter() - start
     packed = {column: score.pop("correct") for column, score in scores.items()}
     experts = scores if name == "experts" else _reference(settings, "experts")["scores"]
@@ -289,6 +300,15 @@ def _score(
     """{task, or benchmark of a task: {accuracy, count, constant, correct}}"""
     scores = suite.evaluate(state, split, tasks, settings.limit)
     return {column: score._asdict() for column, score in scores.items()}
+
+
+def _score_heldout(
+    settings: Experiment, suite: Suite, state: Mapping[str, Tensor] | Path, names: list[str]
+) -> dict[str, Any]:
+    own, beside = _heldout(suite, names)
+    scores = _score(settings, suite, state, settings.split, own) if own else {}
+    found = heldout.evaluate(suite, state, beside, settings.limit) if beside else {}
+    return scores | {column: score._asdict() for column, score in found.items()}
 
 
 def _mean_scores(found: list[dict[str, Any]]) -> dict[str, Any]:

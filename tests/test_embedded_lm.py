@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,10 @@ from eval.language import benchmarks, checkpoints, embedded_lm, judge
 from eval.suite import Suite
 from eval.tiny import models as tiny_lm
 from eval.tiny.suites import documents
+from experiments.commands import run
+from experiments.measurement import measure, references
+from experiments.report import frames
+from experiments.settings import Experiment
 from experiments.suites import build
 from merging.errors import InputError
 
@@ -263,3 +268,28 @@ def test_what_cannot_be_had_is_one_sentence(suite):
                 ),
             )
             built(config, lm_tasks=names).evaluate(suite.base(), "test")
+
+
+def test_any_task_of_lm_eval_is_scored_beside_what_was_merged(suite, tmp_path, capsys):
+    """The suite of two tasks has not heard of the third, which lm-eval knows by its file."""
+    config = OmegaConf.load(CONFIG)
+    del config.lm_tasks["meals"]
+    settings = Experiment(
+        OmegaConf.to_container(config), {"name": "average"}, {"name": "none"},
+        heldout=["tiny_meals"], records=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    record = measure(settings)
+    assert record["key"]["heldout"] == ["tiny_meals"]
+    assert set(record["scores"]) == {"animals", "weather"}
+    experts = [suite.expert(t, finetuning="full", seed=0) for t in ("animals", "weather")]
+    states = [training.expert_state(suite.base(), path) for path in experts]
+    merged = {n: (states[0][n] + states[1][n]) / 2 for n in states[0]}
+    expected = suite.evaluate(merged, "test", ["meals"])["meals"]
+    assert record["heldout"]["tiny_meals"]["accuracy"] == expected.accuracy
+    run.show(settings, record)
+    assert "held out: tiny_meals" in capsys.readouterr().out
+    rows = frames.summarise(frames.to_frame([record, *references(settings).values()]), "average")
+    assert rows.set_index("row")["held out: tiny_meals"].notna().all()
+    with pytest.raises(InputError, match="lm-eval knows no task 'tiny_meels'") as told:
+        measure(replace(settings, heldout=["tiny_meels"]))
+    assert "tasks of suite tiny_lm: animals, weather" in told.value.hint
