@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import merging
 from eval import statistics, streamed_statistics, training
 from eval.cache import digest
-from eval.language import checkpoints, examples
+from eval.language import checkpoints, examples, heldout
 from eval.language.causal import CausalBackend
 from eval.language.examples import IGNORED, Example
 from eval.suite import Suite
@@ -226,6 +226,17 @@ def test_each_benchmark_is_scored_once_under_its_own_name(models, tmp_path, monk
     assert list((tmp_path / "samples" / "decoders").glob("*/animals.jsonl.gz"))
     in_memory = training.expert_state({}, tiny_lm.model("llama") / "model.safetensors")
     assert set(in_memory) == set(own.base())
+
+
+def test_a_task_held_out_is_judged_as_a_benchmark_of_the_suite_would_be(models):
+    own = suite(models)
+    expected = suite(models, benchmarks={"b": {"expert": "first", "task": "tiny_meals"}})
+    (score,) = expected.evaluate(models / "second", "test", ["first"], 30).values()
+    assert heldout.evaluate(own, models / "second", ["tiny_meals"], 30) == {"tiny_meals": score}
+    in_memory = {name: tensor for name, tensor in load(models / "second").state_dict().items()}
+    in_memory.pop("lm_head.weight")
+    found = heldout.evaluate(own, in_memory, ["tiny_meals"], 30)
+    assert found["tiny_meals"].accuracy == score.accuracy
 
 
 def test_identity_is_the_checkpoints_bytes(models, copy):
