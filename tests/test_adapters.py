@@ -121,6 +121,13 @@ def test_dora_by_hand_and_in_windows_of_rows(tmp_path):
     assert adapter.rank("w.weight") is None and adapter.problems(base) == []
 
 
+def test_dora_without_its_base_is_no_weight(tmp_path):
+    trained(tmp_path / "a", target_modules=["up"], use_dora=True)
+    adapter = open_checkpoint(tmp_path / "a")
+    with pytest.raises(ValueError, match="fit the adapter to its base"):
+        adapter.values(adapter.names()[0])
+
+
 def test_dora_cannot_stay_an_adapter(tmp_path):
     trained(tmp_path / "a", target_modules=["up"], use_dora=True)
     save_file(block().state_dict(), tmp_path / "base.safetensors")

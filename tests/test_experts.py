@@ -11,6 +11,9 @@ from eval.language.checkpoints import load_into
 from eval.training import expert_state
 from experiments.differences import blocks
 from merging import Layer
+from merging.engine import memory
+from merging.engine.job import LazyStatistics, prepare
+from merging.engine.plan import plan
 from merging.experts import difference
 from merging.formats.checkpoints import StateDict, open_checkpoint
 from merging.formats.writer import write_adapter
@@ -115,3 +118,36 @@ def test_an_expert_may_be_an_opened_file(net, adapter, tmp_path):
     merged = merging.merge_state_dicts(base, experts, method, layers=net)
     states = {"a": load_file(tmp_path / "dense.safetensors"), "b": expected}
     close(merged, merging.merge_state_dicts(base, states, method, layers=net))
+
+
+def test_what_lies_in_memory_is_an_expert_and_a_source():
+    state = {"w": torch.ones(2, 3)}
+    held = StateDict(state)
+    assert held.file("w") is None and held.stamp() == StateDict(dict(state)).stamp()
+    assert held.stamp() != StateDict({"w": torch.ones(2, 3)}).stamp()  # other memory
+    base = StateDict({"w": torch.zeros(2, 4)}, "the base")
+    (problem,) = held.problems(base)
+    assert "'w' has shape [2, 3], the base's has [2, 4]" in problem
+    assert held.problems(StateDict({"w": torch.zeros(2, 3)})) == []
+    assert held.rank("w") is None
+    with pytest.raises(ValueError, match="stored in full"):
+        held.factors("w")
+
+
+def test_a_kept_tensor_has_no_method_and_statistics_are_read_when_asked(tmp_path):
+    base = {"w": torch.zeros(2, 2), "steps": torch.tensor(3)}
+    job = prepare(StateDict(base), {"a": StateDict(base)}, merging.create("average"))
+    kept = next(item for item in plan(job) if item.name == "steps")
+    with pytest.raises(ValueError, match="'steps' keeps the base's values"):
+        _ = kept.merger
+    lazy = LazyStatistics(StateDict(base))
+    assert list(lazy) == ["w", "steps"] and len(lazy) == 2 and "w" in lazy and 3 not in lazy
+
+
+def test_where_there_is_no_proc_the_peak_is_the_systems(monkeypatch):
+    def absent(*_):
+        raise OSError("no such file")
+
+    here = memory._peak(["cpu"])
+    monkeypatch.setattr(memory.Path, "read_text", absent)
+    assert memory._peak(["cpu"]) >= 0.5 * here > 0

@@ -82,14 +82,14 @@ class _Counts:
         above = values > self.high
         near = values >= self.low
         near ^= above
-        self.larger += np.count_nonzero(above)
+        self.larger += int(np.count_nonzero(above))
         self._waiting.append(values[np.flatnonzero(near)])
         if sum(map(len, self._waiting)) > _WAITING:
             self._settle()
 
     def _settle(self) -> None:
         """Add what waits to the counts, key by key."""
-        values, self._waiting = np.concatenate([*self._waiting, np.float32([])]), []
+        values, self._waiting = np.concatenate([*self._waiting, np.zeros(0, np.float32)]), []
         keys, counts = np.unique(_order(values + np.float32(0)), return_counts=True)
         self.keys, places = np.unique(np.concatenate([self.keys, keys]), return_inverse=True)
         both = np.concatenate([self.counts, counts])
@@ -111,7 +111,8 @@ def _order(values: np.ndarray) -> np.ndarray:
 
 
 def _values(keys: np.ndarray) -> np.ndarray:
-    return (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(np.float32)
+    bits: np.ndarray = keys ^ ((keys >> 31) & 0x7FFFFFFF)
+    return bits.view(np.float32)
 
 
 def _by_digits(stream: Callable[[], Iterable[Tensor]], share: float) -> Tensor:
