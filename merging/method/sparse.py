@@ -20,7 +20,7 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.method.averages import in_chunks
-from merging.method.order import kth_largest, kth_largest_entry, largest, per_task, share
+from merging.method.order import kth_largest, kth_largest_entry, largest, share
 from merging.method.registry import Stream, register
 
 # --- TIES -------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
     context = {"thresholds": kth_largest(partial(magnitudes, stream), k, sample)}
     if hyperparameters["cancelled"] == "majority":
         pieces = (trim(deltas, k, context["thresholds"]) for _, deltas in stream())
-        context["majority"] = torch.stack([_signs(piece).sum() for piece in pieces]).sum().sign()
+        context["majority"] = torch.stack([signs(piece).sum() for piece in pieces]).sum().sign()
     return context
 
 
@@ -101,7 +101,7 @@ def elect(
     for value, known in ((merge, ("mean", "sum")), (cancelled, ("zero", "majority"))):
         if value not in known:
             raise InputError(f"unknown merge function {value!r}", f"known: {', '.join(known)}")
-    sign = _signs(deltas).to(deltas)
+    sign = signs(deltas).to(deltas)
     if cancelled == "majority":
         most = sign.sum(dtype=torch.float64).sign() if majority is None else majority
         sign = torch.where(sign == 0, most.to(deltas), sign)
@@ -112,7 +112,7 @@ def elect(
     return (total * sign).add_(0.0)  # no -0
 
 
-def _signs(deltas: Tensor) -> Tensor:
+def signs(deltas: Tensor) -> Tensor:
     """Sign of the sum over tasks, (T, *shape) -> (*shape), float64.
 
     Summed in float64, where it does not depend on the order of the tasks in practice: a sign,
@@ -363,51 +363,3 @@ def agreed(merged: Tensor, deltas: Tensor, lam: float, agree: int) -> Tensor:
     surplus = (merged - deltas).abs_().mul_(-lam).add_(deltas.abs())
     needed = surplus.sign_().relu_().sum(0)  # in how many tasks |D| > lam |S - D|
     return needed.sub_(agree - 0.5).sign_().relu_().mul_(merged).add_(0.0)
-
-
-# --- mergekit's -------------------------------------------------------------------------------
-
-
-@register(
-    "sce", source="arXiv 2408.07990", rest="method", breaks=("outputs", "inputs"),
-    formula="sum_t w_t D_t / sum_t w_t over the elected signs, w_t = |D_t|^2, of entries that vary",
-)  # fmt: skip
-def sce(deltas: Tensor, *, k: float = 1.0) -> Tensor:
-    """SCE: select, calculate, erase, (T, *shape) -> (*shape) (arXiv 2408.07990, mergekit's code).
-
-    Of the entries that differ between tasks the share k with the largest variance is kept, all with
-    k = 1; tasks are weighed by their energy |D_t|^2 there, and entries against the sign of the sum
-    do not count. A sum of exactly 0 elects no sign; mergekit takes it for positive.
-    """
-    if share("k", k) < 1:
-        variance = deltas.var(0, unbiased=False).flatten()
-        kept = largest(variance[None], int(k * int(variance.count_nonzero())))
-        deltas = torch.where(kept.view(deltas.shape[1:]), deltas, 0)
-    scale = deltas.abs().amax().clamp_min(torch.finfo(deltas.dtype).tiny)
-    energy = (deltas / scale).reshape(len(deltas), -1).square().sum(1)  # small ones underflow
-    weights = per_task(energy, deltas) * (deltas * _signs(deltas).to(deltas) > 0)
-    total = weights.sum(0)
-    return (weights * deltas).sum(0) / torch.where(total > 0, total, 1)
-
-
-@register(
-    "ram", source="arXiv 2601.13572", rest="method", elementwise=lambda a: a["r"] == 0,
-    breaks=("scale", "outputs", "inputs"),
-    formula="the mean of D_t over the tasks that move an entry by more than eps",
-)  # fmt: skip
-def ram(deltas: Tensor, *, eps: float = 1e-5, r: float = 0.0, cap: float = 0.2) -> Tensor:
-    """RAM, for agents trained by reinforcement: (T, *shape) -> (*shape) (arXiv 2601.13572).
-
-    A task moves an entry if |D_t| > eps; an entry is the mean of the tasks that move it, so that
-    what one task alone moves is kept whole. RAM+ scales that by 1 + r min(rho_t, cap), rho_t the
-    task's shared over its unique entries (of the tensor, as in mergekit, where r is .1).
-    """
-    moved = deltas.abs() > eps
-    count = moved.sum(0)
-    unique, shared = moved & (count == 1), moved & (count > 1)
-    merged = torch.where(shared, deltas, 0).sum(0) / count.clamp_min(1)
-    shares = shared.reshape(len(deltas), -1).sum(1) / unique.reshape(len(deltas), -1).sum(
-        1
-    ).clamp_min(1)
-    gain = per_task(1 + r * shares.clamp(0, cap), deltas)
-    return merged + (gain * torch.where(unique, deltas, 0)).sum(0)
