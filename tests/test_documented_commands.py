@@ -171,7 +171,6 @@ def test_a_documented_line_is_one_that_its_command_accepts(
 
 MADE_BY = (
     dict.fromkeys(test_hub_paper.TABLES, "test_every_vision_table_from_the_hub_to_the_printed_row")
-    | dict.fromkeys(test_hub_paper.ONE_ROW, "test_a_row_of_the_tables_that_share_their_code")
     | dict.fromkeys(test_hub_paper.T5_TABLES, "test_every_t5_table_whole")
     | {"olmo3_7b": "test_the_papers_table_is_one_command"}
 )
