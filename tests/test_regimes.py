@@ -9,6 +9,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from linear_suite import LinearSuite
 
+import merging
 from eval.backend import bits, unpacked
 from experiments import hydra_run, measurement
 from experiments.commands import regimes
@@ -131,6 +132,18 @@ def test_a_row_is_found_under_any_name_of_what_it_computes(settings, tmp_path, m
     settings.methods["symmetric"] = {"name": "both_sides", "a": 0.5, "p": 0.5}
     with pytest.raises(TypeError):  # another computation is another run
         regimes.regimes(settings)
+
+
+def test_of_two_records_of_a_cell_the_one_that_pairs_examples_counts(settings, tmp_path):
+    regimes.regimes(settings)
+    found = records.load_lines(tmp_path / "out" / "both_sides" / "regimes.jsonl")
+    own = next(r for r in found if r["key"]["method"] == "symmetric" and r["key"]["seed"] == 0)
+    choices = dict(merging.create("both_sides").hyperparameters)
+    family = {"method": "both_sides", "hyperparameters": choices}
+    silent = {k: v for k, v in own.items() if k != "correct"} | {"key": own["key"] | family}
+    for both in ([own, silent], [silent, own]):
+        cells = regimes.to_frame(both, settings)
+        assert len(cells) == len(own["scores"]) and (cells.correct != "").all()
 
 
 def frame(**rows):

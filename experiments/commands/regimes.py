@@ -225,6 +225,8 @@ def to_frame(found: Sequence[Record], settings: Regimes) -> pd.DataFrame:
             figures = {"accuracy": 100 * score["accuracy"], "count": score["count"]}
             lines.append(own | {"task": task} | figures | {"correct": correct.get(task, "")})
     frame = pd.DataFrame(lines, columns=COLUMNS)
+    # where two records fill a cell, the one that says which examples were right
+    frame = frame.sort_values("correct", key=lambda column: column != "", kind="stable")
     frame = frame.drop_duplicates(["regime", "row", "seed", "task"], keep="last")
     order = {title: i for i, title in enumerate(settings.regimes)}
     return frame.sort_values("regime", key=lambda column: column.map(order), kind="stable")
