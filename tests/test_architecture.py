@@ -103,4 +103,5 @@ def test_code_that_comes_with_a_checkpoint_is_refused_wherever_one_is_loaded():
         for call in re.findall(r"Auto\w+\.from_pretrained\(([^()]*)\)", path.read_text())
     ]
     assert len(calls) >= 9
+    calls = [call for call in calls if call != "..."]  # of a hint's words
     assert all("trust_remote_code=False" in call for call in calls), calls
