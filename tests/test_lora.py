@@ -48,7 +48,8 @@ def test_the_joint_basis_holds_every_delta():
 @pytest.mark.parametrize(
     "name",
     ["actmat", "actmat_centred", "wudi_closed", "swudi", "aswudi", "ridge", "oas", "ledoit_wolf",
-     "anchored", "tsv_m", "iso_c", "iso_cts", "mirror", "symmetric", "sylvester", "pico", "cart"],
+     "anchored", "tsv_m", "iso_c", "iso_cts", "mirror", "symmetric", "sylvester", "sided", "pico",
+     "cart"],
 )  # fmt: skip
 def test_narrow_and_dense_agree(name):
     method = create(name)

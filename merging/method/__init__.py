@@ -14,6 +14,7 @@ from merging.method import (  # noqa: F401
     movers,
     pcb,
     posthoc,
+    sided,
     sparse,
     spectral,
     sphere,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merging.method.reference.interference import balanced
 from merging.method.reference.plain import eigh, pinv, printed, svd
 
 
@@ -54,3 +55,10 @@ def sylvester(D: Tensor) -> Tensor:
     sums = l[:, None] + m
     kept = (l > eps(R) * l.max())[:, None] & (m > eps(C) * m.max())
     return U @ torch.where(kept, 2 * (U.mT @ N @ V) / sums, 0) @ V.mT
+
+
+@printed
+def sided(D: Tensor) -> Tensor:
+    w = 1 / D.square().sum((1, 2), keepdim=True)
+    R, C = (w * D @ D.mT).sum(0), (w * D.mT @ D).sum(0)
+    return balanced(D.mT).mT if R.norm() > (1 + 1e-5) * C.norm() else balanced(D)
