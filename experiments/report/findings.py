@@ -8,6 +8,7 @@ The page is `findings.md` beside this file, in which a number is written as a qu
     {{seconds text full regmean}}        median seconds of merging, statistics included
     {{best text full}}                   the merge with the highest mean
     {{costs}}                            what data-free merging saves, as a table
+    {{regime vision: actmat}}            mean validation accuracy in a regime of both_sides.md
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ def answer(question: str, results: Path) -> str:
     kind, *words = question.split()
     if kind == "costs":
         return markdown(*_costs(results))
+    if kind == "regime":
+        return _regime(question, results / "both_sides" / "table.csv")
     suite, finetuning, *rows = words
     table = _table(results / SUITES[suite] / "table.csv", finetuning)
     if missing := [row for row in rows if row not in table.index]:
@@ -56,6 +59,14 @@ def answer(question: str, results: Path) -> str:
     if kind == "seconds":
         return f"{first.merge_seconds + first.statistics_seconds:.1f}"
     raise InputError(f"unknown question {question!r}")
+
+
+def _regime(question: str, path: Path) -> str:
+    regime, _, row = question.removeprefix("regime ").rpartition(": ")
+    table = pd.read_csv(path).set_index(["regime", "row"])
+    if (regime, row) not in table.index:
+        raise InputError(f"{path}: there is no row {row!r} of regime {regime!r}")
+    return f"{table.loc[(regime, row), 'mean']:.1f}"
 
 
 @cache
