@@ -19,7 +19,7 @@ COLUMNS = {  # title -> suite, fine-tuning
     "language model, LoRA": ("embedded_lm", "lora"),
 }
 ROWS = {
-    "experts", "aswudi", "bounded", "tsv_m", "actmat", "iso_c", "ties", "task_arithmetic",
+    "experts", "aswudi", "sided", "bounded", "tsv_m", "actmat", "iso_c", "ties", "task_arithmetic",
     "average", "zero_shot",
 }  # fmt: skip
 
@@ -31,7 +31,7 @@ def table(results: Path) -> str:
     }
     first = next(iter(parts.values()))
     rows = [row for row in first.index if row in ROWS]
-    lines = [[row, *(part.accuracy[row] for part in parts.values())] for row in rows]
+    lines = [[row, *(part.accuracy.get(row, "–") for part in parts.values())] for row in rows]
     return markdown(["method", *parts], lines)
 
 
