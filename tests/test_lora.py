@@ -217,7 +217,10 @@ def test_what_cannot_be_an_adapter_is_one_sentence(adapters, tmp_path):
     refused("'whole' .* is a dense checkpoint", experts | {"whole": tmp_path / "base.safetensors"})
     refused("form is 'sparse', expected one of: dense, adapter", experts, form="sparse")
     refused("an adapter is a folder", experts, output=tmp_path / "adapter.safetensors")
-    refused("exists already", experts, output=tmp_path / "both")
+    refused("which it would replace", experts, output=tmp_path / "both")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "file").touch()
+    refused("exists already", experts, output=tmp_path / "notes")
     factors = {"first.weight": (torch.ones(1, 30), torch.ones(20, 1))}
     turned = {"first.weight": (torch.ones(1, 20), torch.ones(30, 1))}
     write_adapter(tmp_path / "turned", turned, CONFIG | {"fan_in_fan_out": True})
