@@ -29,7 +29,7 @@ def configuration():
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("experiment", ["suite=embedded_vision"]).suite
     config = OmegaConf.to_container(config, resolve=True)
-    return {k: v for k, v in config.items() if not k.startswith("_")}
+    return {k: v for k, v in config.items() if k != "kind"}
 
 
 @pytest.fixture(scope="module")

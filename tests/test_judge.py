@@ -128,7 +128,8 @@ def test_choices_are_ranked_by_the_models_own_log_likelihood(lm, tasks):
             logits = lm.model(ids).logits[0, -1]
         yes, no = (lm.tokenizer(answer)["input_ids"][0] for answer in ("yes", "no"))
         right += bool(logits[yes] >= logits[no])
-    assert found.scores == {"column": (right / 5, 5, right in (0, 5))}
+    assert found.scores.keys() == {"column"}
+    assert found.scores["column"][:3] == (right / 5, 5, right in (0, 5))
     assert found.about["versions"] == {"choose": 7.0}
     assert found.about["metric"] == "acc,none"
     assert len(found.samples) == 5

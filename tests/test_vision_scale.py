@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import merging
+from eval.suite import Suite
 from eval.vision import models
 from eval.vision.models import tower_state
 from eval.vision.suite import VisionBackend
@@ -35,13 +36,15 @@ def test_vit_b_32_with_eight_experts_from_disk_to_scores(tmp_path, monkeypatch):
     monkeypatch.setenv("MODEL_MERGING_CHECKPOINTS", str(tmp_path))
     clip = models.build("ViT-B-32-quickgelu")
     save_file({k: v.half() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
-    suite = VisionBackend(
-        name="colours",
-        family="random",
-        model="ViT-B-32",
-        clip={"local": "clip.safetensors"},
-        datasets={"colours": {"path": str(image_folder(tmp_path / "colours", counts=(20, 5)))}},
-        recipes={},
+    suite = Suite(
+        VisionBackend(
+            name="colours",
+            family="random",
+            model="ViT-B-32",
+            clip={"local": "clip.safetensors"},
+            datasets={"colours": {"path": str(image_folder(tmp_path / "colours", counts=(20, 5)))}},
+            recipes={},
+        )
     )
     base = {k: v.half() for k, v in clip.visual.state_dict().items()}
     save_file(base, tmp_path / "base.safetensors")

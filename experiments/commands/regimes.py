@@ -52,7 +52,7 @@ class Regimes:
     methods: dict[str, dict[str, Any]]
     rivals: list[str] = field(default_factory=list)
     only: list[str] | None = None
-    seeds: list[int] = field(default_factory=lambda: list(range(5)))
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     split: str = "validation"
     limit: int | None = 100
     known: list[str] = field(default_factory=list)

@@ -118,7 +118,7 @@ def _task_lists(settings: Residuals, suite: Suite, scores: Scores) -> list[tuple
     if lists == {whole}:
         raise InputError(
             "no merge of fewer tasks has a record of every method and seed",
-            hint="python -m experiments.run sweep=tasks, or fewer methods",
+            hint="fewer methods, or first: python -m experiments.run sweep=tasks",
         )
     return sorted(lists, key=lambda tasks: (-len(tasks), tasks))
 
