@@ -7,8 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.fixtures.hub import Hub, isolated
+
+# The same examples each time: a failure is there again in the next run.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 # Before any test imports a library of the hub: these read the address once.
 HUB = Hub()

@@ -5,7 +5,7 @@ Plain formulas: test_reference.py; laws that every method keeps: test_method_pro
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
@@ -31,6 +31,10 @@ def problems(draw):
     deltas = (stack(T, (d_out, d_in), seed) + stack(1, (d_out, d_in), seed + 1)).double()
     if rank:
         deltas = deltas[:, :, :rank] @ stack(T, (rank, d_in), seed + 2).double()
+    # a direction near the cut of one side is kept by members that do not divide by that side
+    for moment in ((deltas @ deltas.mT).sum(0), (deltas.mT @ deltas).sum(0)):
+        values = torch.linalg.eigvalsh(moment)
+        assume(not ((values > 1e-12 * values[-1]) & (values < 1e-5 * values[-1])).any())
     return deltas / deltas.norm()
 
 
