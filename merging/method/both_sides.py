@@ -54,6 +54,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.linalg import eigh, gram, product, sharpen, solving_dtype, working_dtype
 from merging.method import covariance
+from merging.method.anchors import anchor_commutes, anchor_merge
 from merging.method.equations import (
     EPS32,
     Equations,
@@ -64,7 +65,7 @@ from merging.method.equations import (
     spectral_filter,
     task_weights,
 )
-from merging.method.registry import create, register
+from merging.method.registry import register
 from merging.method.spectral import RANK_RTOL, singular_triplets
 
 
@@ -138,7 +139,7 @@ def both_sides(
     n = _within(N, left, right)  # (r_out, r_in)
     M = _MEANS[mean](left.values[:, None], right.values, a)
     F = _filter(filter, n / M, M, left.values, right.values, w, lam, (len(D), height, width))
-    A = _anchor(anchor, D, d_in=d_in, d_out=d_out)
+    A = anchor_merge(anchor, D, d_in=d_in, d_out=d_out)
     return _assemble(n / M, F, A, left, right).to(deltas.dtype)
 
 
@@ -270,12 +271,6 @@ def _bounded(solved: Tensor, l: Tensor, m: Tensor, w: Tensor) -> Tensor:
     return rows[:, None] & (solved.square().sum(0) <= unit * m.to(solved))
 
 
-def _anchor(name: str, D: Tensor, **layer: int | None) -> Tensor | None:
-    if name == "zero":
-        return None
-    return D.sum(0) if name == "sum" else create(name)(D, **layer)
-
-
 def _assemble(
     solved: Tensor, F: Tensor | None, A: Tensor | None, left: Side, right: Side
 ) -> Tensor:
@@ -288,13 +283,12 @@ def _assemble(
 
 
 def _row_space(choices: Mapping[str, Any]) -> bool:
-    own = choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).row_space
-    return own and choices["estimator"] == "delta"  # shrinkage looks at single rows and columns
+    # shrinkage looks at single rows and columns
+    return choices["estimator"] == "delta" and anchor_commutes(choices["anchor"], "row_space")
 
 
 def _column_space(choices: Mapping[str, Any]) -> bool:
-    own = choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).column_space
-    return own and choices["estimator"] == "delta"
+    return choices["estimator"] == "delta" and anchor_commutes(choices["anchor"], "column_space")
 
 
 @dataclass(frozen=True, kw_only=True)

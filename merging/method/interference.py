@@ -34,6 +34,7 @@ from torch import Tensor
 
 from merging.linalg import working_dtype
 from merging.method import covariance
+from merging.method.anchors import anchor_commutes, anchor_merge
 from merging.method.equations import (
     Equations,
     Filter,
@@ -43,7 +44,7 @@ from merging.method.equations import (
     solve,
     task_weights,
 )
-from merging.method.registry import Law, Needs, create, register
+from merging.method.registry import Law, Needs, register
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ def interference(
     width, rows = d_in or deltas.shape[-1], len(deltas) * (d_out or deltas.shape[1])
     inverse = Filter(filter, rtol=rtol, lam=lam, relative=relative, t=t, rho=rho, rows=rows)
     dtype = torch.float64 if asks_for_double(inverse, width) else working_dtype(deltas)
-    A = _anchor(anchor, deltas.to(dtype), d_in=d_in, d_out=d_out)  # (d_out, d_in), None for zero
+    A = anchor_merge(anchor, deltas.to(dtype), d_in=d_in, d_out=d_out)  # (d_out, d_in)
 
     for precision in (dtype, torch.float64):  # the second if the first cannot tell
         D = deltas.to(precision)  # (T, d_out, d_in)
@@ -228,12 +229,6 @@ def _estimated(estimator: str, D: Tensor, w: Tensor, width: int, k: float) -> Eq
     return Equations(S, N, w, width, regular=bool((w * C.ridge).any()))
 
 
-def _anchor(name: str, deltas: Tensor, **layer: int | None) -> Tensor | None:
-    if name == "zero":
-        return None
-    return deltas.sum(0) if name == "sum" else create(name)(deltas, **layer)
-
-
 def _needs(choices: Mapping[str, Any]) -> Needs | None:
     return "covariance" if choices["estimator"] == "inputs" else None
 
@@ -242,14 +237,13 @@ def _row_space(choices: Mapping[str, Any]) -> bool:
     # measured moments live in all of R^d_in, and trimming looks at single entries
     if choices["estimator"] in {"inputs", "trimmed"}:
         return False
-    return choices["anchor"] in {"zero", "sum"} or create(choices["anchor"]).row_space
+    return anchor_commutes(choices["anchor"], "row_space")
 
 
 def _column_space(choices: Mapping[str, Any]) -> bool:
     # the other estimates look at single rows, or at their number
-    anchor = choices["anchor"]
     plain = choices["estimator"] in {"delta", "identity"}
-    return plain and (anchor in {"zero", "sum"} or create(anchor).column_space)
+    return plain and anchor_commutes(choices["anchor"], "column_space")
 
 
 register(

@@ -3,7 +3,7 @@
 Interference is what experts do to each other where they overlap: in their inputs, which D_t^T D_t
 estimates, or in their outputs, D_t D_t^T. Whichever side hardly overlaps adds the experts up at
 full strength: the input side does so for adapters that each started from a random A of their own,
-whose rows D_t = B_t A_t share no more between tasks than random spaces do
+whose row spaces, those of A_t, overlap between tasks hardly more than random spaces do
 (results/embedded_text_independent/theory).
 
     R = sum_t w_t D_t D_t^T,   C = sum_t w_t D_t^T D_t,   w_t = 1 / |D_t|^2
