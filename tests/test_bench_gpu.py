@@ -9,19 +9,14 @@ import torch
 import merging
 from experiments.bench import command_gpu as gpu
 from experiments.bench.gpu import main
+from tests.fixtures.commands import called
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     def invoke(*overrides):
-        line = ["device=cpu", f"output={tmp_path}/out", *overrides]
-        monkeypatch.setattr(sys, "argv", ["gpu", *line])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        line = ["gpu", "device=cpu", f"output={tmp_path}/out", *overrides]
+        return called(monkeypatch, capsys, main, *line)
 
     invoke.output = tmp_path / "out"
     return invoke

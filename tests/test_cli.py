@@ -33,6 +33,7 @@ from experiments import (
 from experiments.bench import __main__ as bench
 from experiments.report import records
 from merging.errors import InputError
+from tests.fixtures.commands import called
 from tests.linear_suite import LinearSuite
 
 ROOT = Path(__file__).parents[1]
@@ -43,17 +44,10 @@ def call(tmp_path, monkeypatch, capsys):
     """Run `python -m experiments.run` in this process: (exit code, stdout, stderr)."""
     suite = LinearSuite(tmp_path)
     monkeypatch.setattr(measurement, "load_suite", lambda config, device: suite)
-    monkeypatch.setenv(cli.TRACEBACK, "0")  # and put back what --traceback sets
 
     def invoke(*overrides, main=run.main):
         own = [f"records={tmp_path}/records", f"hydra.sweep.dir={tmp_path}/sweep"]
-        monkeypatch.setattr(sys, "argv", ["run", "suite=tiny_text", *own, *overrides])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return called(monkeypatch, capsys, main, "run", "suite=tiny_text", *own, *overrides)
 
     invoke.suite = suite
     invoke.records = tmp_path / "records"

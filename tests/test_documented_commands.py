@@ -9,7 +9,6 @@ import itertools
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +22,7 @@ from eval import tiny
 from experiments import cli, hydra_run
 from merging.formats.writer import write_adapter
 from tests import test_hub_paper, test_olmo
+from tests.fixtures.commands import called
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -102,14 +102,7 @@ def invoke(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(name, *own):
-        monkeypatch.setenv(cli.TRACEBACK, "0")
-        monkeypatch.setattr(sys, "argv", [name, *own])
-        code = 0
-        try:
-            cli.entry(name)()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capsys.readouterr()
+        return called(monkeypatch, capsys, cli.entry(name), name, *own)
 
     return call
 

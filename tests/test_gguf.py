@@ -1,7 +1,5 @@
 """GGUF files are read as transformers reads them, tensor by tensor."""
 
-import sys
-
 import numpy
 import pytest
 import torch
@@ -11,6 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from experiments import merge as command
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
+from tests.fixtures.commands import called
 
 gguf = pytest.importorskip("gguf")
 SIZES = {"hidden": 64, "inner": 96, "heads": 4, "groups": 2, "words": 40}
@@ -70,14 +69,8 @@ def test_a_merge_into_a_gguf_file_loads(tmp_path, monkeypatch, capsys):
     base, a = written(tmp_path / "base.gguf"), written(tmp_path / "a.gguf", seed=1)
     line = ["merge", f"base={base}", f"experts.a={a}", f"output={tmp_path}/out", "method=average"]
     for more, code in (([], 2), (["dtype=float32"], 0)):
-        monkeypatch.setattr(sys, "argv", [*line, "device=cpu", *more])
-        try:
-            command.main()
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        told = capsys.readouterr()
-        assert status == code, told.err
+        status, _, err = called(monkeypatch, capsys, command.main, *line, "device=cpu", *more)
+        assert status == code, err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     expert = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="a.gguf").state_dict()
     for name, tensor in expert.items():

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,12 @@ from transformers import AutoModel, AutoTokenizer
 import merging
 from eval import tiny
 from eval.cache import hub_sha256
-from experiments import cli, errors
+from experiments import errors
 from experiments.commands import merge
 from experiments.merge import main
 from merging.formats import hashes, slots
 from merging.formats.writer import write_adapter
+from tests.fixtures.commands import called
 
 LAYER = "encoder.layer.0.attention.self.query.weight"
 WORDS = "embeddings.word_embeddings.weight"
@@ -51,14 +51,7 @@ def experts(base, tmp_path):
 @pytest.fixture
 def call(monkeypatch, capsys):
     def invoke(*overrides):
-        monkeypatch.setattr(sys, "argv", ["merge", *map(str, overrides)])
-        monkeypatch.setenv(cli.TRACEBACK, "0")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return called(monkeypatch, capsys, main, "merge", *overrides)
 
     return invoke
 

@@ -2,15 +2,15 @@
 wrong in silence, with a traceback, or after the work."""
 
 import json
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import cli, extract, merge, plan
+from experiments import extract, merge, plan
 from merging import InputError, create, merge_checkpoints, merge_state_dicts
 from merging.formats.writer import write_adapter
+from tests.fixtures.commands import called
 
 SHAPES = {
     "model.embed_tokens.weight": (20, 8),
@@ -48,14 +48,8 @@ def experts(tmp_path):
 @pytest.fixture
 def call(monkeypatch, capsys):
     def invoke(main, *arguments):
-        monkeypatch.setattr(sys, "argv", ["x", *map(str, arguments)])
-        monkeypatch.setenv(cli.TRACEBACK, "0")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, "".join(capsys.readouterr())
+        code, out, err = called(monkeypatch, capsys, main, "x", *arguments)
+        return code, out + err
 
     return invoke
 

@@ -1,7 +1,6 @@
 """The output folder: all that belongs to the model, in the names its library looks for."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from experiments import merge as command
 from experiments.commands import merge
 from merging.errors import InputError
 from merging.formats.folders import output_files
+from tests.fixtures.commands import called
 
 AVERAGE = merging.create("average")
 
@@ -170,13 +170,7 @@ def call(monkeypatch, capsys):
     def invoke(base, experts, output, *more):
         named = [f"experts.{name}={path}" for name, path in experts.items()]
         line = ["merge", f"base={base}", *named, f"output={output}", "device=cpu", *more]
-        monkeypatch.setattr(sys, "argv", line)
-        code = 0
-        try:
-            command.main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, capsys.readouterr()
+        return called(monkeypatch, capsys, command.main, *line)
 
     return invoke
 
@@ -199,8 +193,8 @@ def test_experts_that_untied_their_heads_give_a_model_that_loads_untied(call, tm
         expert.lm_head.weight.add_(1)
     expert.save_pretrained(tmp_path / "a")
     experts = {"a": tmp_path / "a", "b": tmp_path / "a"}
-    code, told = call(tmp_path / "base", experts, tmp_path / "out", "method=average")
-    assert code == 0, told.err
+    code, _, err = call(tmp_path / "base", experts, tmp_path / "out", "method=average")
+    assert code == 0, err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     torch.testing.assert_close(merged["lm_head.weight"], expert.lm_head.weight)
     assert not torch.equal(merged["lm_head.weight"], merged["model.embed_tokens.weight"])
@@ -223,10 +217,10 @@ def test_a_quantised_base_asks_for_a_dtype_and_loads_without_its_config(call, tm
     (tmp_path / "a").mkdir()
     save_file(expert, tmp_path / "a" / "model.safetensors")
     line = tmp_path / "base", {"a": tmp_path / "a"}, tmp_path / "out", "method=average"
-    code, told = call(*line)
-    assert code == 2 and "quantised (FP8 with scales)" in told.err and "dtype=bfloat16" in told.err
-    code, told = call(*line, "dtype=bfloat16")
-    assert code == 0, told.err
+    code, out, err = call(*line)
+    assert code == 2 and "quantised (FP8 with scales)" in err and "dtype=bfloat16" in err
+    code, out, err = call(*line, "dtype=bfloat16")
+    assert code == 0, err
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.dtype == torch.bfloat16
     for name, tensor in merged.state_dict().items():
@@ -234,9 +228,9 @@ def test_a_quantised_base_asks_for_a_dtype_and_loads_without_its_config(call, tm
     # the reverse: a quantised expert of a plain base
     save_file(expert, tmp_path / "plain.safetensors")
     line = tmp_path / "plain.safetensors", {"a": tmp_path / "base"}, tmp_path / "o.safetensors"
-    code, told = call(*line, "method=average")
-    assert code == 0, told.err
-    assert "is quantised (FP8 with scales), and its rounding counts" in told.out
+    code, out, err = call(*line, "method=average")
+    assert code == 0, err
+    assert "is quantised (FP8 with scales), and its rounding counts" in out
     merged = load_file(tmp_path / "o.safetensors")
     for name, tensor in plain.items():
         torch.testing.assert_close(merged[name], tensor)
@@ -253,8 +247,8 @@ def test_modules_of_sentence_transformers_are_merged_too(call, tmp_path):
         weights = {"linear.weight": torch.full((3, 4), 2.0 * number)}
         save_file(weights, folder / "2_Dense" / "model.safetensors")
     experts = {"a": tmp_path / "a", "b": tmp_path / "b"}
-    code, told = call(tmp_path / "base", experts, tmp_path / "out", "method=average")
-    assert code == 0, told.err
+    code, _, err = call(tmp_path / "base", experts, tmp_path / "out", "method=average")
+    assert code == 0, err
     assert (load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"] == 3).all()
     assert (load_file(tmp_path / "out" / "model.safetensors")["fc.weight"] == 2.5).all()
     assert (tmp_path / "out" / "1_Pooling" / "config.json").exists()

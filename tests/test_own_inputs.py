@@ -1,7 +1,6 @@
 """Statistics of one's own checkpoint on one's own inputs, and the merge that reads them."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, ViTConfig, ViTImageProcessor,
 
 from eval import own_inputs, tiny
 from experiments import merge, statistics
+from tests.fixtures.commands import called
 
 QUERY = "encoder.layer.1.attention.self.query.weight"
 
@@ -27,13 +27,7 @@ def texts(own_cache, tmp_path_factory):
 @pytest.fixture
 def call(monkeypatch, capsys):
     def invoke(module, *arguments):
-        monkeypatch.setattr(sys, "argv", ["command", *arguments])
-        code = 0
-        try:
-            module.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return called(monkeypatch, capsys, module.main, "command", *arguments)
 
     return invoke
 

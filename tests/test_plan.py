@@ -15,6 +15,7 @@ from experiments.report.plan_words import MOST, sentences
 from merging import InputError
 from merging.diagnosis import diagnose, residual, shared_inputs
 from merging.formats.writer import write_adapter
+from tests.fixtures.commands import called
 
 SHAPES = {
     f"blocks.{i}.{name}.weight": shape
@@ -156,13 +157,7 @@ def test_what_does_not_fit_is_said_in_ten_lines_before_weights_are_read(files, t
 @pytest.fixture
 def call(monkeypatch, capsys):
     def invoke(*arguments):
-        monkeypatch.setattr("sys.argv", ["plan", *map(str, arguments)])
-        code = 0
-        try:
-            command.main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
+        return called(monkeypatch, capsys, command.main, "plan", *arguments)
 
     return invoke
 

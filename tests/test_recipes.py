@@ -1,7 +1,6 @@
 """Recipes, ours and mergekit's, give what the same choices give by hand; the rest is refused."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ import merging
 from experiments import cli, merge, recipes
 from merging import InputError, create, merge_checkpoints
 from merging.formats.writer import write_adapter
+from tests.fixtures.commands import called
 
 BAD_INPUT = 2
 SHAPES = {
@@ -43,14 +43,7 @@ def call(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["merge", *map(str, arguments)])
-        try:
-            merge.main()
-            code = 0
-        except SystemExit as error:
-            code = error.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return called(monkeypatch, capsys, merge.main, "merge", *arguments)
 
     return call
 

@@ -20,6 +20,7 @@ from experiments import cli, hydra_run, sweeps
 from experiments.commands.run import COMMAND
 from experiments.measurement import _key, check
 from experiments.report import frames, records
+from tests.fixtures.commands import called
 
 ROOT = Path(__file__).parents[1]
 LAUNCHERS = {
@@ -33,17 +34,10 @@ PATIENCE = 300  # seconds
 @pytest.fixture
 def call(monkeypatch, capfd, own_cache, tmp_path):
     """A command with its records and runs below tmp_path: (exit code, stdout, stderr)."""
-    monkeypatch.setenv(cli.TRACEBACK, "0")
 
     def call(name, *overrides):
         own = [f"hydra.sweep.dir={tmp_path}/sweep"] if "-m" in overrides else []
-        monkeypatch.setattr(sys, "argv", [name, *overrides, *own])
-        code = 0
-        try:
-            cli.entry(name)()
-        except SystemExit as stop:
-            code = stop.code or 0
-        return code, *capfd.readouterr()
+        return called(monkeypatch, capfd, cli.entry(name), name, *overrides, *own)
 
     return call
 
@@ -220,6 +214,11 @@ def test_commands_that_train_and_measure_run_in_other_processes(
     call, tmp_path, own_cache, launcher
 ):
     """Their settings are found there: each job reads, trains or measures, and says where."""
+
+    def measured():
+        return set((own_cache / "statistics").glob("*/covariance.safetensors"))
+
+    before = measured()  # by the other launcher, where the same process tests both
     line = ["-m", "suite=tiny_text", "task=weather", *LAUNCHERS[launcher]]
     seed = f"seed={5 + list(LAUNCHERS).index(launcher)}"
     code, _, err = call("finetune", *line, seed)
@@ -228,6 +227,5 @@ def test_commands_that_train_and_measure_run_in_other_processes(
         "statistics", *line, seed, "statistics.batches=2", "statistics.batch_size=4"
     )
     assert code == 0, err
-    count = 1 + list(LAUNCHERS).index(launcher)
-    assert len(list((own_cache / "statistics").glob("*/covariance.safetensors"))) == count
+    assert len(measured() - before) == 1
     assert not list((tmp_path / "sweep").glob("[0-9]*"))  # folders of runs do not pile up
