@@ -32,7 +32,9 @@ def test_both_programs_run_on_one_recipe_and_are_compared(tmp_path):
     assert [row["program"] for row in rows] == ["mergekit", "ours"]
     assert [float(row["largest_difference"]) for row in rows] == [0.0, 0.0]
     assert all(float(row["seconds"]) > 0 and int(row["peak_bytes"]) > 1e8 for row in rows)
-    assert "| task_arithmetic |" in (tmp_path / "out" / "peers.md").read_text()
+    page = (tmp_path / "out" / "peers.md").read_text()
+    assert "| task_arithmetic |" in page
+    assert page.count(f"torch {torch.__version__.partition('+')[0]}") == 2  # theirs and ours
 
 
 def test_a_commands_peak_is_its_own():

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from experiments.bench.files import tensors
 from experiments.hydra_run import Command
 from experiments.report.markup import comma_separated, markdown
-from experiments.report.records import machine
+from experiments.report.records import machine, versions
 from merging.errors import InputError
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.disk import write_synced
@@ -195,9 +195,28 @@ def largest_difference(one: Path, other: Path, base: Path) -> float:
     return largest
 
 
+_PACKAGES = ("mergekit", "torch", "transformers")
+_VERSIONS = f"""
+from importlib import metadata
+for name in {_PACKAGES}:
+    try:
+        print(name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        pass
+"""
+
+
+def their_versions(program: str) -> str:
+    """What stands in the environment of a Python program, "mergekit 0.1.5, torch 2.13.0"."""
+    first = Path(shutil.which(program) or program).read_bytes().partition(b"\n")[0].decode()
+    asked = subprocess.run([first.removeprefix("#!").strip(), "-c", _VERSIONS],
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    return ", ".join(asked.stdout.splitlines())
+
+
 def page(runs: Sequence[Run], settings: Peers) -> str:
     """Both programs side by side."""
-    here = machine("cpu")
+    here, own = machine("cpu"), versions()
     by = {(run.method, run.program): run for run in runs}
     rows = []
     for method in dict.fromkeys(run.method for run in runs):
@@ -218,8 +237,10 @@ def page(runs: Sequence[Run], settings: Peers) -> str:
         f"# Whole commands beside mergekit\n\n{here['cpu']}, {here['cores']} cores, "
         f"{here['ram_gb']} GB. A Llama-shaped model ({size}) in bfloat16, three experts, two "
         f"shards each; medians of {settings.repeats}, from the keystroke to the end of the "
-        f"process.\n\n{table}\nThe largest difference is of a tensor's own movement, after both "
-        "programs have rounded to bfloat16.\n"
+        f"process.\n\nTheirs: {their_versions(settings.mergekit)}. Ours: "
+        f"{', '.join(f'{name} {own[name]}' for name in ('torch', 'transformers'))}.\n\n{table}\n"
+        "The largest difference is of a tensor's own movement, after both programs have rounded to "
+        "bfloat16. Memory is what is resident at most, pages of mapped files included.\n"
     )
 
 
