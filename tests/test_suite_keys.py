@@ -51,9 +51,10 @@ def stubs(patch, folder):
         patch.setenv(f"MODEL_MERGING_{place}", str(folder))
     labels = {
         corpus.source: list(corpus.labels)
-        for corpus in OmegaConf.load(ROOT / "configs/suite/embedded_text.yaml").corpora.values()
+        for name in ("embedded_text", "embedded_text14")
+        for corpus in OmegaConf.load(ROOT / f"configs/suite/{name}.yaml").corpora.values()
     }
-    for reader in ("rated", "opinions", "questions"):
+    for reader in text.READERS:
         patch.setitem(text.READERS, reader, lambda source: numbered(source, labels[source]))
     patch.setitem(text.ENCODERS, "all-MiniLM-L6-v2", tiny.encoder)
     patch.setitem(embedded_lm.DECODERS, "SmolLM2-135M-Instruct", TinyLM.decoders["tiny"])
@@ -110,6 +111,17 @@ def identities(line):
                 key = type(error).__name__
             found[f"{finetuning}, seed {seed}"] = key
     return found
+
+
+@pytest.mark.usefixtures("offline")
+def test_more_tasks_leave_the_experts_of_the_others_as_they_are():
+    for finetuning in ("full", "lora"):
+        few, many = (
+            build([name]).identity(finetuning=finetuning, seed=0)["experts"]
+            for name in ("embedded_text", "embedded_text14")
+        )
+        assert len(few) == 8 and len(many) == 14
+        assert few.items() <= many.items()
 
 
 @pytest.mark.usefixtures("offline")

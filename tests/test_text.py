@@ -109,6 +109,25 @@ def test_a_text_tested_anywhere_is_learnt_nowhere(own_cache, monkeypatch):
         assert not tested & canonical[task, "validation"]
 
 
+def test_an_additional_task_gives_way_to_the_others(own_cache, monkeypatch):
+    pairs = [(f"the cat number {i}", "pets" if i % 2 else "farm") for i in range(300)]
+    more = [(f"a dog number {i}", label) for i, (_, label) in enumerate(pairs)]
+    monkeypatch.setitem(
+        TinyText.readers, "tiny", lambda source: {"a": pairs, "b": pairs[:90] + more}[source]
+    )
+    labels = {"pets": "cat", "farm": "cow"}
+    corpora = {t: {"reader": "tiny", "source": t, "labels": labels} for t in "ab"}
+    whole = {k: v for k, v in config().items() if k != "corpora"}
+    alone = built(OmegaConf.merge(whole, {"corpora": {"a": corpora["a"]}})).backend
+    both = built(OmegaConf.merge(whole, {"corpora": corpora, "additional": ["b"]})).backend
+    assert both._texts["a"] == alone._texts["a"]
+    assert {x for part in both._texts["b"].values() for x, _ in part} <= {x for x, _ in more}
+    plain = built(OmegaConf.merge(whole, {"corpora": corpora})).backend
+    assert plain._texts["a"] != alone._texts["a"]
+    with pytest.raises(InputError, match="additional of suite 'tiny_text' names an unknown task"):
+        built(OmegaConf.merge(whole, {"corpora": corpora, "additional": ["c"]}))
+
+
 def test_evaluation_equals_one_sentence_at_a_time(suite):
     state = suite.base()
     generator = torch.Generator().manual_seed(1)
@@ -411,6 +430,26 @@ def test_opinions_take_the_marked_label(packages):
         json.dumps({"examples": examples}).encode(),
     )
     assert corpora.opinions("inns") == [("Clean.", "positive"), ("A bed.", "neutral")]
+
+
+def test_a_line_counts_in_one_language_alone(packages):
+    for code in ("de", "es"):
+        scores = {"positive": 1, "negative": 0}
+        examples = [{"input": f"{code} {n}", "target_scores": scores} for n in range(4)]
+        name = f"{bigbench.TASKS}/multiemo/inns_sentence_{code}/task.json"
+        packages(name, json.dumps({"examples": examples}).encode())
+    pairs = [("de 0", "de"), ("de 2", "de"), ("es 1", "es"), ("es 3", "es")]
+    assert corpora.languages("inns/de es") == pairs
+    assert corpora.foreign_opinions("inns/es")[3] == ("es 3", "positive")
+
+
+def test_documents_leave_out_retweets_addresses_and_what_remains_empty(packages):
+    columns = "Is retweet\tAuthor\tContent\nd\td\tstring\n\tclass\tmeta\n"
+    lines = (
+        'False\tann\t"Read ""it"": https://t.co/x now"\nTrue\tann\tHers\nFalse\tbob\thttps://t.co'
+    )
+    packages(f"{corpora.TABLES}/election-tweets-2016.tab", (columns + lines).encode())
+    assert corpora.documents("candidates") == [('Read "it": now', "ann")]
 
 
 def test_questions_keep_the_nine_commonest_types(packages):

