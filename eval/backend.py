@@ -12,11 +12,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 from torch import Generator, Tensor, nn
 
+from eval.cache import digest
 from merging.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ Finetuning = Literal["full", "lora"]
 Split = Literal["validation", "test"]
 Statistic = Literal["covariance", "fisher", "kfac"]
 Precision = Literal["fp32", "bf16"]
+AdapterSeeds = Literal["shared", "independent"]
 
 
 class Unsupported(InputError):
@@ -161,9 +163,15 @@ class Trainable(Backend):
     recipes: Mapping[str, Mapping[str, Any]]  # by kind of fine-tuning
     precision: Precision = "fp32"  # of forward passes
     sample_seed: int = 0  # of which training examples statistics see
+    adapter_seeds: AdapterSeeds = "shared"  # one random A for all tasks, or one of its own for each
 
     def __post_init__(self) -> None:
         self.settings.check(self.recipes, self.name)
+        if self.adapter_seeds not in (known := get_args(AdapterSeeds)):
+            raise InputError(
+                f"adapter_seeds of suite {self.name!r} is {self.adapter_seeds!r}",
+                hint=f"known: {', '.join(known)}",
+            )
 
     def recipe(self, finetuning: str) -> recipes.Recipe:
         """Of one kind of fine-tuning; InputError where there is none."""
@@ -195,6 +203,18 @@ class Trainable(Backend):
     def scale(self, task: str) -> float | None:
         """A factor on what the expert of a task has moved by; None: as it was trained."""
         return None
+
+    def adapter_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, int]:
+        """The seed of an adapter's random factor, where it is not that of the fine-tuning: the key
+        of an expert that starts as the others do has none."""
+        own = self.adapter_seeds == "independent" and finetuning == "lora"
+        return {"adapter_seed": self.adapter_seed([task], seed)} if own else {}
+
+    def adapter_seed(self, tasks: Sequence[str], seed: int) -> int:
+        """What the adapters' random factors follow from; one model of all tasks has one anyway."""
+        if self.adapter_seeds == "shared" or len(tasks) > 1:
+            return seed
+        return int(digest({"task": tasks[0], "seed": seed}), 16) % 2**31
 
     # --- how it is trained --------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ class Recipe:
 
     steps, or epochs: a number, or {task: number}.
     warmup: of the steps the fraction over which the learning rate rises, or warmup_steps.
+    adapter: LoRA scaled by alpha / r, by alpha / sqrt(r), or with DoRA's lengths of rows.
     precision: "bf16" computes in mixed precision; None: as the suite does everywhere.
     validate_every, patience, keep: of `eval.training.Stopping`; 0: no stopping early.
     Of images: crop_scale, the area of random crops; targets of LoRA: "all" of attention and MLP,
@@ -38,6 +39,7 @@ class Recipe:
     weight_decay: float = 0.0
     r: int = 0
     alpha: int = 0
+    adapter: Literal["lora", "rslora", "dora"] = "lora"
     clip: float | None = 1.0
     precision: Literal["fp32", "bf16"] | None = None
     validate_every: int = 0
@@ -139,6 +141,7 @@ class Settings:
 SENTENCES = Settings(
     ("lr",),
     {"batch_size": 32, "epochs": 1, "warmup": 0.1, "weight_decay": 0.01, "r": 0, "alpha": 0},
+    later={"adapter": "lora"},
 )
 LANGUAGE = Settings(
     ("lr", "steps", "batch_size"),

@@ -166,14 +166,19 @@ class Suite:
     def _key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
         """All that determines the expert of a task that is made here."""
         backend = self._trainer()
-        return backend.task_key(task, finetuning, seed) | {
-            "version": backend.version,
-            "base": backend.base_key,
-            "task": task,
-            "finetuning": finetuning,
-            "recipe": backend.recipe(finetuning).key(),
-            "seed": seed,
-        }
+        adapter = backend.adapter_key(task, finetuning, seed)
+        return (
+            backend.task_key(task, finetuning, seed)
+            | adapter
+            | {
+                "version": backend.version,
+                "base": backend.base_key,
+                "task": task,
+                "finetuning": finetuning,
+                "recipe": backend.recipe(finetuning).key(),
+                "seed": seed,
+            }
+        )
 
     def _trained(
         self, tasks: Sequence[str], key: dict[str, Any], finetuning: Finetuning, seed: int

@@ -22,6 +22,7 @@ from transformers import get_cosine_schedule_with_warmup
 from eval.cache import digest
 from merging import apply, open_checkpoint
 from merging.errors import InputError
+from merging.formats.checkpoints import StateDict
 from merging.formats.disk import flush
 from merging.progress import track
 
@@ -239,15 +240,27 @@ def _restore(
 
 
 def add_lora(
-    model: nn.Module, targets: Iterable[str], r: int = 16, alpha: int = 16, seed: int = 0
+    model: nn.Module,
+    targets: Iterable[str],
+    r: int = 16,
+    alpha: int = 16,
+    seed: int = 0,
+    kind: Literal["lora", "rslora", "dora"] = "lora",
 ) -> PeftModel:
     """Wrap a model with PEFT's LoRA on the named modules; only the factors require a gradient.
 
     targets: full names of the modules (linear layers) that get an adapter of rank `r`, scaled
-    by alpha / r. The initial factors follow from `seed`.
+    by alpha / r; "rslora" by alpha / sqrt(r) (arXiv 2312.03732), "dora" with a length of its own
+    for each row of the weight (arXiv 2402.09353). The initial factors follow from `seed`.
     """
     config = LoraConfig(
-        r=r, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=sorted(targets)
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=sorted(targets),
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
     )
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's, not ours to heed
@@ -286,4 +299,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 def expert_state(base: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """Dense state dict of an expert: a checkpoint as it is, an adapter added to the base."""
-    return apply(base, open_checkpoint(path))
+    expert = open_checkpoint(path)
+    if expert.partial:  # DoRA's lengths are those of the base's whole weights
+        expert = expert.fitted(StateDict(base), {})
+    return apply(base, expert)

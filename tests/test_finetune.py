@@ -224,16 +224,17 @@ def test_an_unknown_parameter_is_named(tmp_path):
         run(tmp_path, parameters=["head.weight", "0.weight"])
 
 
-def adapter(seed=0, r=3):
+def adapter(seed=0, r=3, kind="lora"):
     """A LoRA model on every encoder layer, with B no longer zero."""
     targets = [n.removesuffix(".weight") for n in linear_layers(bert()) if "encoder" in n]
-    model = add_lora(bert(), targets, r=r, alpha=6, seed=seed)
+    model = add_lora(bert(), targets, r=r, alpha=6, seed=seed, kind=kind)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
             if "lora_B" in name:
-                parameter.copy_(
-                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
-                )
+                parameter.copy_(noise)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.1 * noise)
     return model.eval()
 
 
@@ -247,8 +248,9 @@ def test_add_lora_moves_factors_only_and_follows_its_seed():
     assert not torch.equal(adapter(7).get_parameter(name), adapter(8).get_parameter(name))
 
 
-def test_a_saved_adapter_loads_in_peft_and_as_a_dense_state(tmp_path):
-    model = adapter()
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora"])
+def test_a_saved_adapter_loads_in_peft_and_as_a_dense_state(tmp_path, kind):
+    model = adapter(kind=kind)
     save_adapter(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter_config.json",

@@ -1,6 +1,7 @@
 """Vision suites on made-up image folders and random CLIP weights: data, heads, experts, scores."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -220,6 +221,23 @@ def test_lora_experts_are_adapters_of_every_linear_layer(suite):
     )
     expected = training.expert_state(suite.base(), folder)
     assert all(torch.allclose(merged[k], expected[k], atol=1e-6) for k in expected)
+
+
+def test_adapters_start_from_one_random_matrix_or_each_from_its_own(suite):
+    own = Suite(replace(suite.backend, adapter_seeds="independent"))
+
+    def starts(suite, tasks):
+        model = suite.training(tasks, finetuning="lora", seed=0).model
+        named = model.named_parameters()
+        return torch.cat([p.detach().flatten() for n, p in named if "lora_A" in n])
+
+    shared = starts(suite, ["bright"])
+    assert torch.equal(shared, starts(suite, ["two"]))
+    assert not torch.isclose(starts(own, ["bright"]), starts(own, ["two"])).any()
+    assert torch.equal(starts(own, ["bright", "two"]), shared)  # one model of all has one anyway
+    for finetuning, same in (("full", True), ("lora", False)):
+        names = [s.identity(finetuning=finetuning, seed=0)["experts"] for s in (suite, own)]
+        assert all((names[0][task] == names[1][task]) is same for task in suite.tasks)
 
 
 def test_experts_depend_on_what_they_are_made_of(suite):

@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from eval import kfac, statistics, training
-from eval.backend import Finetuning, Lessons, Score, Split, Statistic, Trainable, bits
+from eval.backend import (
+    AdapterSeeds,
+    Finetuning,
+    Lessons,
+    Score,
+    Split,
+    Statistic,
+    Trainable,
+    bits,
+)
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
 from eval.language.checkpoints import require_same
@@ -102,7 +111,7 @@ class TextBackend(Trainable):
     logit_scale: float = 20.0
     moment_tokens: Literal["sentence", "all"] = "sentence"
     fisher_labels: Literal["sampled", "true"] = "sampled"
-    adapter_seeds: Literal["shared", "independent"] = "shared"
+    adapter_seeds: AdapterSeeds = "shared"
     additional: Sequence[str] = ()
     scales: Mapping[str, float] = field(default_factory=dict)
     device: str = "cpu"
@@ -118,11 +127,6 @@ class TextBackend(Trainable):
         if self.encoder not in self.encoders:
             raise InputError(
                 f"unknown encoder {self.encoder!r}", hint=f"known: {', '.join(self.encoders)}"
-            )
-        if self.adapter_seeds not in (known := ("shared", "independent")):
-            raise InputError(
-                f"adapter_seeds of suite {self.name!r} is {self.adapter_seeds!r}",
-                hint=f"known: {', '.join(known)}",
             )
         for key in ("scales", "additional"):
             for task in getattr(self, key):
@@ -295,9 +299,7 @@ class TextBackend(Trainable):
         return file_sha256(self._folder / "model.safetensors")
 
     def task_key(self, task: str, finetuning: Finetuning, seed: int) -> dict[str, Any]:
-        own = self.adapter_seeds == "independent" and finetuning == "lora"
-        # only where it differs: the key of an expert that starts as it always did stays
-        return ({"adapter_seed": self._adapter_seed([task], seed)} if own else {}) | {
+        return {
             "data": digest({"train": self._texts[task]["train"]}),
             "labels": dict(self.corpora[task]["labels"]),
             "max_tokens": self.max_tokens,
@@ -310,20 +312,15 @@ class TextBackend(Trainable):
     def scale(self, task: str) -> float | None:
         return self.scales.get(task)
 
-    def _adapter_seed(self, tasks: Sequence[str], seed: int) -> int:
-        """What the adapters' random factors follow from; one model of all tasks has one anyway."""
-        if self.adapter_seeds == "shared" or len(tasks) > 1:
-            return seed
-        return int(digest({"task": tasks[0], "seed": seed}), 16) % 2**31
-
     def learner(
         self, tasks: Sequence[str], finetuning: Finetuning, recipe: Recipe, seed: int
     ) -> nn.Module:
         if finetuning == "full":
             return self.fresh()
         targets = [name.removesuffix(".weight") for name in self.layers()]
-        start = self._adapter_seed(tasks, seed)
-        return training.add_lora(self.fresh(), targets, recipe.r, recipe.alpha, start)
+        start = self.adapter_seed(tasks, seed)
+        shape = (recipe.r, recipe.alpha)
+        return training.add_lora(self.fresh(), targets, *shape, start, recipe.adapter)
 
     def lessons(self, tasks: Sequence[str], recipe: Recipe, seed: int) -> Lessons:
         """A batch is (task, example numbers); batches of several tasks are shuffled."""

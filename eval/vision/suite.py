@@ -23,7 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from eval import kfac, statistics, training
-from eval.backend import Finetuning, Lessons, Score, Split, Trainable, bits, require_protocol
+from eval.backend import (
+    AdapterSeeds,
+    Finetuning,
+    Lessons,
+    Score,
+    Split,
+    Trainable,
+    bits,
+    require_protocol,
+)
 from eval.cache import cached, digest
 from eval.language.checkpoints import require_same
 from eval.recipes import IMAGES, Recipe
@@ -69,6 +78,7 @@ class VisionBackend(Trainable):
         recipe "paper_<finetuning>" where there is one.
     shots: where the base is pre-trained here, the number of labelled training images behind
         each class's head; None: all of them.
+    adapter_seeds: as `eval.language.text.TextBackend` has it.
     """
 
     name: str
@@ -87,6 +97,7 @@ class VisionBackend(Trainable):
     protocol: Protocol = "ours"
     shots: int | None = None
     logit_scale: float = 100.0
+    adapter_seeds: AdapterSeeds = "shared"
     workers: int = 0
     device: str = "cpu"
     metric: str = "accuracy"
@@ -344,7 +355,8 @@ class VisionBackend(Trainable):
         if finetuning == "full":
             return tower
         targets = models.lora_targets(tower, recipe.targets)
-        adapted = training.add_lora(tower, targets, recipe.r, recipe.alpha, seed)
+        start = self.adapter_seed(tasks, seed)
+        adapted = training.add_lora(tower, targets, recipe.r, recipe.alpha, start)
         if recipe.targets == "in_proj":
             models.freeze_all_but_packed(adapted)
         return adapted
