@@ -33,5 +33,14 @@ def test_twice_the_devices_halve_computing_and_nothing_else():
     assert (two.bytes, two.seconds_disk, two.memory) == (one.bytes, one.seconds_disk, one.memory)
 
 
+def test_machines_that_share_a_merge_divide_computing_and_move_the_result_twice_more():
+    model = scale.Model(((2, 10, 20),), 100)
+    machine = scale.Machine(flops=1e9, vectors=1e9, moved=1e6, disk=1e3, devices=2)
+    alone, four = (scale.shared(model, 3, "average", machine, n) for n in (1, 4))
+    assert alone == scale.bill(model, 3, "average", machine)
+    assert four.bytes == (5 + 2) * 500 * 2 and four.seconds_disk == four.bytes / 1e3
+    assert four.seconds_computing == pytest.approx(alone.seconds_computing / 4)
+
+
 def test_the_committed_page_is_what_the_measurements_give():
     assert (RESULTS / "scale.md").read_text() == scale.page(RESULTS)

@@ -56,6 +56,7 @@ class MergeCheckpoints:
     dtype: str | None = None
     shard_size: Any = None
     device: Any = "auto"
+    share: str | None = None
     seed: int = 0
     overwrite: bool = False
     strict: bool = False
@@ -162,6 +163,7 @@ def merge(settings: MergeCheckpoints) -> merging.Report:
         layers=Path(settings.architecture) if settings.architecture else None,
         statistics=settings.statistics or None,
         device=devices,
+        share=settings.share,
         split_qkv=settings.split_qkv,
         vocabulary=settings.vocabulary,
         form=settings.form,
@@ -189,7 +191,11 @@ def show(settings: MergeCheckpoints, report: merging.Report) -> None:
         print(f"note: {note}")
     if len(notes) > 5:
         print(f"note: and {len(notes) - 5} more of them")
-    print(f"{report.text()}\nwritten to {settings.output}")
+    print(report.text())
+    if report.pending:
+        print(f"share {settings.share} is merged: {report.pending}")
+        return
+    print(f"written to {settings.output}")
     if line := loading(Path(settings.output), settings.base):
         print(f"load it with: {line}")
 

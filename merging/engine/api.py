@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Unpack
 
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from merging.engine import passes, pipeline
 from merging.engine.job import FileOptions, Job, LazyStatistics, Options, prepare
-from merging.engine.plan import outside, plan
+from merging.engine.plan import Item, outside, plan
 from merging.engine.report import UNCHANGED, Report, Watch
-from merging.engine.sinks import Files, Memory, file_sink
+from merging.engine.sharing import Shares, read_share
+from merging.engine.sinks import Files, Memory, Sink, file_sink
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import StateDict, open_base, open_checkpoint
@@ -63,9 +64,7 @@ def merge_state_dicts(
     items, sink, watch = plan(job), Memory(source), Watch(job.experts, report)
     report.cover(items, strict)
     report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
-    with pipeline.running(job, sink, report) as put:
-        contexts = passes.contexts(job, items)
-        pipeline.merge(job, items, contexts, put, watch, *job.devices)
+    _merge(job, items, items, sink, watch, report)
     report.unchanged = not watch.changed
     if shown:
         show_warnings(report)
@@ -82,6 +81,7 @@ def merge_checkpoints(
     extra: Files | Callable[[], Files] | None = None,
     strict: bool = False,
     hashes: Hashes | None = None,
+    share: str | None = None,
     **options: Unpack[FileOptions],
 ) -> Report:
     """Merge checkpoint files into one safetensors checkpoint, streamed, atomic and resumable.
@@ -92,10 +92,12 @@ def merge_checkpoints(
     extra: further files of an output folder, by name (config, tokenizer, model card); a function
         that makes them is called when all is merged.
     hashes: takes the SHA-256 of base and experts while they are read; `extra` may ask it.
+    share: "2/4" merges this process's share of the tensors, one of four, and writes the output
+        where the three others are merged already; else the report's `pending` names them.
     options: layers, statistics (files too), device, split_qkv, vocabulary, form: see `Options`.
     Other arguments as in `merge_state_dicts`. A merge that changes nothing is an InputError.
     """
-    report = Report()
+    report, member = Report(), read_share(share) if share is not None else None
     check_apart(output, {"the base": base} | {f"expert {t!r}": p for t, p in experts.items()})
     with ExitStack() as stack:
         job = _open(stack, base, experts, method, hashes, options)
@@ -104,11 +106,12 @@ def merge_checkpoints(
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
         report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
+        shares = Shares(job, items, output, member, overwrite) if member else None
+        if shares and not stack.enter_context(_finishing(shares, hashes, report)):
+            return report
         sink = stack.enter_context(file_sink(job, items, report, output, overwrite))
         todo = pipeline.unfinished(items, sink)
-        with pipeline.running(job, sink, report) as put:
-            contexts = passes.contexts(job, items)
-            pipeline.merge(job, todo, contexts, put, watch, *job.devices)
+        _merge(job, items, todo, sink, watch, report, shares)
         grown = bool(job.rows and job.rows.union.new)
         if not (watch.changed or grown or any(i.method and i not in todo for i in items)):
             raise InputError(f"{UNCHANGED}: {output} was not written", "are the experts trained?")
@@ -117,7 +120,44 @@ def merge_checkpoints(
         if job.rows:
             files = job.rows.files(files)
         sink.finish(files)
+        if shares:
+            shares.conclude()
     return report
+
+
+def _merge(
+    job: Job,
+    items: Sequence[Item],
+    todo: Sequence[Item],
+    sink: Sink,
+    watch: Watch,
+    report: Report,
+    shares: Shares | None = None,
+) -> None:
+    """Merge those of all items that are to do, or take what members of a shared merge have."""
+    with pipeline.running(job, sink, report) as put:
+        if shares:
+            shares.copy(sink, put, watch)
+            return
+        contexts = passes.contexts(job, items)
+        pipeline.merge(job, todo, contexts, put, watch, *job.devices)
+
+
+@contextmanager
+def _finishing(shares: Shares, hashes: Hashes | None, report: Report) -> Iterator[bool]:
+    """Merge this member's share; whether it is then for this member to write the output."""
+    if not shares.done:
+        with shares.sink() as sink:
+            todo = pipeline.unfinished(shares.own, sink)
+            _merge(shares.job, shares.items, todo, sink, Watch(shares.job.experts, report), report)
+            if hashes:
+                shares.put_hashes(hashes)
+            sink.finish()
+    report.pending = shares.pending
+    with nullcontext() if report.pending or shares.written else shares.writing(report) as ours:
+        if ours and hashes:
+            shares.take_hashes(hashes)
+        yield bool(ours)
 
 
 def _open(

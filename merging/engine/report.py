@@ -56,6 +56,7 @@ class Report:
     distances: dict[str, list[float]] = field(default_factory=dict)  # task -> |W_t - W_0| / |W_0|
     notes: list[str] = field(default_factory=list)  # what was left out of experts, and the like
     unchanged: bool = False  # no tensor differs from the base
+    pending: str = ""  # of a shared merge whose output this member did not write: who does
     # layer -> squared norms of what the rank of an adapter keeps of the merge, and of what it loses
     energies: dict[str, tuple[float, float]] = field(default_factory=dict)
     # weights in matrices (tensors of two or more dimensions that some expert changes): those that

@@ -114,11 +114,7 @@ def file_sink(
     """The sink that writes a job's form."""
     if job.form == "adapter":
         return nullcontext(AdapterFolder(job, items, report, Path(output), overwrite))
-    if job.shard_bytes and Path(output).suffix == ".safetensors":
-        raise InputError(
-            f"shard_size splits the weights of a folder, the output is to be the file {output}",
-            hint="give the name of a folder, or no shard_size",
-        )
+    check_shards(job, Path(output))
     base = job.base
     layout = {name: (base.shape(name), job.output_dtype(name)) for name in base.keys()}
     return Writer(
@@ -130,6 +126,15 @@ def file_sink(
         key=job.key(),
         overwrite=overwrite,
     )
+
+
+def check_shards(job: Job, output: Path) -> None:
+    """InputError for files of a size where there is to be one."""
+    if job.shard_bytes and output.suffix == ".safetensors":
+        raise InputError(
+            f"shard_size splits the weights of a folder, the output is to be the file {output}",
+            hint="give the name of a folder, or no shard_size",
+        )
 
 
 def _cut(

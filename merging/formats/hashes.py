@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -90,3 +90,19 @@ class Hashes:
             for file in self._checkpoints[Path(path)]
         ]
         return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    def part(self, i: int, n: int) -> dict[str, str]:
+        """{file: SHA-256} of every n-th file, from the i-th on; what was not read of them is."""
+        return {
+            str(file.absolute()): self._known.get(file) or self._files[file].hexdigest()
+            for file in self._names()[i::n]
+        }
+
+    def know(self, sums: Mapping[str, str]) -> None:
+        """Take what `part` gave to another process that reads the same files."""
+        for file in self._names():
+            if sha256 := sums.get(str(file.absolute())):
+                self._known[file] = sha256
+
+    def _names(self) -> list[Path]:
+        return sorted({file for files in self._checkpoints.values() for file in files})
