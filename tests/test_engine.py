@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merging import InputError, Layer, Report, create, merge_checkpoints, merge_state_dicts
-from merging.engine import passes
+from merging.engine import passes, routes
 from merging.engine.job import prepare
 from merging.engine.pipeline import behind
 from merging.engine.plan import Item, depths, share
@@ -110,6 +110,41 @@ def test_windows_and_blocks_of_rows_change_nothing(
     merge_checkpoints(paths_base, paths, create(name), output, **settings)
     written = load_file(output)
     assert all(torch.equal(written[k], whole[k]) for k in base)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("ties", {"scope": "layer"}),
+        ("ties", {"scope": "layer", "cancelled": "majority"}),
+        ("consensus_ties", {"scope": "layer", "k": 0.5}),
+        ("dare", {"p": 0.5}),
+        ("dare_ties", {"p": 0.5}),
+    ],
+)
+def test_masks_of_a_tensor_are_the_same_in_windows_of_it(monkeypatch, name, settings):
+    """A tensor whose masks are its own is read twice in windows, never held as a whole."""
+    torch.manual_seed(0)
+    base = {"a.weight": torch.randn(300, 40).bfloat16(), "norm": torch.randn(64)}
+    experts = {t: {k: v + 0.1 * torch.randn(v.shape).to(v) for k, v in base.items()} for t in "xyz"}
+    method = create(name, **settings)
+    deltas = {k: torch.stack([e[k].float() - base[k].float() for e in experts.values()])
+              for k in base}  # fmt: skip
+    monkeypatch.setattr("merging.engine.plan.WINDOW_BYTES", 40 * 2 * 5 * 70)  # 70 rows
+    monkeypatch.setattr("merging.engine.routes.BLOCK_BYTES", 40 * 4 * 5 * 32)  # 32 rows
+    monkeypatch.setattr(passes, "_FEW", 1 << 11)
+    monkeypatch.setattr("merging.method.masks._SAMPLED", 1000)  # every 12th entry
+    expected = {k: (base[k].float() + method(deltas[k])).to(base[k].dtype) for k in base}
+    sizes = []
+    read = routes.read_values
+    monkeypatch.setattr(routes, "read_values",
+                        lambda *a: sizes.append(a[3].numel()) or read(*a))  # fmt: skip
+    merged = merge_state_dicts(base, experts, method, layers=["a.weight"])
+    assert all(torch.equal(merged[k], expected[k]) for k in base)
+    assert max(sizes) == 70 * 40
+    whole = 4 * base["a.weight"].nbytes
+    reads = 3 if "cancelled" in settings else 2
+    assert merged.report.bytes_read <= (reads + 0.2) * whole + 4 * base["norm"].nbytes
 
 
 def test_what_writing_raises_is_raised_by_a_later_call_or_at_the_end():

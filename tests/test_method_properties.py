@@ -258,6 +258,15 @@ def test_a_method_for_the_rest_takes_tensors_of_any_shape(name, shape):
     assert merged.shape == shape and merged.isfinite().all()
 
 
+@pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).one_tensor])
+def test_a_method_prepared_for_a_tensor_may_run_on_its_blocks_in_their_order(name):
+    deltas, method = stack(tasks(name), (10, 7)), merging.create(name)
+    context = method.prepare_tensor(lambda: iter([("w", deltas[:, :6]), ("w", deltas[:, 6:])]))
+    rows = (slice(0, 3), slice(3, 4), slice(4, 10))
+    blocks = [method(deltas[:, block], **context) for block in rows]
+    assert torch.equal(torch.cat(blocks), method(deltas))
+
+
 @pytest.mark.parametrize("name", [n for n in METHODS if merging.create(n).whole_model])
 def test_a_model_of_one_tensor_is_that_tensor(name):
     deltas, method = stack(tasks(name), (10, 7)), merging.create(name)

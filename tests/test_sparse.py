@@ -8,9 +8,10 @@ from torch.testing import assert_close
 
 import merging
 from merging import InputError
-from merging.method import averages, order, sparse
+from merging.method import averages, masks, order
+from merging.method.masks import drop, uniform
 from merging.method.reference import TEXTBOOK
-from merging.method.sparse import agreed, drop, elect, trim, uniform
+from merging.method.sparse import agreed, elect, keep_largest, trim
 
 
 def stack(T=3, shape=(6, 8), seed=0, dtype=torch.float32):
@@ -114,9 +115,9 @@ def test_random_masks_follow_the_delta_and_the_seed_not_the_position(name):
 
 def test_different_deltas_get_different_masks():
     x, y = stack(T=2, shape=(30, 30))
-    same = sparse.uniform(x, 0) == sparse.uniform(y, 0)
+    same = masks.uniform(x, 0) == masks.uniform(y, 0)
     assert same.float().mean() < 0.01
-    assert torch.equal(sparse.uniform(x, 0), sparse.uniform(x.clone(), 0))
+    assert torch.equal(masks.uniform(x, 0), masks.uniform(x.clone(), 0))
 
 
 def test_dare_drops_the_share_and_rescales_the_rest():
@@ -129,7 +130,7 @@ def test_dare_drops_the_share_and_rescales_the_rest():
 
 def test_dare_ties_elects_among_what_is_left():
     deltas = stack(T=3)
-    kept = sparse.drop(deltas, 0.4, 0)
+    kept = masks.drop(deltas, 0.4, 0)
     assert_close(
         merging.create("dare_ties", p=0.6)(deltas), TEXTBOOK["ties"](kept.double(), 1.0).float()
     )
@@ -185,7 +186,7 @@ def test_equal_magnitudes_are_dropped_by_count_the_last_first():
 def test_as_many_are_kept_as_were_asked_for_on_a_grid(count):
     kept = order.largest(grid((1000,)).abs(), count)
     assert kept.sum(1).tolist() == [min(count, 1000)] * 3
-    masked = sparse.keep_largest(grid((40, 25)), 300)
+    masked = keep_largest(grid((40, 25)), 300)
     assert (masked != 0).flatten(1).sum(1).tolist() == [300] * 3
 
 

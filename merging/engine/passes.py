@@ -18,12 +18,15 @@ from merging.engine.routes import (
     ENTRIES,
     FACTORS,
     TO_FACTORS,
+    Loaded,
     check_deltas,
+    differences,
     entry_blocks,
     read_deltas,
     read_factors,
     upright,
 )
+from merging.experts import lift
 from merging.factors import narrowed
 from merging.layers import cut
 from merging.progress import track
@@ -33,6 +36,7 @@ Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 _SAMPLE = 256  # one row in so many is a sample
 _SMALL = 1 << 22  # entries that a sample has at most; a model of fewer is kept, not read again
+_FEW = 1 << 17  # entries that a sample has at least
 _PLACES = 16  # of a tensor that a sample is taken from
 
 
@@ -85,19 +89,68 @@ class Passes:
             if item.route is not ENTRIES:
                 yield from ((item.name, deltas) for deltas in _blocks(self.job, item))
                 continue
-            for _, _, deltas in entry_blocks(*loaded):
-                check_deltas(deltas, item.name, self.job.experts)
-                yield item.name, deltas  # of a buffer that the next block overwrites
+            yield from _entries(self.job, item, loaded)
 
     def _load(self, piece: Piece) -> tuple[Piece, Any]:
         return piece, piece.item.route is ENTRIES and ENTRIES.load(self.job, piece)
 
     def _sample(self) -> Iterator[tuple[str, Tensor]]:
-        share = min(1 / _SAMPLE, _SMALL / self.numel)
+        share = _share(self.numel)
         for item in self.items:
             for rows in sample_rows(item.shape, share):
                 W0 = self.job.base.read(item.name, rows)
                 yield item.name, read_deltas(W0, self.job.experts, item.name, rows)
+
+
+def of_tensor(job: Job, piece: Piece, loaded: Loaded) -> dict[str, Any]:
+    """What a tensor's method gathers in a pass over it alone, whose first piece was read."""
+    item = piece.item
+    if item.route is not ENTRIES or not item.merger.one_tensor:
+        return {}
+    return item.merger.prepare_tensor(_OneTensor(job, item, None if piece.rows else loaded))
+
+
+@dataclass(frozen=True)
+class _OneTensor:
+    """The `Stream` of one tensor, in blocks of rows."""
+
+    job: Job
+    item: Item
+    whole: Loaded | None  # what was read of it, if that is all
+
+    def __call__(self) -> Iterator[tuple[str, Tensor]]:
+        job, item = self.job, self.item
+        windows = ahead(lambda piece: item.route.load(job, piece), list(pieces(job, item)))
+        for loaded in [self.whole] if self.whole else windows:
+            yield from _entries(job, item, loaded)
+
+    @property
+    def numel(self) -> int:
+        return self.item.numel
+
+    def few(self) -> Iterator[tuple[str, Tensor]]:
+        """A pass through some rows."""
+        job, item = self.job, self.item
+        for rows in sample_rows(item.shape, _share(item.numel)):
+            if self.whole is None:
+                W0 = job.base.read(item.name, rows)
+                yield item.name, read_deltas(W0, job.experts, item.name, rows)
+            else:
+                W0 = lift(self.whole.W0 if rows is None else self.whole.W0[rows])
+                stack = W0.new_empty(len(job.experts), *W0.shape)
+                yield item.name, differences(W0, self.whole.experts, rows, stack)
+
+
+def _entries(job: Job, item: Item, loaded: Loaded) -> Iterator[tuple[str, Tensor]]:
+    """The differences in what was read, in blocks of a buffer that the next one overwrites."""
+    for _, _, deltas in entry_blocks(*loaded):
+        check_deltas(deltas, item.name, job.experts)
+        yield item.name, deltas
+
+
+def _share(numel: int) -> float:
+    """How much of so many entries is a sample."""
+    return min(1.0, max(1 / _SAMPLE, _FEW / max(1, numel)), _SMALL / max(1, numel))
 
 
 def _blocks(job: Job, item: Item) -> Iterator[Tensor]:

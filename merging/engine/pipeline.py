@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merging.engine import passes
 from merging.engine.job import Job
 from merging.engine.memory import measured
 from merging.engine.passes import Contexts, ahead
@@ -44,13 +45,15 @@ def merge(
             run.result()
         return
     weights = None if job.task_weights is None else torch.tensor(job.task_weights)
-    todo = [piece for item in items for piece in pieces(job, item)]
+    todo, own = [piece for item in items for piece in pieces(job, item)], {}
     loads = ahead(lambda piece: (piece, piece.item.route.load(job, piece)), todo)
     for piece, loaded in track(loads, f"merging on {devices[0]}", len(todo)):
         watch.look(piece, loaded)
         item = piece.item
         place = {"depth": item.depth, "in_block": item.in_block, "weights": weights}
-        context = {**place, **contexts.get(id(item.method), {})}
+        if piece.first:
+            own = passes.of_tensor(job, piece, loaded)
+        context = {**place, **contexts.get(id(item.method), {}), **own}
         merged = item.route.merge(job, piece, loaded, context, devices[0])
         watch.compare(item, loaded, merged)
         put(piece, merged)

@@ -86,6 +86,11 @@ class Piece(NamedTuple):
     item: Item
     rows: slice | None  # of the base's tensor; None: all
 
+    @property
+    def first(self) -> bool:
+        """Whether the tensor begins with it."""
+        return self.rows is None or self.rows.start == 0
+
 
 def plan(job: Job) -> list[Item]:
     """One item per tensor of the base, in file order; tied copies are merged with their first.
@@ -173,9 +178,14 @@ def _route(job: Job, name: str, method: Method | None, layer: Layer | None) -> R
     factored = _factored(job, name)
     if factored and job.form == "adapter":
         return TO_FACTORS
-    if method.elementwise:
+    if method.elementwise or (method.one_tensor and _in_order(layer)):
         return ENTRIES
     return FACTORS if factored and layer and method.row_space else DENSE
+
+
+def _in_order(layer: Layer | None) -> bool:
+    """Whether the matrix that is merged is the stored tensor, row by row."""
+    return layer is None or not (layer.transposed or layer.experts or layer.blocks > 1)
 
 
 def _factored(job: Job, name: str) -> bool:

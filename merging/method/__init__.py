@@ -11,6 +11,7 @@ from merging.method import (  # noqa: F401
     kfac,
     knots,
     layered,
+    masks,
     movers,
     pcb,
     posthoc,

@@ -100,17 +100,17 @@ def _smallest(deltas: Tensor) -> float:
     return torch.nextafter(deltas.new_zeros(()), deltas.new_ones(())).item()
 
 
-def in_chunks(merge: Callable[..., Tensor], *stacks: Tensor) -> Tensor:
+def in_chunks(merge: Callable[..., Tensor], *stacks: Tensor, size: int = _CHUNK) -> Tensor:
     """merge(*stacks), (T, *shape) each -> (*shape), of a merge that looks at single entries.
 
-    On a CPU some entries at a time, so that what it makes on the way never leaves the cache.
+    On a CPU `size` entries at a time, so that what it makes on the way never leaves the cache.
     """
     first = stacks[0]
-    if first.device.type != "cpu" or first[0].numel() <= _CHUNK:
+    if first.device.type != "cpu" or first[0].numel() <= size:
         return merge(*stacks)
     merged = torch.empty_like(first[0], memory_format=torch.contiguous_format)
-    rows = [stack.reshape(len(stack), -1).split(_CHUNK, dim=1) for stack in stacks]
-    for part, *chunks in zip(merged.view(-1).split(_CHUNK), *rows, strict=True):
+    rows = [stack.reshape(len(stack), -1).split(size, dim=1) for stack in stacks]
+    for part, *chunks in zip(merged.view(-1).split(size), *rows, strict=True):
         part.copy_(merge(*chunks))
     return merged
 

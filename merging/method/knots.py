@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.method.masks import drop
 from merging.method.order import kth_largest, share
 from merging.method.registry import Stream, register
-from merging.method.sparse import drop, elect, ties
+from merging.method.sparse import elect, ties
 from merging.method.spectral import iso_c, layer_rank, singular_triplets, tsv_m
 
 MERGES = ("ties", "dare_ties", "tsv_m", "iso_c")

@@ -44,7 +44,7 @@ def _near(
     if not sample or sample[0].dtype != torch.float32:
         return None
     values = torch.cat(sample, dim=1)
-    room = max(0.01, 10 / values.shape[1] ** 0.5)  # many times a sample's error of a share
+    room = max(0.01, 4 / values.shape[1] ** 0.5)  # many times a sample's error of a share
     above = [_at(values, share - room, torch.inf), _at(values, share + room, -torch.inf)]
     counts = [_Counts(*bounds) for bounds in zip(*above, strict=True)]
     total = 0

@@ -40,6 +40,7 @@ CONTEXT = {
     "length_ratio": "of the length of all deltas' sum to that of a merge, over the whole model",
     "thresholds": "what the method's own pass over the whole model has found",
     "majority": "the sign that most entries of the whole model elect, from the same pass",
+    "draws": "random numbers for each task, for a tensor whose rows come block by block in order",
 }
 
 Arguments = Mapping[str, Any]
@@ -52,7 +53,8 @@ Law = Literal["scale", "outputs", "inputs", "expert"]
 class Stream(Protocol):
     """Passes over the whole model, in pieces (name, (T, *shape)).
 
-    It may have a method `few`, whose pass goes through a small sample of the same entries.
+    It may have a method `few`, whose pass goes through a small sample of the same entries, and
+    their number per task, `numel`.
     """
 
     def __call__(self) -> Iterable[tuple[str, Tensor]]: ...
@@ -81,6 +83,7 @@ class Entry:
     elementwise: Flag
     sequential: bool
     prepare: Callable[[Stream, Arguments], dict[str, Any]] | None
+    per_tensor: Flag
     breaks: frozenset[Law]
     settable: tuple[str, ...] | None
     preset: Arguments
@@ -114,6 +117,7 @@ def register(
     elementwise: Flag = False,
     sequential: bool = False,
     prepare: Callable[[Stream, Arguments], dict[str, Any]] | None = None,
+    per_tensor: Flag = False,
     breaks: tuple[Law, ...] = (),
     settable: tuple[str, ...] | None = None,
     **preset: Any,
@@ -131,6 +135,8 @@ def register(
     elementwise: each entry is merged by itself (given the context), so any block of rows may be.
     sequential: its statistics are measured through the merged model, layer after layer.
     prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
+    per_tensor: that pass goes over each tensor by itself; given its context, blocks of the tensor's
+        rows may be merged one by one, in their order.
     breaks: laws that its formula breaks with its defaults: "scale" (f(s D) = s f(D)), "outputs"
         and "inputs" (f(P D) = P f(D), f(D Q) = f(D) Q for rotations), "expert" (one alone is
         returned). The others are tested by the method's name.
@@ -146,7 +152,7 @@ def register(
             formula=formula or (inspect.getdoc(function) or name).partition("\n")[0],
             needs=needs, rest=rest, alpha=alpha, row_space=row_space, column_space=column_space,
             elementwise=elementwise, sequential=sequential, prepare=prepare,
-            breaks=frozenset(breaks), settable=settable, preset=preset,
+            per_tensor=per_tensor, breaks=frozenset(breaks), settable=settable, preset=preset,
         )  # fmt: skip
         return function
 
@@ -173,6 +179,7 @@ class Method:
     sequential: bool = field(repr=False)
     breaks: frozenset[Law] = field(repr=False)
     whole_model: Callable[[Stream, Arguments], dict[str, Any]] | None = field(repr=False)
+    one_tensor: Callable[[Stream, Arguments], dict[str, Any]] | None = field(repr=False)
     space: str = field(default="full", repr=False)  # see `merging.method.space`
 
     def __post_init__(self) -> None:
@@ -194,6 +201,11 @@ class Method:
     def prepare(self, stream: Stream) -> dict[str, Any]:
         """Context from one pass over the whole model; empty for most methods."""
         return self.whole_model(stream, self.hyperparameters) if self.whole_model else {}
+
+    def prepare_tensor(self, stream: Stream) -> dict[str, Any]:
+        """Context from one pass over a single tensor, with which blocks of its rows may be merged
+        in their order; empty for most methods."""
+        return self.one_tensor(stream, self.hyperparameters) if self.one_tensor else {}
 
     def __call__(self, deltas: Tensor, **context: Any) -> Tensor:
         """Merge one layer.
@@ -281,6 +293,7 @@ def _context(function: Callable[..., Tensor]) -> frozenset[str]:
 def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
     """The method with everything resolved that depends on its arguments."""
     arguments = entry.arguments() | {k: v for k, v in hyperparameters.items() if k != "alpha"}
+    per_tensor = entry.per_tensor(arguments) if callable(entry.per_tensor) else entry.per_tensor
 
     def resolved(flag: Any) -> Any:
         return flag(arguments) if callable(flag) else flag
@@ -300,5 +313,6 @@ def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
         elementwise=resolved(entry.elementwise),
         sequential=entry.sequential,
         breaks=entry.breaks,
-        whole_model=entry.prepare,
+        whole_model=None if per_tensor else entry.prepare,
+        one_tensor=entry.prepare if per_tensor else None,
     )

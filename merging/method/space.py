@@ -76,7 +76,7 @@ def within(method: Method, space: Space) -> Method:
         method, name=f"{method.name} in {space} space", function=function, space=space,
         whole_model=whole_model and prepare, context=method.context - own_axes,
         row_space=space == "core" or method.row_space, column_space=True, elementwise=False,
-        rest="average",
+        one_tensor=None, rest="average",
     )  # fmt: skip
 
 

@@ -1,25 +1,22 @@
-"""Baselines that drop entries before they merge: by magnitude, at random, or by agreement.
+"""Baselines that drop entries before they merge: by magnitude or by agreement.
 
 All accept deltas of any shape (T, *shape). Shares of entries are rounded down to a count.
 
-Equal magnitudes, of which half precision has thousands: masks of one tensor (TACT, Breadcrumbs,
-DELLA) keep exactly the count, the first in row-major order; TIES' trim, whose threshold belongs to
+Equal magnitudes, of which half precision has thousands: masks of one tensor (TACT, Breadcrumbs)
+keep exactly the count, the first in row-major order; TIES' trim, whose threshold belongs to
 a whole model, keeps all that are as large as the last one kept, as its authors' code does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from functools import partial
-from hashlib import blake2b
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.method.averages import in_chunks
 from merging.method.order import kth_largest, kth_largest_entry, largest, share
 from merging.method.registry import Stream, register
 
@@ -27,16 +24,18 @@ from merging.method.registry import Stream, register
 
 
 def whole_model(arguments: Mapping[str, Any]) -> bool:
-    """Whether a method's thresholds are those of the whole model; given them, it is elementwise."""
+    """Whether a method's thresholds are those of the whole model, not of each tensor; given them,
+    it is elementwise."""
     if arguments["scope"] not in ("model", "layer"):
         raise InputError(f"unknown scope {arguments['scope']!r}", "known: model, layer")
     return bool(arguments["scope"] == "model")
 
 
-def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    if not whole_model(hyperparameters):
-        return {}
+def _by_tensor(arguments: Mapping[str, Any]) -> bool:
+    return not whole_model(arguments)
 
+
+def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
     def magnitudes(passes: Stream) -> Iterable[Tensor]:
         return (deltas.abs() for _, deltas in passes())
 
@@ -52,7 +51,7 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
 @register(
     "ties", source="arXiv 2306.01708", rest="method", breaks=("outputs", "inputs"),
     formula="the mean of the entries in the top share k that agree with the sign of their sum",
-    elementwise=whole_model, prepare=_magnitude_thresholds,
+    elementwise=whole_model, prepare=_magnitude_thresholds, per_tensor=_by_tensor,
 )  # fmt: skip
 def ties(
     deltas: Tensor,
@@ -119,133 +118,6 @@ def signs(deltas: Tensor) -> Tensor:
     unlike a value, can turn on the last bit.
     """
     return deltas.sum(0, dtype=torch.float64).sign()
-
-
-# --- Random masks -----------------------------------------------------------------------------
-
-
-@register(
-    "dare",
-    source="arXiv 2311.03099",
-    formula="alpha sum_t of D_t with a random share p of its entries dropped, the rest over 1 - p",
-    breaks=("scale", "outputs", "inputs"),
-    rest="method",
-    alpha=0.3,
-)
-def dare(deltas: Tensor, *, p: float = 0.9, seed: int = 0) -> Tensor:
-    """sum_t of each delta with a share p dropped and the rest over 1 - p (2311.03099, section 3.2).
-
-    p: probability that an entry is dropped; seed: of the masks, see `uniform`.
-    """
-    dropped = _dropping(deltas, share("1 - p", 1 - p), seed)
-    return in_chunks(lambda D: dropped(D).sum(0), deltas)
-
-
-@register(
-    "dare_ties",
-    source="arXiv 2311.03099",
-    formula="as dare, then the mean of the entries that agree with the sign of their sum",
-    breaks=("scale", "outputs", "inputs"),
-    rest="method",
-)
-def dare_ties(deltas: Tensor, *, p: float = 0.9, seed: int = 0, merge: str = "mean") -> Tensor:
-    """DARE, then TIES' election and merge, (T, *shape) -> (*shape) (2311.03099, section 3.3).
-
-    TIES' trim is left out: it keeps the top 20 %, and so everything DARE leaves for p >= 0.8.
-    """
-    dropped = _dropping(deltas, share("1 - p", 1 - p), seed)
-    return in_chunks(lambda D: elect(dropped(D), merge), deltas)
-
-
-@register(
-    "della",
-    source="arXiv 2406.11617",
-    formula="as dare_ties, an entry kept more probably the larger it is in its row",
-    breaks=("scale", "outputs", "inputs"),
-    rest="method",
-    alpha=1.1,
-)
-def della(
-    deltas: Tensor,
-    *,
-    density: float = 0.7,
-    eps: float = 0.07,
-    merge: str = "mean",
-    seed: int = 0,
-) -> Tensor:
-    """MagPrune, then TIES' election and merge, (T, *shape) -> (*shape) (2406.11617).
-
-    The i-th smallest of a row's n magnitudes is kept with probability
-    density - eps + 2 eps (i - 1) / (n - 1), and divided by it. A vector is one row; equal
-    magnitudes rank by position. Defaults: the authors' drop rate 0.3, window 0.14, lambda 1.1.
-    """
-    return elect(_mag_prune(deltas, density, eps, seed), merge)
-
-
-@register(
-    "della_linear",
-    source="arXiv 2406.11617",
-    formula="alpha sum_t of D_t dropped and rescaled as in della",
-    breaks=("scale", "outputs", "inputs"),
-    rest="method",
-    alpha=0.3,
-)
-def della_linear(
-    deltas: Tensor, *, density: float = 0.7, eps: float = 0.07, seed: int = 0
-) -> Tensor:
-    """MagPrune without an election, (T, *shape) -> (*shape): mergekit's della_linear."""
-    return _mag_prune(deltas, density, eps, seed).sum(0)
-
-
-def _mag_prune(deltas: Tensor, density: float, eps: float, seed: int) -> Tensor:
-    """(T, *shape) with each entry kept by the rank of its magnitude in its row, and rescaled."""
-    share("density - eps", density - eps)
-    share("density + eps", density + eps)
-    rows = deltas.reshape(len(deltas), -1, deltas.shape[-1] if deltas.ndim > 1 else 1)
-    rank = rows.abs().argsort(dim=-1, stable=True).argsort(dim=-1).to(deltas)
-    n = rows.shape[-1]
-    keep = density - eps + 2 * eps * rank / (n - 1) if n > 1 else torch.full_like(rank, density)
-    return drop(deltas, keep.view_as(deltas), seed)
-
-
-def drop(deltas: Tensor, keep: float | Tensor, seed: int) -> Tensor:
-    """Keep each entry with probability `keep`, divided by it; the expectation is unchanged."""
-    return _dropping(deltas, keep, seed)(deltas)
-
-
-def _dropping(deltas: Tensor, keep: float | Tensor, seed: int) -> Callable[[Tensor], Tensor]:
-    """`drop` for (T, n) entries at a time, in their order: a task's draws go on from the last.
-
-    The tasks draw at the same time, each from a generator of its own.
-    """
-    generators = [_generator(delta, seed) for delta in deltas]
-
-    def dropped(D: Tensor) -> Tensor:
-        def drawn(generator: torch.Generator) -> Tensor:
-            return torch.rand(D.shape[1:], generator=generator)
-
-        with ThreadPoolExecutor(len(D)) as pool:
-            draws = torch.stack(list(pool.map(drawn, generators))).to(D)
-        kept = draws.neg_().add_(keep).sign_().relu_()  # 1 where draw < keep, else 0
-        return kept.mul_(D).div_(keep + (keep == 0)).add_(0.0)
-
-    return dropped
-
-
-def uniform(delta: Tensor, seed: int) -> Tensor:
-    """Numbers in [0, 1) of delta's shape, a function of (seed, delta's values) alone.
-
-    Not of its place among the tasks, so that their order changes nothing; equal deltas get equal
-    numbers. Drawn on the CPU: every device sees the same.
-    """
-    return torch.rand(delta.shape, generator=_generator(delta, seed)).to(delta)
-
-
-def _generator(delta: Tensor, seed: int) -> torch.Generator:
-    flat = delta.detach().flatten()
-    sample = flat[:: max(1, len(flat) // 2**16)].to("cpu", torch.float32).contiguous()
-    digest = blake2b(sample.numpy().tobytes(), digest_size=8, salt=seed.to_bytes(8, "little"))
-    return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "little") >> 1)
 
 
 # --- Fixed masks ------------------------------------------------------------------------------
@@ -340,6 +212,7 @@ def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
     alpha=0.3,
     elementwise=whole_model,
     prepare=_magnitude_thresholds,
+    per_tensor=_by_tensor,
 )
 def consensus_ties(
     deltas: Tensor,
