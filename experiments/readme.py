@@ -19,7 +19,7 @@ COLUMNS = {  # title -> suite, fine-tuning
     "language model, LoRA": ("embedded_lm", "lora"),
 }
 ROWS = {
-    "experts", "aswudi", "sided", "bounded", "tsv_m", "actmat", "iso_c", "ties", "task_arithmetic",
+    "experts", "rank_rule", "aswudi", "tsv_m", "actmat", "iso_c", "ties", "task_arithmetic",
     "average", "zero_shot",
 }  # fmt: skip
 

@@ -29,7 +29,7 @@ from merging.layers import Layer, Layers, choose_layers, cut, parts
 from merging.method.registry import Method, create
 from merging.progress import track
 
-PLANNED = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "bounded")
+PLANNED = ("average", "task_arithmetic", "ties", "iso_c", "tsv_m", "actmat", "rank_rule")
 Experts = Mapping[str, Expert]
 
 

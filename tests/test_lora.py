@@ -49,7 +49,7 @@ def test_the_joint_basis_holds_every_delta():
     "name",
     ["actmat", "actmat_centred", "wudi_closed", "swudi", "aswudi", "ridge", "oas", "ledoit_wolf",
      "anchored", "tsv_m", "iso_c", "iso_cts", "mirror", "symmetric", "sylvester", "sided", "pico",
-     "cart"],
+     "cart", "rank_rule"],
 )  # fmt: skip
 def test_narrow_and_dense_agree(name):
     method = create(name)

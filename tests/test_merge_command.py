@@ -252,7 +252,7 @@ def test_the_last_line_is_the_one_that_loads_the_merge(call, base, experts, tmp_
     named = [f"experts.{name}={path}" for name, path in experts.items()]
     code, out, err = call(f"base={base}", *named, f"output={tmp_path}/out")
     assert code == 0, err
-    assert "sided" in out
+    assert "rank_rule" in out
     line = out.splitlines()[-1].removeprefix("load it with: ")
     assert line == f"AutoModel.from_pretrained('{tmp_path}/out')"
     loaded = eval(line, {"AutoModel": AutoModel}).state_dict()

@@ -15,6 +15,7 @@ from merging.method import (  # noqa: F401
     movers,
     pcb,
     posthoc,
+    rank_rule,
     sided,
     sparse,
     spectral,

@@ -56,7 +56,7 @@ def swudi(D: Tensor, t: float = 1300.0, rho: float = 0.65) -> Tensor:
 
 
 @printed
-def aswudi(D: Tensor, filter: str = "effective_rank") -> Tensor:
+def aswudi(D: Tensor, filter: str = "effective_rank", anchor: str = "zero") -> Tensor:
     C = inverse_norms(D) * (D.mT @ D)
     l, V = eigh(C.sum(0))
     K = math.ceil(l.clamp_min(0).sqrt().sum() ** 2 / l.clamp_min(0).sum())
@@ -65,7 +65,9 @@ def aswudi(D: Tensor, filter: str = "effective_rank") -> Tensor:
         b = len(s) / max(len(D) * D.shape[1], D.shape[2])
         K = int((s > (0.56 * b**3 - 0.95 * b**2 + 1.82 * b + 1.43) * s.median()).sum())
     V, l = V[:, len(l) - K :], l[len(l) - K :]
-    return (D @ C).sum(0) @ V @ (1 / l).diag() @ V.mT
+    solved = (D @ C).sum(0) @ V @ (1 / l).diag() @ V.mT
+    A = D.mean(0)
+    return solved if anchor == "zero" else solved + A - A @ V @ V.mT
 
 
 @printed

@@ -74,3 +74,11 @@ def cart(D: Tensor, scale: float = 1.0, share: float = 0.08) -> Tensor:
     for U, s, Vh in map(svd, D - D.mean(0)):
         merged = merged + scale * U[:, :k] @ s[:k].diag() @ Vh[:k]
     return merged
+
+
+@printed
+def rank_rule(D: Tensor) -> Tensor:
+    s = torch.linalg.svdvals(D)
+    ranks = s.sum(-1) ** 2 / s.square().sum(-1)
+    narrow = ranks.max() < min(D.shape[1:]) / 10
+    return TEXTBOOK["tsv_m"](D) if narrow else TEXTBOOK["aswudi"](D, anchor="average")
