@@ -7,6 +7,7 @@ rest but QR; elsewhere torch's own are used. Both compute the same quantities.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,10 @@ def _double(matrix: Tensor, up_to: int) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
+# From this width on eigenvectors are brought back from the tridiagonal matrix in blocks of _PANEL,
+# and only those that are wanted: LAPACK's syevd takes 32 reflections at a time, and all vectors.
+_IN_PANELS_FROM = 512
+_PANEL = 128
 _MIRROR = 256  # side of the square blocks in which a triangle is copied
 _BAND = 3e-5  # of the largest eigenvalue: several hundred times the error of float32
 
@@ -99,17 +104,84 @@ def eigh(symmetric: Tensor, top: int | None = None) -> tuple[Tensor, Tensor]:
     return values.flip(0)[:top].clamp_min(0), vectors.mT.flip(0)[:top].mT
 
 
+def leading(symmetric: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    """All eigenvalues (d,), as `eigh` has them, and at least the first count of them's vectors.
+
+    count: (d,) eigenvalues, descending -> how many of the largest are wanted. In float32 those
+        around the last of them are separated as float64 does, see `sharpen`.
+    """
+    d = len(symmetric)
+
+    def through(values: Tensor) -> int:
+        """How many vectors it takes to do so."""
+        k = count(values)
+        mixed = symmetric.dtype == torch.float32 and 0 < k < d
+        return _around(values, values[k - 1]).stop if mixed else k
+
+    if _on_cpu(symmetric) and d >= _IN_PANELS_FROM:
+        values, vectors = _eigh_in_panels(symmetric, through)
+    else:
+        values, vectors = eigh(symmetric)
+    k = count(values)
+    if symmetric.dtype == torch.float32 and 0 < k < d:
+        sharpen(symmetric, values, vectors, at=values[k - 1])
+    return values, vectors
+
+
+def _eigh_in_panels(symmetric: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:
+    """All eigenvalues (d,) and the first k = count(values) eigenvectors (d, k)."""
+    matrix = symmetric.mT.numpy()
+    names = ("sytrd", "sytrd_lwork", "stevd")
+    sytrd, sytrd_lwork, stevd = scipy.linalg.get_lapack_funcs(names, (matrix,))
+    lwork = int(sytrd_lwork(len(matrix), lower=True)[0])
+    # matrix = Q T Q^T, T = Z diag(values) Z^T tridiagonal, ascending
+    reflectors, diagonal, beside, tau, _ = sytrd(matrix, lower=True, lwork=lwork)
+    ascending, Z, failed = stevd(diagonal, beside)
+    if failed:
+        raise np.linalg.LinAlgError("the eigenvalues of a tridiagonal matrix did not converge")
+    values = torch.from_numpy(ascending).flip(0).clamp_min(0)
+    rows = np.array(Z[:, len(Z) - count(values) :][:, ::-1].T, order="F")  # (k, d), of T
+    return values, torch.from_numpy(_reflected(rows, reflectors, tau).T)
+
+
+def _reflected(rows: np.ndarray, reflectors: np.ndarray, tau: np.ndarray) -> np.ndarray:
+    """rows Q^T, (k, d), in place; Q = H_1 H_2 .. as `sytrd` returns it for a lower triangle.
+
+    A panel of reflections is I - V T V^T with 1 / tau on the diagonal of T^-1, upper triangular,
+    and V^T V above it.
+    """
+    if not rows.size:
+        return rows
+    gemm, trsm = scipy.linalg.get_blas_funcs(("gemm", "trsm"), (rows,))
+    for i in reversed(range(0, len(tau), _PANEL)):
+        scale = tau[i : i + _PANEL]
+        V = np.asfortranarray(np.tril(reflectors[i + 1 :, i : i + len(scale)], -1))
+        np.fill_diagonal(V, 1)
+        inverse = gemm(1.0, V, V, trans_a=True)
+        with np.errstate(divide="ignore"):  # no reflection: tau is 0, and so is what comes of it
+            np.fill_diagonal(inverse, 1 / scale)
+        moved = rows[:, i + 1 :]
+        along = trsm(1.0, inverse, gemm(1.0, moved, V), side=1, trans_a=True, overwrite_b=True)
+        gemm(-1.0, along, V, beta=1.0, c=moved, trans_b=True, overwrite_c=True)
+    return rows
+
+
 def sharpen(symmetric: Tensor, values: Tensor, vectors: Tensor, at: float | Tensor) -> None:
     """Separate the eigenpairs around the eigenvalue `at` as float64 does, in place.
 
     float32 mixes eigenvectors whose eigenvalues are nearer to each other than its epsilon times
     the largest: which of them a cut keeps would be chance, and another on another machine.
     """
-    band = _BAND * values[0]
-    near = slice(int((values > at + band).sum()), int((values >= at - band).sum()))
+    near = _around(values, at)
     block = vectors[:, near].double()
     exact, rotation = eigh(product(block.mT, product(symmetric.double(), block)))
     values[near], vectors[:, near] = exact.to(values), product(block, rotation).to(vectors)
+
+
+def _around(values: Tensor, at: float | Tensor) -> slice:
+    """Which of the eigenvalues (d,), descending, float32 may mix with one of value `at`."""
+    band = _BAND * values[0]
+    return slice(int((values > at + band).sum()), int((values >= at - band).sum()))
 
 
 def solve_positive(

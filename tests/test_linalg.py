@@ -77,6 +77,28 @@ def test_sharpened_eigenpairs_are_those_of_float64():
     assert (values.diff() <= 1e-6 * values[0]).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kept", [0, 1, 200, 600])
+def test_leading_eigenpairs_of_a_wide_matrix(dtype, kept):
+    """600 columns: a last panel of reflections narrower than the others, and a null space."""
+    d, eps = 600, torch.finfo(dtype).eps
+    S = gram(draw(450, d, dtype=dtype) * torch.arange(1, d + 1).pow(-0.5).to(dtype))
+    values, V = linalg.leading(S, lambda values: kept)
+    exact = torch.linalg.eigvalsh(S.double()).flip(0).clamp_min(0)
+    assert values.dtype == V.dtype == dtype and (values.diff() <= 10 * eps * values[0]).all()
+    assert (values.double() - exact).abs().max() < 20 * eps * exact[0]
+    assert V.shape[0] == d and V.shape[1] >= kept  # and those that float32 mixes with the last
+    assert torch.allclose(V.mT @ V, torch.eye(V.shape[1], dtype=dtype), atol=50 * eps)
+    assert ((S @ V - V * values[: V.shape[1]]).abs() < 50 * eps * exact[0]).all()
+
+
+def test_leading_eigenvectors_of_diagonal_matrices():
+    """Nothing is reflected: every tau is 0."""
+    values = torch.arange(600, 0, -1).double()
+    found, V = linalg.leading(values.diag(), lambda values: 2)
+    assert torch.equal(found, values) and torch.equal(V.abs(), torch.eye(600).double()[:, :2])
+
+
 def test_row_space_is_an_orthonormal_basis():
     x = draw(2, 3, 20)
     Q = row_space(x)

@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.linalg import eigh, gram, product, sharpen, solving_dtype, working_dtype
+from merging.linalg import gram, leading, product, solving_dtype, working_dtype
 from merging.method import covariance
 from merging.method.anchors import anchor_commutes, anchor_merge
 from merging.method.equations import (
@@ -244,11 +244,8 @@ def _spectral_moments(
 
 def _side(S: Tensor, rtol: float) -> Side:
     S = S.to(solving_dtype(S))
-    values, vectors = eigh(S)
+    values, vectors = leading(S, lambda values: int((values > rtol * values[0]).sum()))
     kept = int((values > rtol * values[0]).sum())
-    if S.dtype == torch.float32 and 0 < kept < len(S):
-        sharpen(S, values, vectors, at=values[kept - 1])
-        kept = int((values > rtol * values[0]).sum())
     return Side(values[:kept], vectors[:, :kept])
 
 

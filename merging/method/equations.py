@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.linalg import eigh, gram, product, sharpen, solve_positive, solving_dtype
+from merging.linalg import eigh, gram, leading, product, solve_positive, solving_dtype
 from merging.method.covariance import Estimate
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -120,10 +120,7 @@ def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | No
         return D
     # a cut below float32's resolution is asked of equations in float64, see `asks_for_double`
     noise = width * eps if filter.name in {"effective_rank", "gavish_donoho"} else 0.0
-    l, V = eigh(S)  # (d,), (d, d)
-    kept = int((_weigh(filter, l, width) > 0).sum())  # the first: larger ones go first
-    if S.dtype == torch.float32 and 0 < kept < len(S):
-        sharpen(S, l, V, at=l[kept - 1])
+    l, V = leading(S, lambda l: int((_weigh(filter, l, width) > 0).sum()))  # (d,), (d, k)
     F = _weigh(filter, l, width)
     kept = int((F > 0).sum())
     if kept and l[kept - 1] <= noise * l[0]:
