@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Per layer the version and place that its weight had when it was packed, and the packed weight: a
+# working model is loaded once and then sees many batches.
+_packed: WeakKeyDictionary[nn.Module, tuple[tuple[int, int], Tensor]] = WeakKeyDictionary()
 
 
 class OneDnnLinear(nn.Linear):
@@ -13,8 +18,16 @@ class OneDnnLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if torch.is_grad_enabled() or input.device.type != "cpu" or input.dtype != torch.float32:
             return super().forward(input)
-        bias = None if self.bias is None else self.bias.to_mkldnn()
-        return F.linear(input.to_mkldnn(), self.weight.to_mkldnn(), bias).to_dense()
+        return torch.ops.mkldnn._linear_pointwise(input, self._weight(), self.bias, "none", [], "")
+
+    def _weight(self) -> Tensor:
+        """The weight in oneDNN's own layout, packed anew when it was changed."""
+        stamp = (self.weight._version, self.weight.data_ptr())
+        found = _packed.get(self)
+        if found is None or found[0] != stamp:
+            found = stamp, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+            _packed[self] = found
+        return found[1]
 
 
 def accelerate(model: nn.Module) -> nn.Module:

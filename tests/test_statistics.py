@@ -56,6 +56,23 @@ def test_moments_equal_those_of_recorded_inputs(fast):
         torch.testing.assert_close(found[f"{name}.weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_an_accelerated_layer_computes_with_the_weights_it_has_now():
+    layer, x = accelerate(nn.Sequential(nn.Linear(6, 4))), torch.randn(2, 5, 6)
+
+    def agree():
+        weight, bias = (p.double() for p in layer.parameters())
+        return torch.allclose(layer(x).double(), x.double() @ weight.T + bias, atol=1e-5)
+
+    assert agree() and agree()
+    layer.load_state_dict(nn.Sequential(nn.Linear(6, 4)).state_dict())
+    assert agree()
+    layer[0].weight.mul_(2)
+    assert agree()
+    layer[0].weight = nn.Parameter(torch.ones(4, 6))
+    assert agree()
+
+
 def test_a_shared_input_is_multiplied_once():
     model = Attention()
     found = second_moments(model, [torch.randn(2, 4, 6)], linear_layers(model))
