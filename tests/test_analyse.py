@@ -172,6 +172,11 @@ def test_scale_and_interference_against_their_definition(settings, measured):
     D, C = deltas["weather"].double(), moments["weather"].double()
     expected = (D.square().sum() / C.trace()).item()
     assert scale[LAYER, "weather"] == pytest.approx(expected, rel=1e-3)
+    ranks = table(settings, "scale").set_index(["layer", "task"]).loc[(LAYER, "weather")]
+    s = torch.linalg.svdvals(D)
+    of_layer = float(s.sum() ** 2 / (s @ s)) / min(D.shape)
+    assert ranks.effective_rank == pytest.approx(of_layer, rel=1e-3)
+    assert ranks.effective_rank_bfloat16 > ranks.effective_rank  # noise is in every direction
     frame = table(settings, "interference").set_index(["layer", "method", "task"])
     R = torch.stack([*deltas.values()]).double().mean(0) - D
     after = torch.trace(R @ C @ R.T).item()
@@ -190,6 +195,8 @@ def test_the_summary_puts_the_papers_means_beside_ours(settings):
     assert "| identity | 0.09 to 0.14 |" in text
     assert "| attention.self.query |" in text
     assert "| regmean | " in text
+    widest = table(settings, "scale").groupby("layer").effective_rank.max()
+    assert f"is highest: {widest.min():.3f} in the least layer" in text
     for figure in ("conditions", "training", "estimates", "scale", "interference"):
         for suffix in ("png", "pdf"):
             assert (Path(settings.output) / f"{figure}.{suffix}").stat().st_size > 1000

@@ -1,10 +1,10 @@
 """`python -m experiments.analyse suite=...`: the conditions behind ACTMat on real fine-tuning.
 
 Writes to <output>: conditions.csv (along the training, per task and layer), estimates.csv (how
-near each estimate comes to the true second moment), scale.csv, interference.csv, sides.csv (how
-near D^T D and D D^T come to the moments of inputs and of output gradients), of adapters
-adapters.csv (are their factors random?), about.json, and from these (`theory_report`) summary.md
-with the published means beside ours, and the figures.
+near each estimate comes to the true second moment), scale.csv (and effective ranks),
+interference.csv, sides.csv (how near D^T D and D D^T come to the moments of inputs and of output
+gradients), of adapters adapters.csv (are their factors random?), about.json, and from these
+(`theory_report`) summary.md with the published means beside ours, and the figures.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
 from merging.formats.disk import write_synced
 from merging.layers import Layer, cut
+from merging.method.rank_rule import effective_rank
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -233,6 +234,13 @@ def after_training(
 
     truth = {t: moments(t, settings.truth) for t in track(tasks, "second moments")}
     experts = {task: load_expert(suite.expert(task, **own)) for task in tasks}
+    weights = {
+        part: block
+        for name, layer in layers.items()
+        for part, block in zip(
+            theory.part_names(name, layer), cut(suite.base()[name].float(), layer), strict=True
+        )
+    }
     estimates, scale = [], []
     for task in track(tasks, "estimates"):
         fewer = {n: moments(task, n) for n in settings.samples}
@@ -243,7 +251,10 @@ def after_training(
                 {"task": task, "layer": part, **row}
                 for row in _estimates(D, C, sampled, settings.overlap)
             ]
-            scale.append({"task": task, "layer": part, "ratio": theory.energy_ratio(D, C)})
+            scale.append(
+                {"task": task, "layer": part, "ratio": theory.energy_ratio(D, C)}
+                | _ranks(weights[part], D)
+            )
     found = {
         "estimates": pd.DataFrame(estimates),
         "scale": pd.DataFrame(scale),
@@ -256,6 +267,14 @@ def after_training(
         for name, frame in found.items()
         if name not in OPTIONAL or not frame.empty
     }
+
+
+def _ranks(W0: Tensor, D: Tensor) -> dict[str, float]:
+    """Effective rank of a difference (d_out, d_in), of the layer's min(d_out, d_in), and what is
+    left of that where base and expert are stored in bfloat16."""
+    rounded = (W0 + D).bfloat16().float() - W0.bfloat16().float()
+    found = {"effective_rank": D, "effective_rank_bfloat16": rounded}
+    return {key: effective_rank(delta) / min(D.shape) for key, delta in found.items()}
 
 
 def _sides(

@@ -122,7 +122,19 @@ def _scales(scale: pd.DataFrame) -> str:
     return (
         f"Scale |D|^2 / tr C between tasks: largest over smallest {spread.median():.2f} in the "
         f"median layer, {spread.max():.2f} in the worst; standard deviation of its logarithm "
-        f"{deviation.mean():.2f}.\n"
+        f"{deviation.mean():.2f}.\n\n" + _ranks(scale)
+    )
+
+
+def _ranks(scale: pd.DataFrame) -> str:
+    """What `rank_rule` looks at: the widest expert of a layer."""
+    columns = ["effective_rank", "effective_rank_bfloat16"]
+    exact, rounded = (scale.groupby("layer")[column].max() for column in columns)
+    return (
+        "Effective rank (sum s)^2 / sum s^2 of D_t, of the layer's, in the task where it is "
+        f"highest: {exact.min():.3f} in the least layer, {exact.median():.3f} in the median one, "
+        f"{exact.max():.3f} in the most; of weights stored in bfloat16 {rounded.min():.3f}, "
+        f"{rounded.median():.3f}, {rounded.max():.3f}.\n"
     )
 
 
