@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval.theory import Loss, Mask, watched
+from eval.theory import Loss, Mask, by_token, watched
 from merging.errors import InputError
 from merging.layers import Layer
 from merging.linalg import gram
@@ -48,7 +48,8 @@ def factors(
         inputs = rows(z)
 
         def book(g: Tensor) -> None:
-            for key, own in ((name, inputs), (name + OUTPUTS, rows(g))):
+            gradients = rows(by_token(model, name, g))
+            for key, own in ((name, inputs), (name + OUTPUTS, gradients)):
                 sums[key] = sums.get(key, 0.0) + gram(own).double()
             counts[name] = counts.get(name, 0) + len(inputs)
 

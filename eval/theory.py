@@ -27,6 +27,7 @@ from scipy.sparse.linalg import eigsh
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from eval.inputs import rows
 from merging.errors import InputError
 from merging.layers import Layer
 from merging.linalg import eigh, gram
@@ -136,11 +137,12 @@ def recording(
         z = z.detach()
 
         def book(g: Tensor) -> None:
-            rows, gradients = select(z), select(g).chunk(layers[name].parts, -1)
+            inputs, whole = select(z), select(by_token(model, name, g))
+            gradients = whole.chunk(layers[name].parts, -1)
             for part, own in zip(part_names(name, layers[name]), gradients, strict=True):
                 if part not in sums:
-                    sums[part] = Sums.zeros(own.shape[-1], rows.shape[-1])
-                sums[part].add(rows, own)
+                    sums[part] = Sums.zeros(own.shape[-1], inputs.shape[-1])
+                sums[part].add(inputs, own)
 
         out.register_hook(book)
 
@@ -160,7 +162,10 @@ def part_names(weight: str, layer: Layer) -> list[str]:
 
 @contextmanager
 def watched(model: nn.Module, weights: Iterable[str], watch: Watch) -> Iterator[None]:
-    """Call `watch(weight name, input, output)` whenever a layer is applied."""
+    """Call `watch(weight name, input, output)` whenever a layer is applied.
+
+    A convolution's input is given as its patches (B, positions, d_in), its output as it is.
+    """
     handles: list[RemovableHandle] = []
     attentions: dict[nn.MultiheadAttention, dict[str, str]] = {}  # own names -> weight names
     for weight in weights:
@@ -185,7 +190,20 @@ def watched(model: nn.Module, weights: Iterable[str], watch: Watch) -> Iterator[
 
 
 def _after(weight: str, watch: Watch) -> Callable[..., None]:
-    return lambda module, args, output: watch(weight, args[0], output)
+    return lambda module, args, output: watch(weight, rows(module, args[0]), output)
+
+
+def by_token(model: nn.Module, weight: str, g: Tensor) -> Tensor:
+    """A gradient at a layer's output as rows (B, tokens, d_out), one for each of its input's.
+
+    g: (B, tokens, d_out), or (B, d_out, *positions) of a convolution.
+    """
+    module = model.get_submodule(weight.rpartition(".")[0])
+    if isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        raise InputError(
+            f"{weight!r}: outputs of a transposed convolution are not its inputs' rows"
+        )
+    return g.flatten(2).mT if isinstance(module, nn.modules.conv._ConvNd) else g
 
 
 def _explicit_attention(

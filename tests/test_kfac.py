@@ -105,6 +105,27 @@ def test_factors_are_those_of_every_tokens_own_gradient():
         kfac.factors(model, [x], ["0.weight", "2.weight"], lambda model, z: model[0](z).sum())
 
 
+def test_factors_of_a_convolution_are_those_of_its_patches_and_positions():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 4, 3, stride=2, padding=1), nn.Tanh())
+    x, target = torch.randn(5, 6, 7, 5), torch.randn(5, 4, 4, 3)
+    found = kfac.factors(
+        model, [x[:2], x[2:]], ["0.weight"], lambda m, b: (m(b) - target[: len(b)]).square().sum()
+    )
+    z, gradients = [], []
+    for image, aim in zip(x, torch.cat([target[:2], target[:3]]), strict=True):
+        out = torch.tanh(model[0](image[None])[0]).detach()
+        slope = 2 * (out - aim) * (1 - out**2)
+        padded = nn.functional.pad(image, (1, 1, 1, 1))
+        for i in range(4):
+            for j in range(3):
+                z.append(padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 3].flatten())
+                gradients.append(slope[:, i, j])
+    z, gradients = torch.stack(z), torch.stack(gradients)
+    assert_close(found["0.weight"], z.mT @ z / len(z))
+    assert_close(found["0.weight" + OUTPUTS], gradients.mT @ gradients / len(z))
+
+
 def test_labels_are_drawn_from_the_model_itself():
     logits = torch.tensor([[0.0, 50.0], [50.0, 0.0], [0.0, 0.0]], requires_grad=True)
     value = kfac.drawn(logits, torch.Generator().manual_seed(0))

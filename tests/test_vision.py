@@ -386,6 +386,27 @@ def test_regmean_equals_a_direct_solve_from_recorded_inputs(suite):
     assert error < 1e-2
 
 
+def test_kfac_regmean_takes_both_factors_of_every_layer(suite):
+    own = {"finetuning": "full", "seed": 0}
+    base, experts = suite.base(), {task: suite.expert(task, **own) for task in suite.tasks}
+    files = {t: suite.statistics(t, "kfac", **own, batches=2, batch_size=4) for t in suite.tasks}
+    merged = merging.merge_state_dicts(
+        base,
+        {task: training.expert_state(base, path) for task, path in experts.items()},
+        merging.create("kfac_regmean"),
+        layers=suite.layers(),
+        statistics={task: load_file(path) for task, path in files.items()},
+    )
+    assert set(load_file(files["two"])) == {
+        name + side for name in suite.layers() for side in ("", merging.method.registry.OUTPUTS)
+    }
+    assert not torch.equal(
+        merged["transformer.resblocks.0.attn.in_proj_weight"],
+        base["transformer.resblocks.0.attn.in_proj_weight"],
+    )
+    assert suite.evaluate(merged, "test")["two"].accuracy > 0.5
+
+
 def test_fisher_has_every_parameter_of_the_tower(suite):
     path = suite.statistics("two", "fisher", finetuning="full", seed=0, batches=1, batch_size=3)
     fisher, base = load_file(path), suite.base()

@@ -17,6 +17,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
+from open_clip.utils import freeze_batch_norm_2d
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -57,6 +58,15 @@ def _config(name: str) -> dict[str, Any]:
             hint="list them with: python -c 'import open_clip; print(open_clip.list_models())'",
         )
     return config | {"quick_gelu": name != plain or config.get("quick_gelu", False)}
+
+
+def constant_norms(tower: nn.Module) -> nn.Module:
+    """The tower with its BatchNorms' statistics, scales and offsets as constants.
+
+    Batches of one task then leave no trace in them: they are the same in all experts, and whatever
+    merges the weights finds them as they were.
+    """
+    return freeze_batch_norm_2d(tower)
 
 
 def preprocessing(name: str) -> PreprocessCfg:

@@ -86,7 +86,8 @@ class Pretraining:
             device=device,
             label="pre-training the base",
         )
-        state = {name: t.cpu().contiguous() for name, t in tower.state_dict().items()}
+        constant = models.constant_norms(tower)
+        state = {name: t.cpu().contiguous() for name, t in constant.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -134,8 +134,10 @@ class VisionBackend(Trainable):
         """The rule for what is no layer, where the protocol has one for every method."""
         return "average" if self.protocol == "paper" else None
 
-    def measured(self) -> dict[str, Layer]:  # others are no module's weight
-        return linear_layers(self.network)
+    def measured(self) -> dict[str, Layer]:
+        """Those that run as modules: a ResNet's pool applies its four matrices itself."""
+        own = linear_layers(self.network)
+        return {name: kind for name, kind in own.items() if not name.startswith("attnpool.")}
 
     def moved(self) -> list[str]:
         return [name for name, _ in self.network.named_parameters()]
@@ -296,8 +298,12 @@ class VisionBackend(Trainable):
     @cached_property
     def network(self) -> nn.Module:
         """A working copy whose weights are whatever was loaded last."""
-        tower = models.build(self.architecture).visual
-        return tower.eval().requires_grad_(False).to(self.device)
+        return self._tower().eval().requires_grad_(False).to(self.device)
+
+    def _tower(self) -> nn.Module:
+        """The architecture; statistics of batches are constants where the base is made here."""
+        tower: nn.Module = models.build(self.architecture).visual
+        return tower if self.pretraining is None else models.constant_norms(tower)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         require_same(state, self._base, self.name)
@@ -349,7 +355,7 @@ class VisionBackend(Trainable):
     def learner(
         self, tasks: Sequence[str], finetuning: Finetuning, recipe: Recipe, seed: int
     ) -> nn.Module:
-        tower: nn.Module = models.build(self.architecture).visual
+        tower = self._tower()
         tower.load_state_dict(self._base)
         tower.set_grad_checkpointing(recipe.checkpointing)
         if finetuning == "full":

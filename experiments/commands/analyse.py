@@ -81,7 +81,8 @@ def analyse(settings: Analyse) -> None:
     suite = load_suite(settings.suite, settings.device)
     few = isinstance(settings.tasks, int)
     tasks = _spread(suite.tasks, settings.tasks) if few else pick_tasks(suite, settings.tasks)
-    layers = {k: v for k, v in suite.layers().items() if settings.layers in k}
+    measured = (k for k in suite.layers() if k not in suite.unmeasured)
+    layers = {k: suite.layers()[k] for k in measured if settings.layers in k}
     if not layers:
         raise InputError(f"no layer of suite {suite.name} has {settings.layers!r} in its name")
     for name in settings.methods:
