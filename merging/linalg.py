@@ -7,7 +7,7 @@ rest but QR; elsewhere torch's own are used. Both compute the same quantities.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -210,6 +210,22 @@ def solve_positive(
     return torch.from_numpy(potrs(factor.numpy(), right.mT.numpy(), lower=True)[0]).mT
 
 
+def solve_positive_many(
+    right: Tensor, matrices: Tensor, above: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`solve_positive` of a batch, (B, d_out, d) and (B, d, d) -> (B, d_out, d), on any device.
+
+    above: (B,). Also which of the solutions hold, (B,): what is None there, is not to be used here.
+    """
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    _, below = torch.linalg.cholesky_ex(matrices - above.view(-1, 1, 1) * eye)
+    factors, failed = torch.linalg.cholesky_ex(matrices)
+    diagonals = factors.diagonal(dim1=-2, dim2=-1)
+    ratios = (diagonals.amin(-1) / diagonals.amax(-1)).square()
+    safe = (below == 0) & (failed == 0) & (ratios >= matrices.shape[-1] * eps)
+    return torch.cholesky_solve(right.mT, factors).mT, safe
+
+
 def _cholesky(matrix: Tensor, shift: float | Tensor = 0.0) -> Tensor | None:
     """Lower factor of matrix + shift I (above its diagonal: anything); None if not positive."""
     shifted = matrix.clone()
@@ -243,3 +259,21 @@ def in_span_of_rows(deltas: Tensor) -> tuple[Tensor, Tensor | None]:
         return deltas, None
     Q = row_space(deltas.to(working_dtype(deltas)))  # (d_in, T d_out)
     return deltas.to(Q) @ Q, Q
+
+
+def in_span_of_rows_many(deltas: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The same of a batch: (B, T, d_out, d_in) -> M (B, T, d_out, k) and Q (B, d_in, k)."""
+    rows = deltas.flatten(1, 2)  # (B, T d_out, d_in)
+    if rows.shape[1] >= rows.shape[2]:
+        return deltas, None
+    Q = torch.linalg.qr(rows.mT).Q
+    return deltas @ Q.unsqueeze(1), Q
+
+
+def by_kind(stack: Tensor, kinds: Sequence[Any], merge: Callable[[Any, Tensor], Tensor]) -> Tensor:
+    """merge(kind, layers of that kind) for each kind, (B, ...) -> (B, ...) in the layers' order."""
+    merged: dict[int, Tensor] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [i for i, own in enumerate(kinds) if own == kind]
+        merged |= zip(places, merge(kind, stack[places]), strict=True)
+    return torch.stack([merged[i] for i in range(len(stack))])

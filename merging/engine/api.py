@@ -16,6 +16,7 @@ from merging.engine.plan import Item, outside, plan
 from merging.engine.report import UNCHANGED, Report, Watch
 from merging.engine.sharing import Shares, read_share
 from merging.engine.sinks import Files, Memory, Sink, file_sink
+from merging.engine.transfers import stated
 from merging.errors import InputError
 from merging.experts import Expert
 from merging.formats.checkpoints import StateDict, open_base, open_checkpoint
@@ -63,7 +64,7 @@ def merge_state_dicts(
     job = prepare(source, opened, method, **options)
     items, sink, watch = plan(job), Memory(source), Watch(job.experts, report)
     report.cover(items, strict)
-    report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
+    report.notes += _notes(job, items)
     _merge(job, items, items, sink, watch, report)
     report.unchanged = not watch.changed
     if shown:
@@ -105,7 +106,7 @@ def merge_checkpoints(
             job.rows.check_output(Path(output))
         items, watch = plan(job), Watch(job.experts, report)
         report.cover(items, strict)
-        report.notes += [*job.notes, *notes(job.experts), *outside(job, items)]
+        report.notes += _notes(job, items)
         shares = Shares(job, items, output, member, overwrite) if member else None
         if shares and not stack.enter_context(_finishing(shares, hashes, report)):
             return report
@@ -123,6 +124,11 @@ def merge_checkpoints(
         if shares:
             shares.conclude()
     return report
+
+
+def _notes(job: Job, items: Sequence[Item]) -> list[str]:
+    """What is to be said of a merge before it begins."""
+    return [*job.notes, *notes(job.experts), *outside(job, items), *stated(job.devices)]
 
 
 def _merge(

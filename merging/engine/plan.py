@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from operator import attrgetter
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ _STEM = re.compile(
     r"embed(?!_out)|wte|wpe|shared|position|token|conv1|stem|patch|ln_pre|norm_pre|pre_layrnorm"
 )
 
+Work = TypeVar("Work")
 Rule = Literal["method", "average", "base"]
 AS_LAYERS = ("embedding", "head")  # parts that are named by what is else no layer
 NO_NUMBERS, UNTOUCHED = "no floating-point numbers", "no expert changes it"
@@ -219,14 +221,16 @@ def pieces(job: Job, item: Item) -> Iterator[Piece]:
         yield Piece(item, rows)
 
 
-def share(items: Sequence[Item], workers: int) -> list[list[Item]]:
+def share(
+    items: Sequence[Work], workers: int, size: Callable[[Work], int] = attrgetter("numel")
+) -> list[list[Work]]:
     """Items dealt out largest first, each to the worker with the least work so far."""
-    shares: list[list[Item]] = [[] for _ in range(workers)]
+    shares: list[list[Work]] = [[] for _ in range(workers)]
     loads = [0] * workers
-    for item in sorted(items, key=lambda item: item.numel, reverse=True):
+    for item in sorted(items, key=size, reverse=True):
         least = loads.index(min(loads))
         shares[least].append(item)
-        loads[least] += item.numel
+        loads[least] += size(item)
     return shares
 
 

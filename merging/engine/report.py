@@ -210,6 +210,7 @@ class Watch:
 
     def __init__(self, tasks: Iterable[str], report: Report) -> None:
         self.changed = False
+        self._notes = report.notes
         self._distances = [report.distances.setdefault(task, []) for task in tasks]
         self._lock = threading.Lock()
 
@@ -234,3 +235,9 @@ class Watch:
             self.changed = all(bool(factor.any()) for factor in merged[:2])
         else:
             self.changed = not torch.equal(merged, loaded.W0.to(merged.dtype))
+
+    def tell(self, note: str) -> None:
+        """What became of a merge on the way, for its report; once."""
+        with self._lock:
+            if note not in self._notes:
+                self._notes.append(note)

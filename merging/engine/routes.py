@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from merging.engine.rows import row_blocks
+from merging.engine.transfers import Send, stay
 from merging.errors import InputError
 from merging.experts import Expert, Values, lift
 from merging.factors import Factors, factorise, merge_factors
 from merging.formats.checks import check_finite
 from merging.layers import Layer, cut, join, of_outputs
+from merging.method.registry import Method
 
 if TYPE_CHECKING:
     from merging.engine.job import Job
@@ -36,19 +38,26 @@ class Loaded(NamedTuple):
     experts: Any  # as the route merges them
 
 
+class Deltas(NamedTuple):
+    """What the experts moved, and what of the statistics the method needs, on the device."""
+
+    stack: Tensor  # (T, *shape)
+    statistics: dict[str, Tensor]
+
+
 class Route(Protocol):
     """A way of merging."""
 
     windows: bool  # it may be merged some rows at a time
 
-    def load(self, job: Job, piece: Piece) -> Loaded:
-        """Read it."""
+    def load(self, job: Job, piece: Piece, send: Send = stay) -> Loaded:
+        """Read it and send it to the device, where the route merges on one."""
         ...
 
     def merge(
-        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
+        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any]
     ) -> Tensor | Factors:
-        """The merged piece on the CPU in the base's dtype; or the difference as factors."""
+        """The merged piece where it was sent, in the base's dtype; or the difference as factors."""
         ...
 
     def sample(self, loaded: Loaded) -> Tensor | None:
@@ -61,13 +70,11 @@ class Kept:
 
     windows = True
 
-    def load(self, job: Job, piece: Piece) -> Loaded:
+    def load(self, job: Job, piece: Piece, send: Send = stay) -> Loaded:
         W0 = job.base.read(piece.item.name, piece.rows)
         return Loaded(W0.to(job.output_dtype(piece.item.name)), None)
 
-    def merge(
-        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
-    ) -> Tensor:
+    def merge(self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any]) -> Tensor:
         return loaded.W0
 
     def sample(self, loaded: Loaded) -> None:
@@ -79,13 +86,11 @@ class Entries:
 
     windows = True
 
-    def load(self, job: Job, piece: Piece) -> Loaded:
+    def load(self, job: Job, piece: Piece, send: Send = stay) -> Loaded:
         W0 = job.base.read(piece.item.name, piece.rows)
         return Loaded(W0, read_values(job.experts, piece.item.name, piece.rows, W0))
 
-    def merge(
-        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
-    ) -> Tensor:
+    def merge(self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any]) -> Tensor:
         item = piece.item
         statistics = job.context(item.name, item.merger, piece.rows)
         merged = torch.empty_like(loaded.W0, dtype=job.output_dtype(item.name))
@@ -110,29 +115,64 @@ class Dense:
 
     windows = False
 
-    def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.base.read(piece.item.name, piece.rows)
-        return Loaded(W0, read_deltas(W0, job.experts, piece.item.name, piece.rows))
+    def load(self, job: Job, piece: Piece, send: Send = stay) -> Loaded:
+        item, rows = piece
+        W0 = send(job.base.read(item.name, rows))
+        stack = read_deltas(W0, job.experts, item.name, rows, send)
+        statistics = job.context(item.name, item.merger, rows)
+        return Loaded(W0, Deltas(stack, {kind: send(t) for kind, t in statistics.items()}))
 
-    def merge(
-        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
-    ) -> Tensor:
-        W0, item = loaded.W0, piece.item
-        deltas, dtype = loaded.experts.to(device), job.output_dtype(item.name)
-        statistics = on(job.context(item.name, item.merger, piece.rows), device)
-        statistics |= {"base": lift(W0).to(device)} if "base" in item.merger.context else {}
+    def merge(self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any]) -> Tensor:
+        item, (deltas, statistics) = piece.item, loaded.experts
+        statistics = statistics | _base(item.merger, loaded.W0)
         if item.layer is None:
-            return add(W0, item.merger(deltas, **statistics, **context).cpu(), item.name, dtype)
-        layer, merged = item.layer, []
-        if piece.rows is not None:  # some of its experts
-            layer = replace(layer, experts=len(W0))
-        for block, arguments in blocks(deltas, layer, statistics):
-            merged.append(item.merger(block, **arguments, **context))
-        return add(W0, join(merged, layer).cpu(), item.name, dtype)
+            merged = item.merger(deltas, **statistics, **context)
+        else:
+            layer = _layer(piece, loaded)
+            parts = [
+                item.merger(block, **arguments, **context)
+                for block, arguments in blocks(deltas, layer, statistics)
+            ]
+            merged = join(parts, layer)
+        return add(loaded.W0, merged, item.name, job.output_dtype(item.name))
+
+    def together(
+        self, job: Job, pieces: Sequence[Piece], loads: Sequence[Loaded], context: Mapping[str, Any]
+    ) -> list[Tensor]:
+        """Pieces of one shape, layout and method, without statistics, in one call of the method."""
+        layers = [_layer(*each) for each in zip(pieces, loads, strict=True)]
+        cuts = [cut(x.experts.stack, layer) for x, layer in zip(loads, layers, strict=True)]
+        merged = iter(_many(pieces[0].item.merger, [b for own in cuts for b in own], context))
+        results = []
+        for (item, _), loaded, layer, own in zip(pieces, loads, layers, cuts, strict=True):
+            delta = join([next(merged) for _ in own], layer)
+            results.append(add(loaded.W0, delta, item.name, job.output_dtype(item.name)))
+        return results
 
     def sample(self, loaded: Loaded) -> Tensor:
-        deltas: Tensor = loaded.experts
+        deltas: Tensor = loaded.experts.stack
         return deltas[:, :_SAMPLE]
+
+
+def _many(method: Method, blocks: Sequence[Tensor], context: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Merged blocks (T, rows, d_in), those of one shape in one call."""
+    merged: dict[int, Tensor] = {}
+    for shape in dict.fromkeys(block.shape for block in blocks):
+        places = [i for i, block in enumerate(blocks) if block.shape == shape]
+        stack = torch.stack([blocks[i] for i in places])  # (B, T, rows, d_in)
+        merged |= zip(places, method.many(stack, **context), strict=True)
+    return (merged[i] for i in range(len(blocks)))
+
+
+def _base(method: Method, W0: Tensor) -> dict[str, Tensor]:
+    """The base's own values, for methods that ask for them."""
+    return {"base": lift(W0)} if "base" in method.context else {}
+
+
+def _layer(piece: Piece, loaded: Loaded) -> Layer:
+    """How a piece is laid out: it may be some of a layer's fused experts."""
+    layer = piece.item.layer or Layer()
+    return layer if piece.rows is None else replace(layer, experts=len(loaded.W0))
 
 
 class InFactors:
@@ -140,18 +180,16 @@ class InFactors:
 
     windows = False
 
-    def load(self, job: Job, piece: Piece) -> Loaded:
-        W0 = job.base.read(piece.item.name)
+    def load(self, job: Job, piece: Piece, send: Send = stay) -> Loaded:
+        W0 = send(job.base.read(piece.item.name))
         check_finite(W0, piece.item.name, job.base.path)
-        return Loaded(W0, read_factors(job.experts, piece.item.name))
+        return Loaded(W0, read_factors(job.experts, piece.item.name, send))
 
-    def merge(
-        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
-    ) -> Tensor:
-        item, factors = piece.item, [f.to(device) for f in loaded.experts]
+    def merge(self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any]) -> Tensor:
+        item, factors = piece.item, loaded.experts
         merged = merge_factors(factors, item.merger, upright(item.layer), **context).dense()
         merged = merged.mT if item.layer and item.layer.transposed else merged
-        merged = merged.reshape(loaded.W0.shape).cpu()
+        merged = merged.reshape(loaded.W0.shape)
         return add(loaded.W0, merged, item.name, job.output_dtype(item.name))
 
     def sample(self, loaded: Loaded) -> None:
@@ -163,18 +201,18 @@ class ToFactors:
 
     windows = False
 
-    def load(self, job: Job, piece: Piece) -> Loaded:
-        return Loaded(torch.empty(0), read_factors(job.experts, piece.item.name))
+    def load(self, job: Job, piece: Piece, send: Send = stay) -> Loaded:
+        return Loaded(torch.empty(0), read_factors(job.experts, piece.item.name, send))
 
-    def merge(
-        self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any], device: str
-    ) -> Factors:
-        item, factors = piece.item, [f.to(device) for f in loaded.experts]
+    def merge(self, job: Job, piece: Piece, loaded: Loaded, context: Mapping[str, Any]) -> Factors:
+        item, factors = piece.item, loaded.experts
         layer = upright(item.layer)
         if item.merger.row_space:
-            return merge_factors(factors, item.merger, layer, **context).to("cpu")
+            return merge_factors(factors, item.merger, layer, **context)
         deltas = torch.stack([f.dense() for f in factors])
-        statistics, merged = on(job.context(item.name, item.merger), device), []
+        statistics = job.context(item.name, item.merger)
+        statistics = {kind: stack.to(deltas.device) for kind, stack in statistics.items()}
+        merged = []
         for block, arguments in blocks(deltas, layer, statistics):
             merged.append(item.merger(block, **arguments, **context))
         rank = sum(len(f.A) for f in factors)
@@ -185,7 +223,7 @@ class ToFactors:
                 f"of rank {rank} holds",
                 hint="use form=dense",
             )
-        return factored.to("cpu")
+        return factored
 
     def sample(self, loaded: Loaded) -> None:
         return None
@@ -235,24 +273,40 @@ def entry_blocks(
 
 
 def read_deltas(
-    W0: Tensor, experts: Mapping[str, Expert], name: str, rows: slice | None = None
+    W0: Tensor,
+    experts: Mapping[str, Expert],
+    name: str,
+    rows: slice | None = None,
+    send: Send = stay,
 ) -> Tensor:
     """(T, *shape) differences to W0, the base's `rows` (None: all); an expert that lacks rows or a
-    tensor has 0 there."""
+    tensor has 0 there.
+
+    send: what brings values to where W0 lies: as they are stored, which takes half of what their
+        differences in float32 would.
+    """
     if any(expert.partial for expert in experts.values()):
         check_finite(W0, name, "the base")  # a difference to a dense expert shows it by itself
     stack = lift(W0).new_empty(len(experts), *W0.shape)
-    differences(lift(W0), read_values(experts, name, rows, W0), None, stack)
+    values = [
+        said and said._replace(tensor=send(said.tensor))
+        for said in read_values(experts, name, rows, W0)
+    ]
+    differences(lift(W0), values, None, stack)
     check_deltas(stack, name, experts)
     return stack
 
 
-def read_factors(experts: Mapping[str, Expert], name: str) -> list[Factors]:
-    """Each adapter's factors of a tensor, of rank 0 where it leaves the tensor alone."""
+def read_factors(experts: Mapping[str, Expert], name: str, send: Send = stay) -> list[Factors]:
+    """Each adapter's factors of a tensor, of rank 0 where it leaves the tensor alone.
+
+    send: what brings them to the device.
+    """
     moved = {t: e.factors(name) for t, e in experts.items() if e.rank(name)}
     for task, factors in moved.items():
         for factor in factors[:2]:
             check_finite(factor, name, f"expert {task!r} ({experts[task].path})")
+    moved = {t: Factors(send(f.A), send(f.B), f.scale) for t, f in moved.items()}
     A, B, _ = next(iter(moved.values()))
     still = Factors(A[:0], B[:, :0], 1.0)
     return [moved.get(task, still) for task in experts]
@@ -303,8 +357,3 @@ def add(
     hint = f"the method diverged, or its result leaves {merged.dtype}'s range"
     check_finite(merged, name, "the merge", hint)
     return merged
-
-
-def on(tensors: Mapping[str, Tensor], device: str) -> dict[str, Tensor]:
-    """The tensors on a device."""
-    return {k: v.to(device) for k, v in tensors.items()}

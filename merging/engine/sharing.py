@@ -28,7 +28,8 @@ from merging.engine.plan import WINDOW_BYTES, Item, Piece, share
 from merging.engine.report import Report, Watch
 from merging.engine.routes import Loaded
 from merging.engine.rows import row_blocks
-from merging.engine.sinks import FileSink, check_shards
+from merging.engine.sinks import Sink, check_shards
+from merging.engine.transfers import InPlace
 from merging.errors import InputError
 from merging.experts import Source
 from merging.formats.checkpoints import open_base
@@ -140,7 +141,7 @@ class Shares:
             report.pending = f"another member is writing {self.output}"
             yield False
 
-    def copy(self, sink: FileSink, put: Put, watch: Watch) -> None:
+    def copy(self, sink: Sink, put: Put, watch: Watch) -> None:
         """All members' tensors into the output, looking on the way whether any was changed."""
         for number, own in enumerate(share(self.items, self.member.of), 1):
             with closing(open_base(self.file(number))) as source:
@@ -150,7 +151,7 @@ class Shares:
                     if not watch.changed:
                         W0 = _read(self.job.base, piece)
                         watch.compare(piece.item, Loaded(W0, None), merged)
-                    put(piece, merged)
+                    put(piece, InPlace().back(merged))
 
     def _windows(self, item: Item) -> Iterator[Piece]:
         row = torch.Size(item.shape[1:]).numel() * self.job.output_dtype(item.name).itemsize

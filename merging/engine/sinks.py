@@ -48,8 +48,8 @@ class Memory:
         self.tensors: dict[str, Tensor] = {}
 
     def write(self, name: str, merged: Tensor, rows: slice | None = None) -> None:
-        if rows is None:
-            self.tensors[name] = merged
+        if rows is None:  # what came from a GPU lies in pinned memory, which is for few tensors
+            self.tensors[name] = merged.clone() if merged.is_pinned() else merged
             return
         if name not in self.tensors:
             self.tensors[name] = torch.empty(self.base.shape(name), dtype=merged.dtype)

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.linalg import eigh, gram, leading, product, solve_positive, solving_dtype
+from merging.linalg import (
+    eigh,
+    gram,
+    leading,
+    product,
+    sharpen,
+    solve_positive,
+    solve_positive_many,
+    solving_dtype,
+)
 from merging.method.covariance import Estimate
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -68,6 +77,20 @@ def normal_equations(deltas: Tensor, est: Estimate, weights: Tensor) -> tuple[Te
     return S, N
 
 
+def normal_equations_many(deltas: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """S (B, d_in, d_in) and N (B, d_out, d_in) of B layers (B, T, d_out, d_in) for C_t = D_t^T D_t.
+
+    weights: (B, T).
+    """
+    w = weights[..., None, None]
+    if deltas.shape[2] < deltas.shape[3]:
+        N = (deltas @ deltas.mT * w @ deltas).sum(1)
+        rows = (w.sqrt() * deltas).flatten(1, 2)  # (B, T d_out, d_in)
+        return rows.mT @ rows, N
+    C = deltas.mT @ deltas * w  # (B, T, d_in, d_in)
+    return C.sum(1), (deltas @ C).sum(1)
+
+
 def measured_normal_equations(
     deltas: Tensor, covariances: Tensor | None, weights: Tensor, gram_scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +125,7 @@ def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | No
     None where the filter keeps what equations set up in float32 cannot tell from rounding: set up
     in float64 they are solved, whatever they are.
     """
-    S, N, weights, width, regular = equations
+    S, N, _, width, regular = equations
     eps, dtype = torch.finfo(S.dtype).eps, solving_dtype(S)
     S, N, A = S.to(dtype), N.to(dtype), None if A is None else A.to(dtype)
     D = None
@@ -119,8 +142,16 @@ def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | No
     if D is not None:
         return D
     # a cut below float32's resolution is asked of equations in float64, see `asks_for_double`
-    noise = width * eps if filter.name in {"effective_rank", "gavish_donoho"} else 0.0
+    noise = _noise(filter, width, eps)
     l, V = leading(S, lambda l: int((_weigh(filter, l, width) > 0).sum()))  # (d,), (d, k)
+    return by_eigenvectors(equations._replace(S=S, N=N), A, filter, l, V, noise)
+
+
+def by_eigenvectors(
+    equations: Equations, A: Tensor | None, filter: Filter, l: Tensor, V: Tensor, noise: float
+) -> Tensor | None:
+    """The solution from S's eigenvalues l (d,) and eigenvectors V (d, k), those that are kept."""
+    _, N, weights, width, _ = equations
     F = _weigh(filter, l, width)
     kept = int((F > 0).sum())
     if kept and l[kept - 1] <= noise * l[0]:
@@ -129,6 +160,39 @@ def solve(equations: Equations, A: Tensor | None, filter: Filter) -> Tensor | No
         kept = int((l > noise * l[0]).sum())
     bound = _bound(weights) if filter.name == "gain" else math.inf
     return _combined(N, A, l[:kept], V[:, :kept], F[:kept], bound)
+
+
+def _noise(filter: Filter, width: int, eps: float) -> float:
+    """Below this share of the largest an eigenvalue is rounding, for filters without a cut."""
+    return width * eps if filter.name in {"effective_rank", "gavish_donoho"} else 0.0
+
+
+def solve_many(equations: Equations, A: Tensor | None, filter: Filter) -> list[Tensor | None]:
+    """`solve` of B layers at once: their factorisations are one call each.
+
+    equations: S (B, d, d), N (B, d_out, d), weights (B, T); A (B, d_out, d). By Cholesky where the
+    filter cuts nothing, by eigenvectors elsewhere; None as in `solve`.
+    """
+    eps, dtype = torch.finfo(equations.S.dtype).eps, solving_dtype(equations.S)
+    S, N = equations.S.to(dtype), equations.N.to(dtype)
+    A = None if A is None else A.to(dtype)
+    merged: list[Tensor | None] = [None] * len(S)
+    if filter.name == "cut":
+        above = _cut(filter.rtol, equations.width) * torch.linalg.matrix_norm(S)
+        solved, safe = solve_positive_many(N, S, above, eps)
+        merged = [x if ok else None for x, ok in zip(solved, safe.tolist(), strict=True)]
+    left = [i for i, x in enumerate(merged) if x is None]
+    if not left:
+        return merged
+    values, vectors = torch.linalg.eigh(S[left])  # ascending
+    noise = _noise(filter, equations.width, eps)
+    for i, l, V in zip(left, values.flip(-1).clamp_min(0), vectors.flip(-1), strict=True):
+        kept = int((_weigh(filter, l, equations.width) > 0).sum())
+        if dtype == torch.float32 and 0 < kept < len(l):
+            sharpen(S[i], l, V, at=l[kept - 1])
+        own = equations._replace(S=S[i], N=N[i], weights=equations.weights[i])
+        merged[i] = by_eigenvectors(own, None if A is None else A[i], filter, l, V, noise)
+    return merged
 
 
 def asks_for_double(filter: Filter, width: int) -> bool:

@@ -32,7 +32,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from merging.linalg import working_dtype
+from merging.linalg import in_span_of_rows_many, working_dtype
 from merging.method import covariance
 from merging.method.anchors import anchor_commutes, anchor_merge
 from merging.method.equations import (
@@ -41,7 +41,9 @@ from merging.method.equations import (
     asks_for_double,
     measured_normal_equations,
     normal_equations,
+    normal_equations_many,
     solve,
+    solve_many,
     task_weights,
 )
 from merging.method.registry import Law, Needs, register
@@ -222,6 +224,39 @@ def interference(
     return cast(Tensor, merged).to(deltas.dtype)  # float64 solves them all
 
 
+IN_BATCHES = {"cut", "gain", "exponential", "effective_rank", "gavish_donoho"}  # filters
+
+
+def interference_many(
+    deltas: Tensor,
+    *,
+    weights: Tensor | None = None,
+    d_in: int | None = None,
+    d_out: int | None = None,
+    **choices: Any,
+) -> list[Tensor | None]:
+    """`interference` of layers of one shape, (B, T, d_out, d_in) -> B of (d_out, d_in).
+
+    Products and factorisations of all layers are one call each. None for layers that are to be
+    merged by themselves: by choices that are not plain, or where float32 cannot tell.
+    """
+    T, height, width = deltas.shape[1], d_out or deltas.shape[2], d_in or deltas.shape[3]
+    name, rtol, t, rho = (choices[key] for key in ("filter", "rtol", "t", "rho"))
+    inverse = Filter(name, rtol=rtol, t=t, rho=rho, rows=T * height)
+    plain = choices["estimator"] == "delta" and choices["anchor"] in {"zero", "sum", "average"}
+    if not plain or name not in IN_BATCHES or asks_for_double(inverse, width):
+        return [None] * len(deltas)
+    D, Q = in_span_of_rows_many(deltas.to(working_dtype(deltas)))
+    w = task_weights(choices["task_weight"], D.flatten(0, 1)).view(D.shape[:2])  # (B, T)
+    w = w if weights is None else w * weights.to(w)
+    total = None if choices["anchor"] == "zero" else D.sum(1)
+    A = total / T if choices["anchor"] == "average" and total is not None else total
+    merged = solve_many(Equations(*normal_equations_many(D, w), w, width), A, inverse)
+    if Q is not None:
+        merged = [None if x is None else x @ q.mT.to(x) for x, q in zip(merged, Q, strict=True)]
+    return [None if x is None else x.to(deltas.dtype) for x in merged]
+
+
 def _estimated(estimator: str, D: Tensor, w: Tensor, width: int, k: float) -> Equations:
     """S = sum_t w_t C_t and N = sum_t w_t D_t C_t with C_t estimated from the D_t themselves."""
     C = covariance.estimate(estimator, D, width, k)
@@ -254,6 +289,7 @@ register(
     needs=_needs,
     row_space=_row_space,
     column_space=_column_space,
+    batched=interference_many,
 )(interference)
 
 for _name, _preset in FAMILY.items():
@@ -267,5 +303,6 @@ for _name, _preset in FAMILY.items():
         needs=_needs,
         row_space=_row_space,
         column_space=_column_space,
+        batched=interference_many,
         **_preset.choices(),
     )(interference)

@@ -18,10 +18,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.linalg import gram
+from merging.linalg import by_kind, gram
 from merging.method.registry import create, register
 
 NARROW = 0.1  # of min(d_out, d_in): above rounded adapters, below fine-tuned layers
+
+
+def rank_rule_many(deltas: Tensor, *, d_in: int | None = None, d_out: int | None = None) -> Tensor:
+    """`rank_rule` of layers of one shape, (B, T, d_out, d_in) -> (B, d_out, d_in)."""
+    height, width = d_out or deltas.shape[2], d_in or deltas.shape[3]
+
+    def merge(by_tsv: bool, own: Tensor) -> Tensor:
+        method = create("tsv_m") if by_tsv else create("aswudi", anchor="average")
+        return method.many(own, d_in=width, d_out=height)
+
+    return by_kind(deltas, [is_narrow(D, height, width) for D in deltas], merge)
 
 
 @register(
@@ -31,14 +42,20 @@ NARROW = 0.1  # of min(d_out, d_in): above rounded adapters, below fine-tuned la
     "values of D_t, else aswudi with the average as anchor",
     row_space=True,
     column_space=True,
+    batched=rank_rule_many,
 )
 def rank_rule(deltas: Tensor, *, d_in: int | None = None, d_out: int | None = None) -> Tensor:
     """`tsv_m` if all experts are narrow, else `aswudi`: (T, d_out, d_in) -> (d_out, d_in)."""
     height, width = d_out or deltas.shape[1], d_in or deltas.shape[2]
-    rank = min(height, width)
-    if len(deltas) <= rank and narrow(deltas, NARROW * rank):  # else TSV-M has no place for each
+    if is_narrow(deltas, height, width):
         return create("tsv_m")(deltas, d_in=width, d_out=height)
     return create("aswudi", anchor="average")(deltas, d_in=width, d_out=height)
+
+
+def is_narrow(deltas: Tensor, d_out: int, d_in: int) -> bool:
+    """Whether a layer is TSV-M's; with more experts than ranks that has no place for each."""
+    rank = min(d_out, d_in)
+    return len(deltas) <= rank and narrow(deltas, NARROW * rank)
 
 
 def narrow(deltas: Tensor, below: float) -> bool:

@@ -20,6 +20,7 @@ from difflib import get_close_matches
 from numbers import Real
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from merging.errors import HOW_TO_MEASURE, InputError
@@ -82,6 +83,7 @@ class Entry:
     column_space: Flag
     elementwise: Flag
     sequential: bool
+    batched: Callable[..., Iterable[Tensor | None]] | None
     prepare: Callable[[Stream, Arguments], dict[str, Any]] | None
     per_tensor: Flag
     breaks: frozenset[Law]
@@ -116,6 +118,7 @@ def register(
     column_space: Flag = False,
     elementwise: Flag = False,
     sequential: bool = False,
+    batched: Callable[..., Iterable[Tensor | None]] | None = None,
     prepare: Callable[[Stream, Arguments], dict[str, Any]] | None = None,
     per_tensor: Flag = False,
     breaks: tuple[Law, ...] = (),
@@ -134,6 +137,8 @@ def register(
     column_space: f(P D) = P f(D) for orthonormal P, so that it may run on few rows.
     elementwise: each entry is merged by itself (given the context), so any block of rows may be.
     sequential: its statistics are measured through the merged model, layer after layer.
+    batched: the function on layers of one shape, (B, T, d_out, d_in) -> B of (d_out, d_in), with
+        the same keywords: what a GPU merges in one call. None for one to be merged by itself.
     prepare: whole-model pass, `(stream, hyperparameters) -> context` for every later call.
     per_tensor: that pass goes over each tensor by itself; given its context, blocks of the tensor's
         rows may be merged one by one, in their order.
@@ -151,7 +156,7 @@ def register(
             name=name, function=function, source=source,
             formula=formula or (inspect.getdoc(function) or name).partition("\n")[0],
             needs=needs, rest=rest, alpha=alpha, row_space=row_space, column_space=column_space,
-            elementwise=elementwise, sequential=sequential, prepare=prepare,
+            elementwise=elementwise, sequential=sequential, batched=batched, prepare=prepare,
             per_tensor=per_tensor, breaks=frozenset(breaks), settable=settable, preset=preset,
         )  # fmt: skip
         return function
@@ -178,6 +183,7 @@ class Method:
     elementwise: bool = field(repr=False)
     sequential: bool = field(repr=False)
     breaks: frozenset[Law] = field(repr=False)
+    batched: Callable[..., Iterable[Tensor | None]] | None = field(repr=False)
     whole_model: Callable[[Stream, Arguments], dict[str, Any]] | None = field(repr=False)
     one_tensor: Callable[[Stream, Arguments], dict[str, Any]] | None = field(repr=False)
     space: str = field(default="full", repr=False)  # see `merging.method.space`
@@ -226,6 +232,22 @@ class Method:
         if Q is not None:
             merged = (merged @ Q.mT).to(deltas.dtype)
         return merged if self.alpha == 1 else self.alpha * merged
+
+    def many(self, deltas: Tensor, **context: Any) -> Tensor:
+        """Merge layers of one shape, (B, T, d_out, d_in) -> (B, d_out, d_in); `context` of each.
+
+        In one call where the method has one for several layers, else one after another.
+        """
+        if self.batched is None or self.needs:
+            return torch.stack([self(layer, **context) for layer in deltas])
+        used = {k: v for k, v in context.items() if k in self.context and v is not None}
+        merged = self.batched(deltas, **dict(self.arguments) | used)
+        return torch.stack(
+            [
+                self(layer, **context) if found is None else self.alpha * found
+                for layer, found in zip(deltas, merged, strict=True)
+            ]
+        )
 
     def _require(self, context: Mapping[str, Any]) -> None:
         if unknown := set(context) - set(CONTEXT):
@@ -313,6 +335,7 @@ def _bind(entry: Entry, hyperparameters: dict[str, Any]) -> Method:
         elementwise=resolved(entry.elementwise),
         sequential=entry.sequential,
         breaks=entry.breaks,
+        batched=entry.batched,
         whole_model=None if per_tensor else entry.prepare,
         one_tensor=entry.prepare if per_tensor else None,
     )

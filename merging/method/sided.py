@@ -19,11 +19,29 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merging.linalg import gram, working_dtype
+from merging.linalg import by_kind, gram, working_dtype
 from merging.method.equations import task_weights
 from merging.method.registry import create, register
 
 TIE = 1e-5  # sides as near as rounding can tell count as equal, as those of one expert are
+
+
+def sided_many(
+    deltas: Tensor,
+    *,
+    weights: Tensor | None = None,
+    d_in: int | None = None,
+    d_out: int | None = None,
+) -> Tensor:
+    """`sided` of layers of one shape, (B, T, d_out, d_in) -> (B, d_out, d_in)."""
+    height, width = d_out or deltas.shape[2], d_in or deltas.shape[3]
+
+    def merge(outputs: bool, own: Tensor) -> Tensor:
+        if outputs:
+            return create("balanced").many(own.mT, weights=weights, d_in=height, d_out=width).mT
+        return create("balanced").many(own, weights=weights, d_in=width, d_out=height)
+
+    return by_kind(deltas, [overlaps_in_outputs(D, weights) for D in deltas], merge)
 
 
 @register(
@@ -33,6 +51,7 @@ TIE = 1e-5  # sides as near as rounding can tell count as equal, as those of one
     "w_t = 1 / |D_t|^2, else of D_t",
     row_space=True,
     column_space=True,
+    batched=sided_many,
 )
 def sided(
     deltas: Tensor,

@@ -74,7 +74,7 @@ def within(method: Method, space: Space) -> Method:
     own_axes = {"base", "d_in", "d_out"}
     return replace(
         method, name=f"{method.name} in {space} space", function=function, space=space,
-        whole_model=whole_model and prepare, context=method.context - own_axes,
+        whole_model=whole_model and prepare, batched=None, context=method.context - own_axes,
         row_space=space == "core" or method.row_space, column_space=True, elementwise=False,
         one_tensor=None, rest="average",
     )  # fmt: skip
