@@ -288,7 +288,7 @@ def test_float32_agrees_with_float64_on_layers_wider_than_what_is_computed_in_do
 @pytest.mark.parametrize(
     ("choices", "told"),
     [
-        ({"a": 1.5}, "a is 1.5"),
+        ({"a": 1.5}, "a = 1.5 is not a share"),
         ({"mean": "median"}, "median"),
         ({"filter": "gain"}, "gain"),
         ({"estimator": "trimmed"}, "trimmed"),

@@ -1,5 +1,7 @@
 """Names, hyperparameters and what the engine is told of a method."""
 
+import re
+
 import pytest
 import torch
 
@@ -50,3 +52,24 @@ def test_unknown_context_is_refused():
 def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="registered twice"):
         merging.register("actmat", source="")(lambda deltas: deltas[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "told"),
+    [
+        ("tact", {"k": 1.5}, "k = 1.5 is not a share between 0 and 1"),
+        ("swudi", {"rho": -0.1}, "rho = -0.1 is not a share between 0 and 1"),
+        ("ridge", {"lam": -1e-4}, "lam = -0.0001 is not 0 or more"),
+        ("actmat", {"rtol": -1}, "rtol = -1 is not 0 or more"),
+        ("tsv_m", {"k": 0}, "k = 0 is not 1 or more"),
+        ("ties", {"k": [0.2, 1.2]}, "k = 1.2 is not a share between 0 and 1"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_when_the_method_is_made(name, values, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        merging.create(name, **values)
+
+
+def test_every_default_lies_within_its_range():
+    for name in merging.methods():
+        merging.create(name, **merging.create(name).hyperparameters)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from merging.linalg import gram, product, solve_positive
+from merging.method.ranges import NonNegative, Share
 from merging.method.registry import register
 from merging.method.spectral import singular_triplets
 
@@ -16,7 +17,9 @@ from merging.method.spectral import singular_triplets
     formula="(sum_t E_t R_t)(sum_t R_t + 1 c^T)^-1, E_t = D_t centred, R_t = E_t^T E_t + eps I",
     breaks=("scale", "outputs", "inputs", "expert"),
 )
-def ace(deltas: Tensor, *, eps: float = 1e-5, gamma: float = 0.3, k: float = 0.3) -> Tensor:
+def ace(
+    deltas: Tensor, *, eps: NonNegative = 1e-5, gamma: NonNegative = 0.3, k: Share = 0.3
+) -> Tensor:
     """ACE-Merging, (T, d_out, d_in) -> (d_out, d_in) (arXiv 2603.02945 and its code).
 
     E_t is D_t without the mean of its rows, S_t = E_t^T E_t. Layers whose tasks differ much in

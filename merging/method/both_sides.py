@@ -65,6 +65,7 @@ from merging.method.equations import (
     spectral_filter,
     task_weights,
 )
+from merging.method.ranges import NonNegative, Share
 from merging.method.registry import register
 from merging.method.spectral import RANK_RTOL, singular_triplets
 
@@ -90,7 +91,7 @@ def both_sides(
     weights: Tensor | None = None,
     d_in: int | None = None,
     d_out: int | None = None,
-    a: float = 0.5,
+    a: Share = 0.5,
     mean: str = "geometric",
     p: float = 1.0,
     truncate: bool = False,
@@ -98,8 +99,8 @@ def both_sides(
     task_weight: str = "uniform",
     filter: str = "cut",
     anchor: str = "zero",
-    rtol: float | None = None,
-    lam: float = 1e-2,
+    rtol: NonNegative | None = None,
+    lam: NonNegative = 1e-2,
 ) -> Tensor:
     """R^-a N C^-(1-a), every choice open: (T, d_out, d_in) -> (d_out, d_in).
 
@@ -119,7 +120,7 @@ def both_sides(
     rtol: eigenvalues up to rtol * the largest are cut; None is d * eps of float32, as in ACTMat,
         and for powers or truncated experts what cuts the noise of their singular values.
     """
-    _check(a, mean, filter, estimator)
+    _check(mean, filter, estimator)
     height, width = d_out or deltas.shape[1], d_in or deltas.shape[2]
     fine = asks_for_double(Filter("cut", rtol=rtol), min(height, width))
     D = deltas.double() if fine else deltas.to(working_dtype(deltas))
@@ -152,9 +153,7 @@ _FILTERS = ("cut", "ridge", "effective_rank", "gavish_donoho", "bound")
 _ESTIMATORS = ("delta", "ledoit_wolf", "oas")  # those with D_t's own eigenvectors
 
 
-def _check(a: float, mean: str, filter: str, estimator: str) -> None:
-    if not 0 <= a <= 1:
-        raise InputError(f"a is {a}, expected a share between 0 (inputs) and 1 (outputs)")
+def _check(mean: str, filter: str, estimator: str) -> None:
     if mean not in _MEANS:
         raise InputError(f"unknown mean {mean!r}", f"known: {', '.join(_MEANS)}")
     for kind, name, known in (("filter", filter, _FILTERS), ("estimator", estimator, _ESTIMATORS)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from merging.linalg import eigh, gram, product
+from merging.method.ranges import Count, Share
 from merging.method.registry import create, register
 from merging.method.spectral import RANK_RTOL, orthonormalise, singular_triplets
 
@@ -36,7 +37,9 @@ def core_space(deltas: Tensor, *, of: str = "ties") -> Tensor:
 
 
 @register("ctm", source="arXiv 2606.03723", row_space=True, column_space=True, breaks=("expert",))
-def ctm(deltas: Tensor, *, beta: float = 0.25, rank: int | None = None, of: str = "ties") -> Tensor:
+def ctm(
+    deltas: Tensor, *, beta: float = 0.25, rank: Count | None = None, of: str = "ties"
+) -> Tensor:
     """U merge_t(U^T D_t V) V^T for the r columns each of a partial Tucker fit (arXiv 2606.03723).
 
     (T, d_out, d_in) -> (d_out, d_in) of rank r. U and V maximise sum_t |U^T M_t V|^2 over the D_t
@@ -74,7 +77,7 @@ def pico(deltas: Tensor, *, of: str = "sum", d_in: int | None = None) -> Tensor:
 @register("dc_merge", source="arXiv 2603.06242", row_space=True, column_space=True,
           breaks=("expert",))  # fmt: skip
 def dc_merge(
-    deltas: Tensor, *, k: float = 0.001, rank: int | None = None, d_in: int | None = None,
+    deltas: Tensor, *, k: Share = 0.001, rank: Count | None = None, d_in: int | None = None,
     d_out: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Flat spectra, merged in directions that cover every task's (arXiv 2603.06242).
@@ -102,7 +105,7 @@ def dc_merge(
 
 @register("cart", source="arXiv 2412.12153", row_space=True, column_space=True)
 def cart(
-    deltas: Tensor, *, scale: float = 1.0, share: float = 0.08, d_in: int | None = None,
+    deltas: Tensor, *, scale: float = 1.0, share: Share = 0.08, d_in: int | None = None,
     d_out: int | None = None,
 ) -> Tensor:  # fmt: skip
     """mean + scale sum_t trunc_k(D_t - mean), k a share of the rank (arXiv 2412.12153).

@@ -12,6 +12,7 @@ from merging.method.equations import (
     normal_equations,
     task_weights,
 )
+from merging.method.ranges import Count, NonNegative, Share
 from merging.method.registry import register
 from merging.method.spectral import layer_rank, singular_triplets
 
@@ -23,7 +24,7 @@ from merging.method.spectral import layer_rank, singular_triplets
     rest="base",
     breaks=("scale", "outputs", "inputs"),
 )
-def wudi(deltas: Tensor, *, steps: int = 300, lr: float = 1e-5) -> Tensor:
+def wudi(deltas: Tensor, *, steps: Count = 300, lr: NonNegative = 1e-5) -> Tensor:
     """WUDI by gradient: Adam from sum_t D_t on sum_t |(D - D_t) D_t^T|^2 / |D_t|^2.
 
     The gradient is 2 (D S - N), one product of (d_out, d_in) by (d_in, d_in) a step.
@@ -49,9 +50,9 @@ def wudi(deltas: Tensor, *, steps: int = 300, lr: float = 1e-5) -> Tensor:
 def optmerge(
     deltas: Tensor,
     *,
-    steps: int = 300,
-    lr: float = 1e-4,
-    momentum: float = 0.9,
+    steps: Count = 300,
+    lr: NonNegative = 1e-4,
+    momentum: Share = 0.9,
     d_in: int | None = None,
     d_out: int | None = None,
 ) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.linalg import eigh, gram, product
+from merging.method.ranges import Count, Share
 from merging.method.registry import register
 from merging.method.spectral import (
     layer_rank,
@@ -29,7 +30,7 @@ GONE = 1e-5  # of a unit vector: what is left of it after a projection is roundi
     "singular vectors, all of a task with its root mean square value",
 )  # fmt: skip
 def ct_merging(
-    deltas: Tensor, *, support: float = 0.5, rank: int | None = None, d_in: int | None = None,
+    deltas: Tensor, *, support: Share = 0.5, rank: Count | None = None, d_in: int | None = None,
     d_out: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Consensus directions and one scale per task (CT-Merging, arXiv 2607.20561).
@@ -75,7 +76,7 @@ def _shared(frames: list[Tensor], support: float) -> Tensor:
     formula="U* S_0 V*^T - W_0: the frames of W_0 = U_0 S_0 V_0^T moved by what the experts "
     "rotate them, its spectrum kept",
 )  # fmt: skip
-def iso_merger(deltas: Tensor, *, base: Tensor | None = None, keep: float = 0.9) -> Tensor:
+def iso_merger(deltas: Tensor, *, base: Tensor | None = None, keep: Share = 0.9) -> Tensor:
     """Rotate the base's singular frames, keep its singular values (ISO-Merger, arXiv 2607.19331).
 
     (T, d_out, d_in) -> (d_out, d_in). With thin SVDs W_0 = U_0 S_0 V_0^T and W_0 + D_t =

@@ -46,6 +46,7 @@ from merging.method.equations import (
     solve_many,
     task_weights,
 )
+from merging.method.ranges import NonNegative, Share
 from merging.method.registry import Law, Needs, register
 
 
@@ -180,12 +181,12 @@ def interference(
     task_weight: str = "uniform",
     filter: str = "cut",
     anchor: str = "zero",
-    rtol: float | None = None,
-    lam: float = 1e-4,
+    rtol: NonNegative | None = None,
+    lam: NonNegative = 1e-4,
     relative: bool = False,
-    t: float = 1300.0,
-    rho: float = 0.65,
-    k: float = 0.5,
+    t: NonNegative = 1300.0,
+    rho: Share = 0.65,
+    k: Share = 0.5,
     gram_scale: float = 1.0,
 ) -> Tensor:
     """Minimise the interference of a merged layer, (T, d_out, d_in) -> (d_out, d_in).

@@ -28,6 +28,7 @@ from merging.method.equations import (
     solve,
     task_weights,
 )
+from merging.method.ranges import Count, NonNegative
 from merging.method.registry import register
 
 
@@ -38,8 +39,8 @@ from merging.method.registry import register
     "C_t = D_t^T D_t, damped",
 )  # fmt: skip
 def kfac(
-    deltas: Tensor, *, task_weight: str = "uniform", damping: float = 0.1, steps: int = 200,
-    tol: float = 1e-9, d_in: int | None = None, d_out: int | None = None,
+    deltas: Tensor, *, task_weight: str = "uniform", damping: NonNegative = 0.1, steps: int = 200,
+    tol: NonNegative = 1e-9, d_in: int | None = None, d_out: int | None = None,
 ) -> Tensor:  # fmt: skip
     """K-FAC without data: the differences' own moments on both sides of every task.
 
@@ -63,7 +64,7 @@ def kfac(
 )  # fmt: skip
 def kfac_regmean(
     deltas: Tensor, *, covariances: Tensor | None = None, gradients: Tensor | None = None,
-    damping: float = 1e-3, steps: int = 200, tol: float = 1e-9,
+    damping: NonNegative = 1e-3, steps: Count = 200, tol: NonNegative = 1e-9,
 ) -> Tensor:  # fmt: skip
     """RegMean with both factors of the Fisher information measured (MaTS' K-FAC variant).
 
@@ -109,7 +110,7 @@ def _checked(name: str, moments: Tensor | None, T: int, d: int) -> Tensor:
     return moments
 
 
-def _damped(moments: Tensor, damping: float, width: int | None = None) -> Tensor:
+def _damped(moments: Tensor, damping: NonNegative, width: int | None = None) -> Tensor:
     """(T, d, d) plus damping times their own mean eigenvalue times the identity.
 
     width: the layer's own, where moments are in a narrower basis.

@@ -11,6 +11,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.method.masks import drop
 from merging.method.order import kth_largest, share
+from merging.method.ranges import Share
 from merging.method.registry import Stream, register
 from merging.method.sparse import elect, ties
 from merging.method.spectral import iso_c, layer_rank, singular_triplets, tsv_m
@@ -40,7 +41,7 @@ def _thresholds(stream: Stream, arguments: Mapping[str, Any]) -> dict[str, Any]:
             blocks = left_basis(deltas, arguments["values"])[1] if deltas.ndim == 3 else deltas
             yield blocks.abs()
 
-    return {"thresholds": kth_largest(magnitudes, share("k", arguments["k"]))}
+    return {"thresholds": kth_largest(magnitudes, arguments["k"])}
 
 
 @register(
@@ -58,7 +59,7 @@ def knots(
     merge: str = "ties",
     values: str = "inside",
     scope: str = "layer",
-    k: float = 0.2,
+    k: Share = 0.2,
     p: float = 0.9,
     seed: int = 0,
     d_in: int | None = None,

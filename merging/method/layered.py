@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.method.ranges import Count, NonNegative
 from merging.method.registry import Method, Rest, Stream, create, register
 from merging.method.sparse import agreed
 
@@ -88,7 +89,7 @@ def lines(
     formula="a merge S where at least agree tasks have |D_t| > lam |S - D_t|",
 )  # fmt: skip
 def consensus(
-    deltas: Tensor, *, of: str = "tsv_m", lam: float = 0.4, agree: int = 2, **context: Any
+    deltas: Tensor, *, of: str = "tsv_m", lam: NonNegative = 0.4, agree: Count = 2, **context: Any
 ) -> Tensor:
     """Consensus masks on any merge S, (T, *shape) -> (*shape) (arXiv 2405.07813).
 

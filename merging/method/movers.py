@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.method.order import largest, per_task, share
+from merging.method.order import largest, per_task
+from merging.method.ranges import NonNegative, Share
 from merging.method.registry import register
 from merging.method.sparse import signs
 
@@ -17,14 +18,14 @@ from merging.method.sparse import signs
     "sce", source="arXiv 2408.07990", rest="method", breaks=("outputs", "inputs"),
     formula="sum_t w_t D_t / sum_t w_t over the elected signs, w_t = |D_t|^2, of entries that vary",
 )  # fmt: skip
-def sce(deltas: Tensor, *, k: float = 1.0) -> Tensor:
+def sce(deltas: Tensor, *, k: Share = 1.0) -> Tensor:
     """SCE: select, calculate, erase, (T, *shape) -> (*shape) (arXiv 2408.07990, mergekit's code).
 
     Of the entries that differ between tasks the share k with the largest variance is kept, all with
     k = 1; tasks are weighed by their energy |D_t|^2 there, and entries against the sign of the sum
     do not count. A sum of exactly 0 elects no sign; mergekit takes it for positive.
     """
-    if share("k", k) < 1:
+    if k < 1:
         variance = deltas.var(0, unbiased=False).flatten()
         kept = largest(variance[None], int(k * int(variance.count_nonzero())))
         deltas = torch.where(kept.view(deltas.shape[1:]), deltas, 0)
@@ -40,7 +41,7 @@ def sce(deltas: Tensor, *, k: float = 1.0) -> Tensor:
     breaks=("scale", "outputs", "inputs"),
     formula="the mean of D_t over the tasks that move an entry by more than eps",
 )  # fmt: skip
-def ram(deltas: Tensor, *, eps: float = 1e-5, r: float = 0.0, cap: float = 0.2) -> Tensor:
+def ram(deltas: Tensor, *, eps: NonNegative = 1e-5, r: float = 0.0, cap: float = 0.2) -> Tensor:
     """RAM, for agents trained by reinforcement: (T, *shape) -> (*shape) (arXiv 2601.13572).
 
     A task moves an entry if |D_t| > eps; an entry is the mean of the tasks that move it, so that

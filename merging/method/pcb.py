@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.method.order import extremes, kth_largest, kth_largest_entry, per_task, share
+from merging.method.order import extremes, kth_largest, kth_largest_entry, per_task
+from merging.method.ranges import Share
 from merging.method.registry import Stream, register
 from merging.method.sparse import whole_model
 
@@ -18,7 +19,7 @@ def _competition_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) 
     if not whole_model(hyperparameters):
         return {}
     few = getattr(stream, "few", None)
-    low, high = _range(stream, few, share("clip", hyperparameters["clip"]))
+    low, high = _range(stream, few, hyperparameters["clip"])
     top = torch.full_like(low, -torch.inf)
 
     def scores(passes: Stream) -> Iterable[Tensor]:
@@ -27,7 +28,7 @@ def _competition_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) 
             torch.maximum(top, extremes(score)[1].to(top), out=top)
             yield score
 
-    ratio = share("ratio", hyperparameters["ratio"])
+    ratio = hyperparameters["ratio"]
     cut = kth_largest(partial(scores, stream), ratio, few and partial(scores, few))
     return {"thresholds": torch.stack([low, high, cut.to(low), top])}
 
@@ -62,8 +63,8 @@ def _range(stream: Stream, few: Stream | None, clip: float) -> tuple[Tensor, Ten
 def pcb(
     deltas: Tensor,
     *,
-    ratio: float = 0.1,
-    clip: float = 0.0,
+    ratio: Share = 0.1,
+    clip: Share = 0.0,
     scope: str = "model",
     thresholds: Tensor | None = None,
 ) -> Tensor:
@@ -77,11 +78,11 @@ def pcb(
         the clip), of the scores the cut and the largest.
     """
     if thresholds is None:
-        magnitudes, share_clipped = deltas.abs(), share("clip", clip)
+        magnitudes, share_clipped = deltas.abs(), clip
         low = -kth_largest_entry(-magnitudes, share_clipped)
         high = kth_largest_entry(magnitudes, share_clipped)
         score = competition(deltas, low, high)
-        cut, top = kth_largest_entry(score, share("ratio", ratio)), extremes(score)[1]
+        cut, top = kth_largest_entry(score, ratio), extremes(score)[1]
     else:
         low, high, cut, top = thresholds.to(deltas)
         score = competition(deltas, low, high)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from merging.linalg import product
 from merging.method.averages import task_gram
+from merging.method.ranges import Share
 from merging.method.registry import Stream, create, register
 from merging.method.spectral import (
     RANK_RTOL,
@@ -35,7 +36,7 @@ def _boosts(arguments: Mapping[str, Any]) -> bool:
     formula="merge of the deltas' leading triplets, each scaled up to its delta's nuclear norm",
 )  # fmt: skip
 def star(
-    deltas: Tensor, *, eta: float = 0.4, of: str = "average", d_in: int | None = None
+    deltas: Tensor, *, eta: Share = 0.4, of: str = "average", d_in: int | None = None
 ) -> Tensor:
     """STAR: truncate each delta's spectrum, keep its nuclear norm, merge (2502.10339).
 
@@ -59,7 +60,7 @@ def star(
 def subspace_boosting(
     deltas: Tensor,
     *,
-    beta: float = 0.01,
+    beta: Share = 0.01,
     of: str = "task_arithmetic",
     rank: str = "nonzero",
     d_in: int | None = None,

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from merging.errors import HOW_TO_MEASURE, InputError
 from merging.linalg import in_span_of_rows
+from merging.method.ranges import outside
 
 # What a method may ask for beside the deltas, by the name of a keyword. Everything else in a
 # signature is a hyperparameter.
@@ -298,10 +299,15 @@ def _check_number(entry: Entry, key: str, default: Any, value: Any) -> None:
     told = "float" if key == "alpha" or parameter is None else str(parameter.annotation)
     others = {"str", "bool"} & set(re.findall(r"\w+", told))
     numeric = isinstance(default, Real | None) and not isinstance(default, bool) and not others
-    if not numeric or value is None or isinstance(value, list | tuple):
+    if not numeric or value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if isinstance(value, list | tuple):
+        for end in value:
+            _check_number(entry, key, default, end)
+    elif isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InputError(f"{key} of method {entry.name!r} is {value!r}, expected a number")
+    elif expected := outside(told, float(value)):
+        raise InputError(f"{key} = {value} is not {expected}", f"method {entry.name!r}")
 
 
 def _context(function: Callable[..., Tensor]) -> frozenset[str]:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
-from merging.method.order import kth_largest, kth_largest_entry, largest, share
+from merging.method.order import kth_largest, kth_largest_entry, largest
+from merging.method.ranges import Count, NonNegative, Share
 from merging.method.registry import Stream, register
 
 # --- TIES -------------------------------------------------------------------------------------
@@ -39,7 +40,7 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
     def magnitudes(passes: Stream) -> Iterable[Tensor]:
         return (deltas.abs() for _, deltas in passes())
 
-    k, few = share("k", hyperparameters["k"]), getattr(stream, "few", None)
+    k, few = hyperparameters["k"], getattr(stream, "few", None)
     sample = None if few is None else partial(magnitudes, few)
     context = {"thresholds": kth_largest(partial(magnitudes, stream), k, sample)}
     if hyperparameters["cancelled"] == "majority":
@@ -56,7 +57,7 @@ def _magnitude_thresholds(stream: Stream, hyperparameters: Mapping[str, Any]) ->
 def ties(
     deltas: Tensor,
     *,
-    k: float = 0.2,
+    k: Share = 0.2,
     merge: str = "mean",
     scope: str = "model",
     cancelled: str = "zero",
@@ -80,7 +81,7 @@ def ties(
 def trim(deltas: Tensor, k: float, thresholds: Tensor | None = None) -> Tensor:
     """(T, *shape) with the entries below each task's threshold set to 0 (default: top share k)."""
     if thresholds is None:
-        thresholds = kth_largest_entry(deltas.abs(), share("k", k))
+        thresholds = kth_largest_entry(deltas.abs(), k)
     below = torch.nextafter(thresholds.to(deltas), thresholds.new_tensor(-torch.inf).to(deltas))
     kept = torch.empty_like(deltas)
     for delta, limit, out in zip(deltas, below.tolist(), kept, strict=True):
@@ -132,7 +133,7 @@ def signs(deltas: Tensor) -> Tensor:
     alpha=0.3,
 )
 def breadcrumbs(
-    deltas: Tensor, *, beta: float = 0.9, gamma: float = 0.01, scope: str = "layer"
+    deltas: Tensor, *, beta: Share = 0.9, gamma: Share = 0.01, scope: str = "layer"
 ) -> Tensor:
     """sum_t of each delta without its smallest and its largest entries (2312.06795).
 
@@ -153,8 +154,8 @@ def breadcrumbs(
 def breadcrumbs_ties(
     deltas: Tensor,
     *,
-    beta: float = 0.9,
-    gamma: float = 0.01,
+    beta: Share = 0.9,
+    gamma: Share = 0.01,
     scope: str = "layer",
     merge: str = "mean",
 ) -> Tensor:
@@ -173,8 +174,8 @@ def _crumbs(deltas: Tensor, beta: float, gamma: float, scope: str) -> Tensor:
         else deltas.abs().reshape(len(deltas), -1)
     )
     n = rows.shape[1]
-    kept = largest(rows, n - int(share("beta", beta) * n))
-    kept &= ~largest(rows, int(share("gamma", gamma) * n))
+    kept = largest(rows, n - int(beta * n))
+    kept &= ~largest(rows, int(gamma * n))
     return torch.where(kept.view_as(deltas), deltas, 0)
 
 
@@ -193,7 +194,7 @@ def keep_largest(deltas: Tensor, count: int) -> Tensor:
     alpha=0.3,
     elementwise=True,
 )
-def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
+def consensus_ta(deltas: Tensor, *, lam: NonNegative = 0.4, agree: Count = 2) -> Tensor:
     """Task arithmetic on the entries that several tasks need (arXiv 2405.07813).
 
     Task t needs an entry when |D_t| > lam |S - D_t|, S = sum_t D_t; entries needed by
@@ -217,9 +218,9 @@ def consensus_ta(deltas: Tensor, *, lam: float = 0.4, agree: int = 2) -> Tensor:
 def consensus_ties(
     deltas: Tensor,
     *,
-    lam: float = 0.4,
-    agree: int = 2,
-    k: float = 0.2,
+    lam: NonNegative = 0.4,
+    agree: Count = 2,
+    k: Share = 0.2,
     merge: str = "sum",
     scope: str = "model",
     cancelled: str = "zero",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.linalg import eigh, gram, product
+from merging.method.ranges import Count, Share
 from merging.method.registry import register
 
 # Rounding a delta to float32 perturbs it by less than eps = 2^-23 of its spectral norm, forming it
@@ -113,7 +114,7 @@ def by_rank(arguments: Mapping[str, Any]) -> bool:
 def tsv_m(
     deltas: Tensor,
     *,
-    k: int | None = None,
+    k: Count | None = None,
     rank: str = "nonzero",
     d_in: int | None = None,
     d_out: int | None = None,
@@ -159,7 +160,7 @@ def iso_c(deltas: Tensor, *, rank: str = "nonzero") -> Tensor:
 def iso_cts(
     deltas: Tensor,
     *,
-    common: float = 0.8,
+    common: Share = 0.8,
     rank: str = "nonzero",
     d_in: int | None = None,
     d_out: int | None = None,

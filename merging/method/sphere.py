@@ -15,6 +15,7 @@ from torch import Tensor
 
 from merging.errors import InputError
 from merging.method.averages import combine, cosines_of, task_gram
+from merging.method.ranges import Count
 from merging.method.registry import register
 
 _STRAIGHT = 1e-6  # sine of an angle below which an arc is taken for a line
@@ -89,7 +90,7 @@ def _points(deltas: Tensor, of: str, base: Tensor | None) -> Tensor:
     formula="mean_t |D_t| times the point of the sphere nearest to all D_t / |D_t|",
 )  # fmt: skip
 def karcher(
-    deltas: Tensor, *, steps: int = 100, of: str = "deltas", base: Tensor | None = None
+    deltas: Tensor, *, steps: Count = 100, of: str = "deltas", base: Tensor | None = None
 ) -> Tensor:
     """Mean direction on the sphere times the mean norm, (T, *shape) -> (*shape) (Karcher 1977).
 
