@@ -99,7 +99,7 @@ class Values(NamedTuple):
         if self.moved:
             rest.copy_(tensor)
         else:
-            torch.sub(tensor.to(W0.dtype), ours, out=rest)
+            rest.copy_(tensor).sub_(ours)
         return delta if self.scale == 1 else delta.mul_(self.scale)
 
 

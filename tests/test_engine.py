@@ -1,5 +1,7 @@
 """Whole state dicts and checkpoints through the engine, against merges done by hand."""
 
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,6 +14,7 @@ from merging.engine.plan import Item, depths, share
 from merging.engine.routes import KEPT
 from merging.formats.checkpoints import open_checkpoint
 from merging.formats.writer import write_adapter
+from merging.threads import each
 
 LAYERS = {"blocks.0.attn.in_proj_weight": Layer(3), "blocks.1.fc.weight": Layer()}
 
@@ -145,6 +148,22 @@ def test_masks_of_a_tensor_are_the_same_in_windows_of_it(monkeypatch, name, sett
     whole = 4 * base["a.weight"].nbytes
     reads = 3 if "cancelled" in settings else 2
     assert merged.report.bytes_read <= (reads + 0.2) * whole + 4 * base["norm"].nbytes
+
+
+def test_blocks_are_computed_by_threads_that_compute_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        together = threading.Barrier(2)
+
+        def alone(number):
+            together.wait(20)  # two at a time
+            return number, torch.get_num_threads()
+
+        assert list(each(alone, range(4))) == [(number, 1) for number in range(4)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_what_writing_raises_is_raised_by_a_later_call_or_at_the_end():

@@ -185,9 +185,10 @@ def prepare(
     if not experts:
         raise InputError("no experts were given, expected at least one")
     settings = _read(options)
-    if _alike([method, *(part.method for part in settings["parts"])], experts):
-        folder = None  # what is a layer changes no entry: loading the model's library would be vain
     shapes = {name: base.shape(name) for name in base.keys()}
+    matrices = not options.get("split_qkv", True) and max(map(len, shapes.values())) <= 2
+    if _alike([method, *(part.method for part in settings["parts"])], experts, matrices):
+        folder = None  # what is a layer changes no entry: loading the model's library would be vain
     layers = options.get("layers")
     resolved, reasons = choose_layers(layers, shapes, folder)
     if not options.get("split_qkv", True):
@@ -213,9 +214,15 @@ def prepare(
     return job
 
 
-def _alike(methods: Iterable[Method], experts: Mapping[str, Expert]) -> bool:
-    """Whether layers and all else are merged alike, entry by entry, of experts stored in full."""
-    entries = all(method.elementwise and method.rest == "method" for method in methods)
+def _alike(methods: Iterable[Method], experts: Mapping[str, Expert], matrices: bool) -> bool:
+    """Whether layers and all else are merged alike, entry by entry, of experts stored in full.
+
+    matrices: every tensor is one matrix at most; then a method may look at whole tensors.
+    """
+    entries = all(
+        (method.elementwise or (matrices and method.one_tensor)) and method.rest == "method"
+        for method in methods
+    )
     return entries and not any(expert.is_adapter for expert in experts.values())
 
 

@@ -21,7 +21,8 @@ from merging.engine.routes import (
     Loaded,
     check_deltas,
     differences,
-    entry_blocks,
+    entry_block,
+    entry_rows,
     read_deltas,
     read_factors,
     upright,
@@ -142,8 +143,9 @@ class _OneTensor:
 
 
 def _entries(job: Job, item: Item, loaded: Loaded) -> Iterator[tuple[str, Tensor]]:
-    """The differences in what was read, in blocks of a buffer that the next one overwrites."""
-    for _, _, deltas in entry_blocks(*loaded):
+    """The differences in what was read, in blocks of rows."""
+    for rows in entry_rows(*loaded):
+        _, deltas = entry_block(*loaded, rows)
         check_deltas(deltas, item.name, job.experts)
         yield item.name, deltas
 

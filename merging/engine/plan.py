@@ -23,7 +23,7 @@ from merging.method.space import within
 
 # Rules that look at single entries read windows of rows of about this size from all files together,
 # which bounds the memory of merging a 100,000-row embedding.
-WINDOW_BYTES = 1 << 27
+WINDOW_BYTES = 1 << 26
 _NUMBER = re.compile(r"\.(\d+)\.")  # of a block
 # Pieces of names of what comes before the first block: embeddings, patches, a first norm.
 _STEM = re.compile(

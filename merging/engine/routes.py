@@ -21,13 +21,14 @@ from merging.factors import Factors, factorise, merge_factors
 from merging.formats.checks import check_finite
 from merging.layers import Layer, cut, join, of_outputs
 from merging.method.registry import Method
+from merging.threads import each
 
 if TYPE_CHECKING:
     from merging.engine.job import Job
     from merging.engine.plan import Piece
 
 # What looks at single entries is computed on blocks of rows that stay in a CPU's last-level cache.
-BLOCK_BYTES = 1 << 23
+BLOCK_BYTES = 1 << 22
 _SAMPLE = 32  # rows
 
 
@@ -94,7 +95,9 @@ class Entries:
         item = piece.item
         statistics = job.context(item.name, item.merger, piece.rows)
         merged = torch.empty_like(loaded.W0, dtype=job.output_dtype(item.name))
-        for rows, base, deltas in entry_blocks(*loaded):
+
+        def merge_block(rows: slice | None) -> None:
+            base, deltas = entry_block(*loaded, rows)
             if not item.merger.row_space:  # what is linear shows it in its result
                 check_deltas(deltas, item.name, job.experts)
             arguments = {k: v if rows is None else v[:, rows] for k, v in statistics.items()}
@@ -102,6 +105,10 @@ class Entries:
             moved = item.merger(deltas, **arguments, **context)
             part = merged if rows is None else merged[rows]
             add(base, moved, item.name, merged.dtype, out=part)
+
+        in_order = "draws" in context  # which threads of their own make
+        for _ in (map if in_order else each)(merge_block, entry_rows(*loaded)):
+            pass
         return merged
 
     def sample(self, loaded: Loaded) -> Tensor:
@@ -257,19 +264,18 @@ def differences(
     return out
 
 
-def entry_blocks(
-    W0: Tensor, values: Sequence[Values | None]
-) -> Iterator[tuple[slice | None, Tensor, Tensor]]:
-    """Rows (None: all), the base's values there and the experts' differences (T, ...), in turn.
+def entry_rows(W0: Tensor, values: Sequence[Values | None]) -> Iterator[slice | None]:
+    """Blocks of rows that are computed on at a time (None: all)."""
+    row = 4 * W0.shape[1:].numel() * (len(values) + 2)
+    return row_blocks(W0.shape, row, BLOCK_BYTES)
 
-    The differences lie in one buffer: they hold until the next are asked for.
-    """
-    row, stack = 4 * W0.shape[1:].numel() * (len(values) + 2), None
-    for rows in row_blocks(W0.shape, row, BLOCK_BYTES):
-        base = lift(W0 if rows is None else W0[rows])
-        if stack is None or stack.shape[1:] != base.shape:
-            stack = base.new_empty(len(values), *base.shape)
-        yield rows, base, differences(base, values, rows, stack)
+
+def entry_block(
+    W0: Tensor, values: Sequence[Values | None], rows: slice | None
+) -> tuple[Tensor, Tensor]:
+    """The base's values in some rows and the experts' differences (T, ...) there."""
+    base = lift(W0 if rows is None else W0[rows])
+    return base, differences(base, values, rows, base.new_empty(len(values), *base.shape))
 
 
 def read_deltas(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from merging.formats.slots import Slot, Strided, bytes_of, contiguous_strides
 
 _GAP = 1 << 20  # bytes between tensors, a header or padding, that are fetched rather than awaited
 _CHUNK = 1 << 22
+_WAITING = 1  # pieces of a file that were read and are not hashed yet
 
 
 class FileHash:
@@ -25,26 +28,35 @@ class FileHash:
     is read again at the end.
 
     opened: gives an open descriptor of the file.
+    thread: an executor of one, which works the hash out while the merge goes on.
     """
 
-    def __init__(self, opened: Callable[[], int]) -> None:
+    def __init__(self, opened: Callable[[], int], thread: ThreadPoolExecutor) -> None:
         self._opened, self._hash, self._end = opened, hashlib.sha256(), 0
-        self._lock = threading.Lock()
+        self._thread, self._lock = thread, threading.Lock()
+        self._waiting: deque[Future[None]] = deque()
 
     def see(self, offset: int, data: memoryview) -> None:
         """Take bytes that were read at an offset, as far as they continue what was taken."""
         with self._lock:
-            if self._end < offset <= self._end + _GAP:
-                self._fetch(offset)
-            if offset <= self._end < offset + len(data):
-                self._hash.update(data[self._end - offset :])
-                self._end = offset + len(data)
+            self._waiting.append(self._thread.submit(self._take, offset, data))
+            while len(self._waiting) > _WAITING:  # they are held in memory
+                self._waiting.popleft().result()
 
     def hexdigest(self) -> str:
         """Of the whole file; the rest of it is read."""
         with self._lock:
+            while self._waiting:
+                self._waiting.popleft().result()
             self._fetch(os.fstat(self._opened()).st_size)
             return self._hash.hexdigest()
+
+    def _take(self, offset: int, data: memoryview) -> None:
+        if self._end < offset <= self._end + _GAP:
+            self._fetch(offset)
+        if offset <= self._end < offset + len(data):
+            self._hash.update(data[self._end - offset :])
+            self._end = offset + len(data)
 
     def _fetch(self, end: int) -> None:
         while self._end < end:
@@ -66,15 +78,17 @@ class Hashes:
         self._files: dict[Path, FileHash] = {}
         self._checkpoints: dict[Path, list[Path]] = {}
         self._lookup = known
+        self._threads: dict[Path, ThreadPoolExecutor] = {}  # of each checkpoint
 
     def watch(self, path: str | Path, files: Callable[[Path], int], *names: Path) -> None:
         """Begin with the files called `names` of the checkpoint at `path`."""
         self._checkpoints[Path(path)] = sorted(names)
+        thread = self._threads.setdefault(Path(path), ThreadPoolExecutor(1, "hash"))
         for name in names:
             if sha256 := self._lookup(name):
                 self._known[name] = sha256
             elif name not in self._files:
-                self._files[name] = FileHash(partial(files, name))
+                self._files[name] = FileHash(partial(files, name), thread)
 
     def see(self, slot: Slot, tensor: Tensor) -> None:
         """What was read of a file; of numbers that are worked out of their bytes, nothing."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import InputError
+from merging.threads import each
 
 _CHUNK = 2**22  # entries per task that are looked at together
 _BLOCK = 2**19  # the same where a pass stays in a CPU's cache
@@ -51,12 +52,18 @@ def _near(
     for piece in stream():
         rows = piece.reshape(len(piece), -1)
         total += rows.shape[1]
-        for count, row in zip(counts, rows, strict=True):
-            for chunk in row.cpu().split(_BLOCK):
-                count.add(chunk.numpy())
+        for _ in each(_count, zip(counts, rows, strict=True)):
+            pass
     rank = max(1, int(total * share))
     keys = [count.kth(rank) for count in counts]
     return None if None in keys else torch.from_numpy(_values(np.array(keys, dtype=np.int32)))
+
+
+def _count(of_task: tuple[_Counts, Tensor]) -> None:
+    """Add a task's values (n,) to its counts."""
+    counts, row = of_task
+    for chunk in row.cpu().split(_BLOCK):
+        counts.add(chunk.numpy())
 
 
 def _at(values: Tensor, share: float, beyond: float) -> list[float]:
