@@ -68,7 +68,7 @@ class BenchGpu:
     device: str = "cuda"
     output: str = "results/bench"
     scale: int = 1  # sides of all matrices are divided by it
-    minutes: float = 6.0
+    minutes: float = 5.75
     models: list[str] = field(default_factory=lambda: list(MODELS))
     methods: list[str] | None = None  # null: every method, `FIRST` before the others
     tests: bool = True  # also run the engine's tests that need a GPU

@@ -260,6 +260,11 @@ def _conclusions(cores: Machine, factors: Mapping[str, float]) -> Sequence[str]:
         "over the whole model before the merge (TIES) is made by every machine. Tested with",
         "processes of one machine, one of them killed: the bytes are those of one process.",
         "**Sharing between machines was not measured.**",
+        "",
+        "On a GPU, transfers from pinned memory overlap with computing, results are fetched while",
+        "the next layer computes, layers of one shape are merged in one call, and products are in",
+        "full float32, without TF32. Order, overlap, batches and lack of memory are tested on a",
+        "CPU; speed is not known: `make bench-gpu` measures it on a machine with a GPU.",
     ]
 
 
