@@ -26,6 +26,11 @@ DOUBLE_UP_TO = 256
 SOLVED_IN_DOUBLE_UP_TO = 1024
 
 
+# Up to this width moments that textbook code forms in float32 are formed in float64, which is slow
+# beyond: there only what is inverted or decomposed is.
+MOMENTS_IN_DOUBLE_UP_TO = 320
+
+
 def working_dtype(stack: Tensor) -> torch.dtype:
     """float64 for (..., d_in) matrices that are narrow or float64 already, else float32."""
     return _double(stack, DOUBLE_UP_TO)
@@ -34,6 +39,11 @@ def working_dtype(stack: Tensor) -> torch.dtype:
 def solving_dtype(matrix: Tensor) -> torch.dtype:
     """The same for a (d, d) matrix that is to be factored."""
     return _double(matrix, SOLVED_IN_DOUBLE_UP_TO)
+
+
+def moments_dtype(stack: Tensor) -> torch.dtype:
+    """The same for products with (..., d) matrices of which only sums are kept."""
+    return _double(stack, MOMENTS_IN_DOUBLE_UP_TO)
 
 
 def _double(matrix: Tensor, up_to: int) -> torch.dtype:

@@ -43,6 +43,7 @@ def error(name, deltas, **hyperparameters):
         ("actmat", {}), ("actmat", {"rtol": 1e-9}), ("aswudi", {}), ("bounded", {}),
         ("ridge", {}), ("ridge", {"lam": 1e-9}), ("ridge", {"lam": 1e-3, "relative": True}),
         ("anchored", {}), ("oas", {}), ("ledoit_wolf", {}), ("tsv_m", {}), ("iso_c", {}),
+        ("ace", {}), ("ace", {"eps": 1e-12}), ("svc", {}),
     ],
 )  # fmt: skip
 def test_float32_gives_what_float64_gives(name, hyperparameters, spectrum):
@@ -73,3 +74,15 @@ def test_an_effective_rank_counts_no_rounding():
     left = torch.linalg.qr(torch.randn(3, 200, 8, generator=generator))[0]
     right = torch.linalg.qr(torch.randn(512, 8, generator=generator))[0]
     assert error("aswudi", left @ right.mT) < 1e-5
+
+
+def test_conjugate_gradients_in_the_eigenbasis_end_where_those_on_matrices_do():
+    """Beyond the width that is solved in float64 the steps are products with the matrix itself."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(2, 8, 1030, generator=generator)
+    inputs = torch.randn(2, 1100, 1030, generator=generator)
+    covariances = inputs.mT @ inputs / 1100
+    method = merging.create("mats")
+    found = method(deltas, covariances=covariances)
+    exact = method(deltas.double(), covariances=covariances.double())
+    assert (found - exact).norm() < 1e-5 * exact.norm()

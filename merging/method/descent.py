@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from merging.linalg import product, solving_dtype, working_dtype
+from merging.linalg import eigh, product, solving_dtype, working_dtype
 from merging.method import covariance
 from merging.method.equations import (
     measured_normal_equations,
@@ -97,15 +99,28 @@ def mats(
     S, N = measured_normal_equations(work, covariances, task_weights("uniform", work), 1.0)
     S, N = S.to(solving_dtype(S)), N.to(solving_dtype(S))
     D = start * work.sum(0).to(S)
-    residual = N - product(D, S)
-    direction, energy = residual, residual.square().sum()
+    if S.dtype == torch.float64 and S.device.type == "cpu":
+        # in S's eigenbasis a step is no product of matrices, and four of them cost as much
+        l, V = eigh(S)
+        D = _descend(product(D, V), lambda X: X * l, product(N, V), steps, tol)
+        return product(D, V.mT).to(deltas.dtype)
+    return _descend(D, lambda X: product(X, S), N, steps, tol).to(deltas.dtype)
+
+
+def _descend(
+    D: Tensor, operator: Callable[[Tensor], Tensor], N: Tensor, steps: int, tol: float
+) -> Tensor:
+    """Conjugate gradients on operator(D) = N from D (d_out, d), which is overwritten."""
+    residual = N - operator(D)
+    direction, energy = residual.clone(), residual.square().sum()
+    enough = tol * N.norm()
     for _ in range(steps):
-        if energy.sqrt() <= tol * N.norm():
+        if energy.sqrt() <= enough:
             break
-        image = product(direction, S)
-        step = energy / (direction * image).sum()
+        image = operator(direction)
+        step = energy / torch.dot(direction.view(-1), image.view(-1))
         D.add_(step * direction)
-        residual = residual - step * image
+        residual.sub_(image.mul_(step))
         energy, last = residual.square().sum(), energy
-        direction = residual + energy / last * direction
-    return D.to(deltas.dtype)
+        direction.mul_(energy / last).add_(residual)
+    return D

@@ -102,10 +102,11 @@ def measured_normal_equations(
         )
     S, N = torch.zeros_like(covariances[0], dtype=deltas.dtype), torch.zeros_like(deltas[0])
     for x, C, w in zip(deltas, covariances, weights, strict=True):
-        C = w * C.to(deltas)
+        C = C.to(deltas) if w == 1 else w * C.to(deltas)
         if gram_scale != 1:
             C = gram_scale * C + (1 - gram_scale) * C.diagonal().diag()
-        S, N = S + C, N + product(x, C)
+        S += C
+        N += product(x, C)
     return S, N
 
 

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merging.linalg import product
-from merging.method.averages import task_gram
+from merging.linalg import moments_dtype, product
 from merging.method.ranges import Share
 from merging.method.registry import Stream, create, register
 from merging.method.spectral import (
@@ -104,11 +103,16 @@ def svc(
     floor = 1 / len(deltas) if floor is None else floor
     U, s, V = singular_triplets(_merge(of, deltas, d_in))
     energy, overlap = deltas.new_empty(2, len(deltas), len(s), dtype=torch.float64)  # (T, r) each
-    for t, delta in enumerate(deltas.double()):
-        task = product(U.mT, delta)  # (r, d_in)
-        energy[t] = task.square().sum(-1)
-        overlap[t] = s * (task * V.mT).sum(-1)  # <u_r^T D, u_r^T D_t>, as u_r^T D = s_r v_r^T
-    present = energy > RANK_RTOL**2 * task_gram(deltas).diagonal().max()
+    work = deltas.to(moments_dtype(deltas))
+    left, right = U.mT.to(work), V.mT.to(work)
+    for t, delta in enumerate(work):
+        task = product(left, delta)  # (r, d_in)
+        overlap[t] = s * torch.linalg.vecdot(
+            task, right
+        )  # <u_r^T D, u_r^T D_t>, u_r^T D = s_r v_r^T
+        energy[t] = task.square_().sum(-1)
+    largest = max(torch.linalg.vector_norm(x, dtype=torch.float64) for x in work)
+    present = energy > (RANK_RTOL * largest) ** 2
     ratio = torch.where(present, overlap / energy, floor)
     return scaled_product(U * (s / ratio.clamp_min(floor).mean(0)), V, deltas)
 
