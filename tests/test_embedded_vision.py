@@ -2,6 +2,7 @@
 
 import csv
 import pickle
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,9 +26,9 @@ from merging.errors import InputError
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def configuration():
+def configuration(name="embedded_vision"):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = compose("experiment", ["suite=embedded_vision"]).suite
+        config = compose("experiment", [f"suite={name}"]).suite
     config = OmegaConf.to_container(config, resolve=True)
     return {k: v for k, v in config.items() if k != "kind"}
 
@@ -178,3 +179,29 @@ def test_an_expert_merges_and_scores(digits):
     assert all(torch.allclose(merged[k], state[k], atol=1e-6) for k in state)
     score = digits.evaluate(merged, "validation", limit=50)["digits"]
     assert score.count == 50 and 0 <= score.accuracy <= 1
+
+
+def test_a_resnets_convolutions_merge_and_its_norms_stay_the_bases():
+    config = configuration("embedded_cnn")
+    config["datasets"] = {"digits": config["datasets"]["digits"]}
+    config["pretraining"]["steps"] = config["recipes"]["full"]["steps"] = 2
+    suite = Suite(VisionBackend(**config))
+    base, own = suite.base(), {"finetuning": "full", "seed": 0}
+    expert = load_file(suite.expert("digits", **own))
+    norms = {name for name in base if re.search(r"bn\d|downsample\.1", name)}
+    assert any(name.endswith("running_var") for name in norms)
+    assert all(torch.equal(base[name], expert[name]) for name in norms)
+    layers = suite.layers()
+    assert layers["layer2.0.conv2.weight"].kernel == (3, 3)
+    assert not any(torch.equal(base[name], expert[name]) for name in layers)
+    assert suite.unmeasured == {f"attnpool.{x}_proj.weight" for x in "qkvc"}
+    half = {name: (base[name] + tensor) / 2 for name, tensor in expert.items()}
+    merged = merging.merge_state_dicts(
+        base, {"a": expert, "b": half}, merging.create("task_arithmetic", alpha=1), layers=layers
+    )
+    assert all(torch.equal(base[name], merged[name]) for name in norms)
+    name = "layer2.0.conv2.weight"
+    torch.testing.assert_close(merged[name] - base[name], 1.5 * (expert[name] - base[name]))
+    moments = load_file(suite.statistics("digits", "covariance", **own, batches=1, batch_size=8))
+    assert moments["layer2.0.conv2.weight"].shape == (9 * 48, 9 * 48)
+    assert set(moments) == set(layers) - suite.unmeasured
