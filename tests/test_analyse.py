@@ -108,6 +108,10 @@ def test_layers_are_described_by_type_and_block(settings):
     frame = table(settings, "estimates").drop_duplicates("layer").set_index("layer")
     assert frame.loc[LAYER, ["type", "block"]].tolist() == ["output.dense", 1]
     assert frame.type.nunique() == 6
+    convolutions = ["layer2.0.downsample.0.weight", "layer3.1.conv2.weight", "conv2.weight"]
+    described = analyse._described(pd.DataFrame({"task": "t", "layer": convolutions}))
+    assert described.type.tolist() == ["downsample", "conv2", "conv2"]
+    assert described.block.tolist() == [0, 1, 0]
 
 
 def test_estimates_against_their_definition(settings, measured):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from eval.data import bigbench
@@ -117,3 +118,14 @@ def questions(source: str) -> Pairs:
     pairs = [(e["input"], e["target"][0].rstrip(".").lower()) for e in bigbench.examples(source)]
     commonest = {label for label, _ in Counter(label for _, label in pairs).most_common(9)}
     return [(text, label) for text, label in pairs if label in commonest]
+
+
+ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm}
+READERS: dict[str, Callable[[str], Pairs]] = {
+    "rated": rated,
+    "opinions": opinions,
+    "questions": questions,
+    "documents": documents,
+    "foreign_opinions": foreign_opinions,
+    "languages": languages,
+}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,32 +36,11 @@ from eval.backend import (
 from eval.cache import cached, digest, file_sha256
 from eval.data import bigbench
 from eval.language.checkpoints import require_same
-from eval.language.corpora import (
-    ORANGE,
-    VADER,
-    Pairs,
-    documents,
-    foreign_opinions,
-    languages,
-    minilm,
-    opinions,
-    questions,
-    rated,
-)
+from eval.language.corpora import ENCODERS, ORANGE, READERS, VADER, Pairs
 from eval.onednn import accelerate
 from eval.recipes import SENTENCES, Recipe, batch_order
 from merging.errors import InputError
 from merging.layers import Layer, linear_layers
-
-ENCODERS: dict[str, Callable[[], Path]] = {"all-MiniLM-L6-v2": minilm}
-READERS: dict[str, Callable[[str], Pairs]] = {
-    "rated": rated,
-    "opinions": opinions,
-    "questions": questions,
-    "documents": documents,
-    "foreign_opinions": foreign_opinions,
-    "languages": languages,
-}
 
 
 class Examples(NamedTuple):

@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg
 from open_clip.utils import freeze_batch_norm_2d
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from eval import training
 from eval.cache import cached
+from eval.recipes import Recipe
 from eval.vision.data import image_size
 from eval.vision.published import Published
 from merging.errors import InputError
@@ -271,6 +274,15 @@ def _adapter_target(key: str) -> tuple[str, int]:
         part = next((i for i, p in enumerate(_PACKED) if f".{p}." in bare), -1)
         return name, part
     return bare, -1
+
+
+def adapted(tower: nn.Module, recipe: Recipe, seed: int) -> PeftModel:
+    """A tower with a recipe's adapters, whose random factors follow from `seed`."""
+    targets = lora_targets(tower, recipe.targets)
+    model = training.add_lora(tower, targets, recipe.r, recipe.alpha, seed)
+    if recipe.targets == "in_proj":
+        freeze_all_but_packed(model)
+    return model
 
 
 def freeze_all_but_packed(model: nn.Module) -> None:

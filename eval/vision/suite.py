@@ -22,17 +22,8 @@ from open_clip.transform import PreprocessCfg
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from eval import kfac, statistics, training
-from eval.backend import (
-    AdapterSeeds,
-    Finetuning,
-    Lessons,
-    Score,
-    Split,
-    Trainable,
-    bits,
-    require_protocol,
-)
+from eval import backend, kfac, statistics
+from eval.backend import AdapterSeeds, Finetuning, Lessons, Score, Split, Trainable
 from eval.cache import cached, digest
 from eval.language.checkpoints import require_same
 from eval.recipes import IMAGES, Recipe
@@ -110,7 +101,7 @@ class VisionBackend(Trainable):
         super().__post_init__()
         if (self.clip is None) == (self.pretraining is None):
             raise InputError(f"suite {self.name!r} needs either clip or pretraining")
-        require_protocol(self.protocol, get_args(Protocol))
+        backend.require_protocol(self.protocol, get_args(Protocol))
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -161,9 +152,8 @@ class VisionBackend(Trainable):
         """{repository: commit} of all that was taken from the hub so far."""
         loaded = [images for task, images in self._sets.items() if task in self._used]
         commits = {f"datasets/{images.path}": images.commit() for images in loaded}
-        return dict(
-            sorted((self._published.commits | {k: v for k, v in commits.items() if v}).items())
-        )
+        own = {path: commit for path, commit in commits.items() if commit}
+        return dict(sorted((self._published.commits | own).items()))
 
     def requirements(
         self, tasks: Sequence[str], *, finetuning: Finetuning, inputs: bool, validation: bool
@@ -211,7 +201,7 @@ class VisionBackend(Trainable):
         predicted = (embedded @ head.T).argmax(1)
         right = predicted == labels[chosen]
         constant = bool((predicted == predicted[0]).all())
-        return Score(right.double().mean().item(), len(chosen), constant, bits(right))
+        return Score(right.double().mean().item(), len(chosen), constant, backend.bits(right))
 
     # --- data and heads -----------------------------------------------------------------------
 
@@ -301,7 +291,6 @@ class VisionBackend(Trainable):
         return self._tower().eval().requires_grad_(False).to(self.device)
 
     def _tower(self) -> nn.Module:
-        """The architecture; statistics of batches are constants where the base is made here."""
         tower: nn.Module = models.build(self.architecture).visual
         return tower if self.pretraining is None else models.constant_norms(tower)
 
@@ -360,12 +349,7 @@ class VisionBackend(Trainable):
         tower.set_grad_checkpointing(recipe.checkpointing)
         if finetuning == "full":
             return tower
-        targets = models.lora_targets(tower, recipe.targets)
-        start = self.adapter_seed(tasks, seed)
-        adapted = training.add_lora(tower, targets, recipe.r, recipe.alpha, start)
-        if recipe.targets == "in_proj":
-            models.freeze_all_but_packed(adapted)
-        return adapted
+        return models.adapted(tower, recipe, self.adapter_seed(tasks, seed))
 
     def lessons(self, tasks: Sequence[str], recipe: Recipe, seed: int) -> Lessons:
         heads = {task: self._head(task).to(self.device) for task in tasks}

@@ -360,7 +360,8 @@ def _estimates(
 def _described(frame: pd.DataFrame) -> pd.DataFrame:
     """With the layer's type and the number of its block, and angles beside cosines."""
     names = frame.layer.map(lambda name: re.split(r"\.(\d+)\.", f".{name}"))
-    kinds = names.map(lambda pieces: pieces[-1].replace(".weight", "").removeprefix("."))
+    named = names.map(lambda pieces: [x for x in pieces[::2] if x != "weight"][-1])
+    kinds = named.map(lambda kind: kind.replace(".weight", "").removeprefix("."))
     numbers = names.map(lambda pieces: int(pieces[1]) if len(pieces) > 1 else 0)
     frame.insert(2, "type", kinds)
     frame.insert(3, "block", numbers.astype(int))
