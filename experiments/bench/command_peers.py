@@ -3,7 +3,8 @@
 mergekit lives in an environment of its own (`python -m venv ENV; ENV/bin/pip install mergekit`).
 Both programs read one recipe and merge the same files, a Llama-shaped model in bfloat16 with three
 experts in shards. They are timed from the keystroke to the end of the process; the two outputs are
-compared tensor by tensor. Writes peers.csv and peers.md.
+compared tensor by tensor, and in the first block each with the plain formula in float64. Writes
+peers.csv and peers.md.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
+from torch import Tensor
 
 from experiments.bench.files import tensors
+from experiments.bench.formulas import DENSITY, FACTOR, PLAIN, THEIRS, Choices, distance, merged
 from experiments.hydra_run import Command
 from experiments.report.markup import comma_separated, markdown
 from experiments.report.records import machine, versions
@@ -35,8 +38,8 @@ from merging.progress import track
 EXPERTS = ("code", "law", "math")
 RECIPES: dict[str, dict[str, Any]] = {  # method, its parameters, an expert's parameters
     "linear": {"parameters": {"normalize": True}, "each": {"weight": 1.0}},
-    "task_arithmetic": {"parameters": {"normalize": False}, "each": {"weight": 0.3}},
-    "ties": {"parameters": {"normalize": True}, "each": {"weight": 1.0, "density": 0.2}},
+    "task_arithmetic": {"parameters": {"normalize": False}, "each": {"weight": FACTOR}},
+    "ties": {"parameters": {"normalize": True}, "each": {"weight": 1.0, "density": DENSITY}},
     "dare_linear": {"parameters": {"normalize": False}, "each": {"weight": 0.3, "density": 0.5}},
 }
 RANDOM = {"dare_linear"}  # each program draws masks of its own
@@ -67,6 +70,8 @@ class Run:
     cpu_seconds: float
     peak_bytes: int
     largest_difference: float | None  # to the other program's output, of a tensor's norm
+    to_formula: float | None  # the same in the first block: to the formula, rounded once
+    to_steps: float | None  # to the formula with mergekit's choices
 
 
 def bench_peers(settings: Peers) -> None:
@@ -83,9 +88,10 @@ def bench_peers(settings: Peers) -> None:
         runs = []
         for name in track(settings.methods, "both programs"):
             runs += compare(Path(folder), name, paths, settings)
+        shares = dict(choices_of_ties(paths))
     output = Path(settings.output)
     write_synced(output / "peers.csv", comma_separated([asdict(run) for run in runs]))
-    write_synced(output / "peers.md", page(runs, settings))
+    write_synced(output / "peers.md", page(runs, settings, shares))
     print(f"written to {output / 'peers.md'}")
 
 
@@ -156,7 +162,8 @@ def compare(folder: Path, name: str, paths: Mapping[str, Path], settings: Peers)
     found = []
     for program, spent in costs.items():
         seconds, cpu, peak = (statistics.median(column) for column in zip(*spent, strict=True))
-        found.append(Run(name, program, seconds, cpu, int(peak), far))
+        apart = (None, None) if name in RANDOM else formulas(name, outputs[program], paths)
+        found.append(Run(name, program, seconds, cpu, int(peak), far, *apart))
     for output in outputs.values():
         shutil.rmtree(output)
     return found
@@ -195,6 +202,35 @@ def largest_difference(one: Path, other: Path, base: Path) -> float:
     return largest
 
 
+def first_block(paths: Mapping[str, Path]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, the base's values, those of all experts (T, ...)) of each of its tensors."""
+    base, *experts = (open_checkpoint(paths[task]) for task in ("base", *EXPERTS))
+    for name in base.keys():
+        if ".layers.0." in name:
+            yield name, base.read(name), torch.stack([expert.read(name) for expert in experts])
+
+
+def formulas(name: str, output: Path, paths: Mapping[str, Path]) -> tuple[float, float]:
+    """The largest distances of an output to the formula, and to it with mergekit's choices."""
+    source, found = open_checkpoint(output), []
+    for tensor, W0, experts in first_block(paths):
+        exact, theirs = (merged(name, W0, experts, choices) for choices in (PLAIN, THEIRS))
+        own = source.read(tensor)
+        found.append((distance(own, exact, W0), distance(own, theirs, W0)))
+    formula, steps = (max(column) for column in zip(*found, strict=True))
+    return formula, steps
+
+
+def choices_of_ties(paths: Mapping[str, Path]) -> Iterator[tuple[str, float]]:
+    """How far each of mergekit's choices alone takes TIES from the formula."""
+    for choice in Choices._fields:
+        alone, found = Choices(**{choice: True}), []
+        for _, W0, experts in first_block(paths):
+            exact, other = (merged("ties", W0, experts, c) for c in (PLAIN, alone))
+            found.append(distance(other, exact, W0))
+        yield choice, max(found)
+
+
 _PACKAGES = ("mergekit", "torch", "transformers")
 _VERSIONS = f"""
 from importlib import metadata
@@ -214,11 +250,11 @@ def their_versions(program: str) -> str:
     return ", ".join(asked.stdout.splitlines())
 
 
-def page(runs: Sequence[Run], settings: Peers) -> str:
+def page(runs: Sequence[Run], settings: Peers, shares: Mapping[str, float]) -> str:
     """Both programs side by side."""
     here, own = machine("cpu"), versions()
     by = {(run.method, run.program): run for run in runs}
-    rows = []
+    rows, exact = [], []
     for method in dict.fromkeys(run.method for run in runs):
         theirs, ours = by[method, "mergekit"], by[method, "ours"]
         far = "masks of their own" if ours.largest_difference is None else (
@@ -228,6 +264,9 @@ def page(runs: Sequence[Run], settings: Peers) -> str:
                  (theirs, ours)]  # fmt: skip
         ratios = [theirs.seconds / ours.seconds, theirs.peak_bytes / ours.peak_bytes]
         rows.append([method, *cells, *(f"{x:.2f}" for x in ratios), far])
+        if ours.to_formula is not None:
+            apart = (theirs.to_formula, ours.to_formula, theirs.to_steps)
+            exact.append([method, *(f"{x:.1e}" for x in apart)])
     size = f"{settings.blocks} blocks of width {settings.hidden}"
     table = markdown(
         ["method", "mergekit s", "CPU s", "GB", "ours s", "CPU s", "GB", "times faster",
@@ -241,6 +280,25 @@ def page(runs: Sequence[Run], settings: Peers) -> str:
         f"{', '.join(f'{name} {own[name]}' for name in ('torch', 'transformers'))}.\n\n{table}\n"
         "The largest difference is of a tensor's own movement, after both programs have rounded to "
         "bfloat16. Memory is what is resident at most, pages of mapped files included.\n"
+        + _explained(exact, shares)
+    )
+
+
+def _explained(exact: list[list[str]], shares: Mapping[str, float]) -> str:
+    """Which program deviates from the formula, and by which of its choices."""
+    table = markdown(
+        ["method", "mergekit to the formula", "ours to the formula",
+         "mergekit to the formula with its choices"], exact,
+    )  # fmt: skip
+    return (
+        "\n## Whose the difference is\n\nIn the first block, of a tensor's movement, beside the "
+        f"plain formula in float64, rounded once to bfloat16:\n\n{table}\n"
+        "mergekit's choices: differences, their factors and their sums are in bfloat16 (linear "
+        "excepted); of magnitudes that are equal at TIES' threshold exactly the share is kept, "
+        "where ours keeps all of them, as the authors' code does; kept values that cancel exactly "
+        "elect plus, where ours elects no sign (`method.cancelled=majority` elects the commonest, "
+        "as the authors' code does). Alone, they take TIES from the formula by "
+        f"{shares['rounded']:.1e}, {shares['exactly']:.1e} and {shares['plus']:.1e}.\n"
     )
 
 
