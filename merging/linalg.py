@@ -104,7 +104,7 @@ def eigh(symmetric: Tensor, top: int | None = None) -> tuple[Tensor, Tensor]:
     d = len(symmetric)
     if _on_cpu(symmetric):
         options: dict[str, Any] = {"driver": "evd"}
-        if top and top < d / 5:  # a larger part costs more than all
+        if top and is_small_part(top, d):
             options = {"driver": "evr", "subset_by_index": (d - top, d - 1)}
         values, vectors = map(
             torch.from_numpy, scipy.linalg.eigh(symmetric.numpy(), check_finite=False, **options)
@@ -112,6 +112,11 @@ def eigh(symmetric: Tensor, top: int | None = None) -> tuple[Tensor, Tensor]:
     else:
         values, vectors = torch.linalg.eigh(symmetric)
     return values.flip(0)[:top].clamp_min(0), vectors.mT.flip(0)[:top].mT
+
+
+def is_small_part(top: int, d: int) -> bool:
+    """Whether so few eigenpairs are found by a routine of their own: more cost as much as all."""
+    return top < d / 5
 
 
 def leading(symmetric: Tensor, count: Callable[[Tensor], int]) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,17 @@
 """Spectral methods: cases by hand, limits, low rank. Plain formulas: test_reference.py."""
 
 import math
+import threading
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threadpoolctl import threadpool_info, threadpool_limits
 from torch.testing import assert_close
 
 import merging
-from merging import InputError
+from merging import InputError, cores
 from merging.method import spectral
 from merging.method.reference import TEXTBOOK
 from merging.method.spectral import orthonormalise, singular_triplets
@@ -275,6 +277,38 @@ def test_singular_triplets_are_the_svds(shape):
     U, s, V = singular_triplets(matrix, 3)
     assert (U.shape[1], len(s), V.shape[1]) == (3, 3, 3)
     assert_close(s, svd(matrix)[1][:3])
+
+
+def blas_threads(*_):
+    return {x["num_threads"] for x in threadpool_info() if x["user_api"] == "blas"}
+
+
+@pytest.fixture
+def three_threads():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_triplets_side_by_side_are_those_of_one_core_to_the_last_bit(three_threads):
+    deltas = stack(6, (300, 280))
+    together = spectral.leading_triplets(deltas, 40)
+    with threadpool_limits(1, user_api="blas"):
+        alone = [singular_triplets(delta, 40) for delta in deltas]
+    for found, expected in zip(together, alone, strict=True):
+        assert all(map(torch.equal, found, expected))
+
+
+def test_cores_are_shared_for_a_while_only(three_threads):
+    before = blas_threads()
+    assert cores.each_on_a_core(blas_threads, stack(6, (300, 280))) == 6 * [{1}]
+    assert blas_threads() == before
+    meeting = threading.Barrier(3)  # passed by three threads at once, or by none
+    cores.each_on_a_core(lambda matrix: meeting.wait(timeout=60), stack(3, (9, 4)))
+    large = torch.empty(2, 1, 1).expand(2, 4096, 4096)  # too large for two at once
+    names = cores.each_on_a_core(lambda matrix: threading.current_thread(), large)
+    assert set(names) == {threading.current_thread()}
 
 
 def test_singular_triplets_of_nothing_and_relative_to_something_larger():

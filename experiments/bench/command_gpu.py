@@ -3,14 +3,15 @@
     python -m experiments.bench.gpu                                    # on the first GPU
     python -m experiments.bench.gpu device=cpu scale=16 output=FOLDER  # proves it without one
 
-It needs torch, numpy, scipy, safetensors, hydra-core and rich, no file and no network: weights are
-random, of the shapes of ViT-B/32, ViT-L/14, T5-large (the models of the ACTMat paper's latency
-table) and of two blocks of a 7B decoder. A layer of each shape is timed after a warm-up, and its
-median counts as often as the model has such a layer; where a method has a call for several layers,
-that is timed beside. Textbook code runs on the same device in the same run. Then whole models are
-merged by the engine, which moves them from main memory and back. Writes gpu.csv, gpu_engine.csv and
-gpu.md with the card's name, versions, peak memory, and the distance of what the device merges to
-what the CPU merges, after every measurement anew: what is killed has left what it had.
+It needs torch, numpy, scipy, threadpoolctl, safetensors, hydra-core and rich, no file, no network:
+weights are random, of the shapes of ViT-B/32, ViT-L/14, T5-large (the models of the ACTMat paper's
+latency table) and of two blocks of a 7B decoder. A layer of each shape is timed after a warm-up,
+and its median counts as often as the model has such a layer; where a method has a call for several
+layers, that is timed beside. Textbook code runs on the same device in the same run. Then whole
+models are merged by the engine, which moves them from main memory and back. Writes gpu.csv,
+gpu_engine.csv and gpu.md with the card's name, versions, peak memory, and the distance of what the
+device merges to what the CPU merges, after every measurement anew: what is killed has left what it
+had.
 
 What matters most comes first, and a call that would not end in time is not begun: how long it takes
 is judged from sides of a quarter. What was left out is named.

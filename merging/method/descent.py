@@ -16,7 +16,7 @@ from merging.method.equations import (
 )
 from merging.method.ranges import Count, NonNegative, Share
 from merging.method.registry import register
-from merging.method.spectral import layer_rank, singular_triplets
+from merging.method.spectral import layer_rank, leading_triplets
 
 
 @register(
@@ -67,7 +67,7 @@ def optmerge(
     """
     work = deltas.to(working_dtype(deltas))
     k = layer_rank(deltas, d_in, d_out) // len(deltas)
-    parts = [singular_triplets(delta, k) for delta in deltas]
+    parts = leading_triplets(deltas, k)
     L = torch.stack([product(U * s, V.mT) for U, s, V in parts]).to(work)
     weights = task_weights("inverse_norm", work)
     S, N = normal_equations(L, covariance.estimate("delta", L, L.shape[-1], 1.0), weights)

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merging.cores import each_on_a_core
 from merging.errors import InputError
-from merging.linalg import eigh, gram, product
+from merging.linalg import eigh, gram, is_small_part, product
 from merging.method.ranges import Count, Share
 from merging.method.registry import register
 
@@ -32,6 +33,8 @@ RANK_RTOL = 2**-18
 # Eigenvalues of a float64 Gram matrix, relative to the largest, are good to about 1e-15: a
 # direction above this one is good to 1e-5, and what is below RANK_RTOL^2 is safely told apart.
 GRAM_RTOL = 1e-10
+
+_SIDE_BY_SIDE_FROM = 256  # columns: the triplets of narrower matrices take hardly a millisecond
 
 
 def singular_triplets(
@@ -57,6 +60,14 @@ def singular_triplets(
         V = V / s
     kept = s > RANK_RTOL * s[:1].clamp_min(largest)
     return U[:, kept], s[kept], V[:, kept]
+
+
+def leading_triplets(deltas: Tensor, k: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`singular_triplets` of each of the deltas (T, d_out, d_in), at most k, on a CPU at once."""
+    d = min(deltas.shape[1:])
+    if deltas.device.type == "cpu" and d >= _SIDE_BY_SIDE_FROM and is_small_part(k, d):
+        return each_on_a_core(lambda delta: singular_triplets(delta, k), deltas)
+    return [singular_triplets(delta, k) for delta in deltas]
 
 
 def with_spectrum(matrix: Tensor, f: Callable[[Tensor], Tensor]) -> Tensor:
@@ -128,8 +139,9 @@ def tsv_m(
         takes arbitrary vectors of value 0 along, against which the others are orthonormalised.
     """
     k = layer_rank(deltas, d_in, d_out) // len(deltas) if k is None else k
-    triplets = singular_triplets if rank == "nonzero" else full_triplets
-    U, s, V = side_by_side([triplets(delta, k) for delta in deltas])
+    nonzero = rank == "nonzero"
+    parts = leading_triplets(deltas, k) if nonzero else [full_triplets(x, k) for x in deltas]
+    U, s, V = side_by_side(parts)
     return scaled_product(orthonormalise(U) * s, orthonormalise(V), deltas)
 
 
