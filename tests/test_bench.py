@@ -74,9 +74,9 @@ def test_floors_by_hand():
     by_hand = 128 + 2 * 2 * 4**3 + 64 / 3 + 2 * 4**3
     assert cost.floor("ridge", D, {}, RATES) == pytest.approx(by_hand * 1e-9)
     assert cost.floor("actmat", D, {}, RATES) == cost.floor("ridge", D, {}, RATES)
-    # all eigenvectors of a 4 x 4 matrix: 4/3 + 2 cubes; applied to N from both sides: 4 more
+    # a 4 x 4 matrix made tridiagonal, and one eigenvector: applied to N from both sides
     low_rank = torch.randn(2, 4, 1) @ torch.randn(1, 1, 4)
-    spectral = 128 + 256 + (4 / 3 + 2 + 4) * 4**3
+    spectral = 128 + 256 + 4 / 3 * 4**3 + (2 + 4) * 4**2
     assert cost.floor("actmat", low_rank, {}, RATES) == pytest.approx(spectral * 1e-9)
 
 

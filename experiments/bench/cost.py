@@ -22,6 +22,7 @@ from torch import Tensor
 import merging
 from merging.factors import Factors, merge_factors
 from merging.linalg import gram, product, row_space, solve_positive, working_dtype
+from merging.method.equations import spectral_filter, task_weights
 from merging.method.reference import TEXTBOOK
 from merging.method.registry import Method
 
@@ -246,8 +247,13 @@ def spectral_work(n: int, vectors: int | None = None) -> Work:
     return Work(2 / 3 * n**3 + 2 * n**2 * (n if vectors is None else vectors), 2 / 3 * n**3)
 
 
-def interference_work(method: Method, T: int, d_out: int, d_in: int, inverted: bool) -> Work:
-    """Normal equations by the cheaper of two routes, then Cholesky, or all eigenvectors."""
+def interference_work(
+    method: Method, T: int, d_out: int, d_in: int, inverted: bool, kept: int | None = None
+) -> Work:
+    """Normal equations by the cheaper of two routes, then Cholesky, or the kept eigenvectors.
+
+    kept: how many the filter leaves; None is all.
+    """
     if method.arguments["estimator"] == "inputs":
         equations = 2 * T * d_out * d_in**2
     else:
@@ -256,7 +262,8 @@ def interference_work(method: Method, T: int, d_out: int, d_in: int, inverted: b
         equations = second + min(by_outputs, 2 * T * d_out * d_in**2)
     if method.arguments["filter"] in {"ridge", "none"} or inverted:
         return Work(equations + d_in**3 / 3 + 2 * d_out * d_in**2)
-    return Work(equations + 4 * d_out * d_in**2) + spectral_work(d_in)
+    kept = d_in if kept is None else kept
+    return Work(equations + 4 * d_out * d_in * kept) + spectral_work(d_in, kept)
 
 
 def tsv_work(T: int, d_out: int, d_in: int) -> Work:
@@ -287,13 +294,29 @@ def floor(name: str, D: Tensor, context: Context, rates: Rates) -> float:
     if method.function.__name__ == "interference":
         n = min(d_in, T * d_out) if method.row_space else d_in
         inverted = method.arguments["filter"] == "cut" and nothing_is_cut(D)
-        work = interference_work(method, T, d_out, n, inverted)
+        measured = method.arguments["estimator"] == "inputs"
+        vectors = None if inverted or measured else kept(method, D)
+        work = interference_work(method, T, d_out, n, inverted, vectors)
     elif name == "tsv_m":
         work, double = tsv_work(T, d_out, d_in), True
     elif name == "iso_c":
         work, double = iso_work(d_out, d_in), True
     flops, vector = (rates.flops64, rates.vector64) if double else (rates.flops32, rates.vector32)
     return max(moved / rates.copied, work.products / flops + work.vectors / vector)
+
+
+def kept(method: Method, D: Tensor) -> int | None:
+    """How many eigenvectors of sum_t w_t D_t^T D_t the method's filter keeps; None: it has none."""
+    chosen = method.arguments
+    if chosen["filter"] in {"ridge", "none"}:
+        return None
+    weights = task_weights(chosen["task_weight"], D).sqrt().view(-1, 1, 1)
+    S = gram((weights * D).reshape(-1, D.shape[-1]))
+    values = torch.linalg.eigvalsh(S).flip(0).clamp_min(0)
+    options = {key: chosen[key] for key in ("rtol", "t", "rho")}
+    rows = D.shape[0] * D.shape[1]
+    filter = spectral_filter(chosen["filter"], values, d_in=len(values), rows=rows, **options)
+    return int((filter > 0).sum())
 
 
 def nothing_is_cut(D: Tensor) -> bool:
