@@ -3,7 +3,7 @@
 mergekit lives in an environment of its own (`python -m venv ENV; ENV/bin/pip install mergekit`).
 Both programs read one recipe and merge the same files, a Llama-shaped model in bfloat16 with three
 experts in shards. They are timed from the keystroke to the end of the process; the two outputs are
-compared tensor by tensor, and in the first block each with the plain formula in float64. Writes
+compared tensor by tensor, and in one block each with the plain formula in float64. Writes
 peers.csv and peers.md.
 """
 
@@ -70,7 +70,7 @@ class Run:
     cpu_seconds: float
     peak_bytes: int
     largest_difference: float | None  # to the other program's output, of a tensor's norm
-    to_formula: float | None  # the same in the first block: to the formula, rounded once
+    to_formula: float | None  # in the first attention: to the formula, rounded once
     to_steps: float | None  # to the formula with mergekit's choices
 
 
@@ -202,18 +202,18 @@ def largest_difference(one: Path, other: Path, base: Path) -> float:
     return largest
 
 
-def first_block(paths: Mapping[str, Path]) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, the base's values, those of all experts (T, ...)) of each of its tensors."""
+def first_attention(paths: Mapping[str, Path]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, the base's values, those of all experts (T, ...)) of the first block's attention."""
     base, *experts = (open_checkpoint(paths[task]) for task in ("base", *EXPERTS))
     for name in base.keys():
-        if ".layers.0." in name:
+        if ".layers.0.self_attn." in name:
             yield name, base.read(name), torch.stack([expert.read(name) for expert in experts])
 
 
 def formulas(name: str, output: Path, paths: Mapping[str, Path]) -> tuple[float, float]:
     """The largest distances of an output to the formula, and to it with mergekit's choices."""
     source, found = open_checkpoint(output), []
-    for tensor, W0, experts in first_block(paths):
+    for tensor, W0, experts in first_attention(paths):
         exact, theirs = (merged(name, W0, experts, choices) for choices in (PLAIN, THEIRS))
         own = source.read(tensor)
         found.append((distance(own, exact, W0), distance(own, theirs, W0)))
@@ -225,7 +225,7 @@ def choices_of_ties(paths: Mapping[str, Path]) -> Iterator[tuple[str, float]]:
     """How far each of mergekit's choices alone takes TIES from the formula."""
     for choice in Choices._fields:
         alone, found = Choices(**{choice: True}), []
-        for _, W0, experts in first_block(paths):
+        for _, W0, experts in first_attention(paths):
             exact, other = (merged("ties", W0, experts, c) for c in (PLAIN, alone))
             found.append(distance(other, exact, W0))
         yield choice, max(found)
@@ -291,8 +291,8 @@ def _explained(exact: list[list[str]], shares: Mapping[str, float]) -> str:
          "mergekit to the formula with its choices"], exact,
     )  # fmt: skip
     return (
-        "\n## Whose the difference is\n\nIn the first block, of a tensor's movement, beside the "
-        f"plain formula in float64, rounded once to bfloat16:\n\n{table}\n"
+        "\n## Whose the difference is\n\nIn the first block's attention, of a tensor's movement, "
+        f"beside the plain formula in float64, rounded once to bfloat16:\n\n{table}\n"
         "mergekit's choices: differences, their factors and their sums are in bfloat16 (linear "
         "excepted); of magnitudes that are equal at TIES' threshold exactly the share is kept, "
         "where ours keeps all of them, as the authors' code does; kept values that cancel exactly "
