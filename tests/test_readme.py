@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 import merging
 from experiments.readme import ROOT, inserted, table
 from experiments.report.findings import answer, page
+from experiments.report.markup import markdown
 from merging.errors import InputError
 
 README = (ROOT / "README.md").read_text()
@@ -31,7 +32,19 @@ def test_a_finding_is_answered_from_the_table_or_refused(tmp_path):
         "finetuning,row,mean,mean_se,merge_seconds,statistics_seconds\n"
         "full,experts,80.0,,0,0\nfull,actmat,60.04,0.26,1.5,2.0\nfull,average,50.0,0.1,1,0\n"
     )
+    (tmp_path / "both_sides").mkdir()
+    (tmp_path / "both_sides" / "table.csv").write_text(
+        "regime,row,mean\nlong,tsv_m,60\nlong,actmat,50\nshort,actmat,41\nlast,actmat,40\n"
+        "last,tsv_m,61\n"
+    )
+    (tmp_path / "embedded_text" / "theory").mkdir()
+    (tmp_path / "embedded_text" / "theory" / "scale.csv").write_text(
+        "task,layer,effective_rank\na,1,0.1\nb,1,0.3\na,2,0.5\nb,2,0.2\n"
+    )
+    regimes = [["long", "50.0", "60.0"], ["last", "40.0", "61.0"], ["mean", "45.0", "60.5"]]
     asked = {
+        "ranks text full": "0.30 to 0.50",
+        "regimes actmat tsv_m": markdown(["validation examples", "actmat", "tsv_m"], regimes),
         "mean text full actmat": "60.0 ± 0.3", "gap text full actmat average": "10.0",
         "share text full actmat": "75 %", "seconds text full actmat": "3.5",
         "best text full": "actmat",

@@ -9,6 +9,8 @@ The page is `findings.md` beside this file, in which a number is written as a qu
     {{best text full}}                   the merge with the highest mean
     {{costs}}                            what data-free merging saves, as a table
     {{regime vision: actmat}}            mean validation accuracy in a regime of both_sides.md
+    {{regimes actmat tsv_m}}             the same in all regimes that have these rows, as a table
+    {{ranks text full}}                  effective rank of the widest expert: layers' least to most
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from experiments.report.markup import markdown
 from merging.errors import InputError
 
 SUITES = {"text": "embedded_text", "vision": "embedded_vision", "lm": "embedded_lm"}
+THEORY = {"full": "theory", "lora": "theory_lora"}
 NOT_MERGED = ("experts", "zero_shot", "multi_task")
 COSTS = ("actmat", "regmean", "regmean_pp", "fisher", "mats")
 
@@ -42,6 +45,10 @@ def answer(question: str, results: Path) -> str:
         return markdown(*_costs(results))
     if kind == "regime":
         return _regime(question, results / "both_sides" / "table.csv")
+    if kind == "regimes":
+        return markdown(*_regimes(results / "both_sides" / "table.csv", words))
+    if kind == "ranks":
+        return _ranks(results / SUITES[words[0]] / THEORY[words[1]] / "scale.csv")
     suite, finetuning, *rows = words
     table = _table(results / SUITES[suite] / "table.csv", finetuning)
     if missing := [row for row in rows if row not in table.index]:
@@ -67,6 +74,19 @@ def _regime(question: str, path: Path) -> str:
     if (regime, row) not in table.index:
         raise InputError(f"{path}: there is no row {row!r} of regime {regime!r}")
     return f"{table.loc[(regime, row), 'mean']:.1f}"
+
+
+def _regimes(path: Path, rows: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Means of the rows in every regime that has all of them, and over these regimes."""
+    means = pd.read_csv(path).pivot_table("mean", "regime", "row", sort=False)[rows].dropna()
+    lines = [[regime, *(f"{x:.1f}" for x in means.loc[regime])] for regime in means.index]
+    lines.append(["mean", *(f"{x:.1f}" for x in means.mean())])
+    return ["validation examples", *rows], lines
+
+
+def _ranks(path: Path) -> str:
+    widest = pd.read_csv(path).groupby("layer").effective_rank.max()
+    return f"{widest.min():.2f} to {widest.max():.2f}"
 
 
 @cache

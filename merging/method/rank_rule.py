@@ -21,7 +21,7 @@ from torch import Tensor
 from merging.linalg import by_kind, gram
 from merging.method.registry import create, register
 
-NARROW = 0.1  # of min(d_out, d_in): above rounded adapters, below fine-tuned layers
+NARROW = 0.1  # of min(d_out, d_in): between adapters and fine-tuned layers, but for a few of either
 
 
 def rank_rule_many(deltas: Tensor, *, d_in: int | None = None, d_out: int | None = None) -> Tensor:
