@@ -210,6 +210,7 @@ def test_a_list_of_values_runs_from_the_first_block_to_the_last(base, experts):
             torch.testing.assert_close(found[name], base[name] + alpha * total[name])
     torch.testing.assert_close(found["embed_tokens.weight"], base["embed_tokens.weight"])
     assert at_depth(create("wudi", steps=[10, 31, 50]), 0.25).hyperparameters["steps"] == 20
+    assert at_depth(create("dc_merge", rank=[2, 8]), 0.3).hyperparameters["rank"] == 4
     assert at_depth(create("ties", k=[0.5]), 0.7).hyperparameters["k"] == 0.5
 
 

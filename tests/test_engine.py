@@ -330,6 +330,8 @@ def test_bad_experts_are_named(base, experts, spoil, message):
 def test_no_experts_and_missing_statistics(base, experts):
     with pytest.raises(InputError, match="no experts"):
         merge_state_dicts(base, {}, create("average"))
+    with pytest.raises(InputError, match="the base holds no tensors"):
+        merge_state_dicts({}, {"a": {}}, create("ties"), split_qkv=False)
     with pytest.raises(InputError, match="statistics of task 'a'"):
         merge_state_dicts(base, experts, create("regmean"), layers=LAYERS)
     some = {t: {"blocks.1.fc.weight": torch.eye(8)} for t in experts}

@@ -79,6 +79,33 @@ def test_members_in_any_order_write_the_bytes_of_one_process(paths, tmp_path, na
     assert [name for name in left if name != "lock"] == ["written"]
 
 
+def test_a_member_for_each_tensor_though_some_are_empty(paths, tmp_path):
+    """Tensors without entries weigh nothing: none of the members may be left without any."""
+    for path in paths.values():
+        save_file(load_file(path) | {f"empty.{i}": torch.zeros(0, 3) for i in "ab"}, path)
+    merge(paths, tmp_path / "alone.safetensors", "average")
+    for number in range(1, 14):
+        merge(paths, tmp_path / "shared.safetensors", "average", share=f"{number}/13")
+    shared, alone = (tmp_path / f"{x}.safetensors" for x in ("shared", "alone"))
+    assert shared.read_bytes() == alone.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["o.safetensors", "folder"])
+def test_another_merge_written_over_a_shared_one_is_not_taken_for_it(paths, tmp_path, name):
+    output = tmp_path / name
+    for number in (1, 2):
+        merge(paths, output, share=f"{number}/2")
+    file = output / "model.safetensors" if output.is_dir() else output
+    shared = file.read_bytes()
+    merge(paths, tmp_path / "other.safetensors", "average")
+    file.write_bytes((tmp_path / "other.safetensors").read_bytes())  # as `cp` does: into the file
+    with pytest.raises(InputError, match="exists already"):
+        merge(paths, output, share="1/2")
+    for number in (1, 2):
+        merge(paths, output, share=f"{number}/2", overwrite=True)
+    assert file.read_bytes() == shared
+
+
 def test_a_member_that_comes_late_finds_it_done_and_others_are_refused(paths, tmp_path):
     output = tmp_path / "shared.safetensors"
     for number in (1, 2):

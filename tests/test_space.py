@@ -161,6 +161,27 @@ def test_dense_experts_are_refused_and_what_changes_nothing_is_said(base, adapte
     assert report.notes == ["space=core: method 'iso_c' gives there what it gives without"]
 
 
+@pytest.mark.parametrize("space", ["core", "knots"])
+def test_rank_rule_tells_adapters_by_the_layer_and_not_by_the_space(tmp_path, space):
+    """In its own space an adapter is not narrow; the merge says that it is the one without."""
+    g, name = torch.Generator().manual_seed(0), "layers.0.up_proj.weight"
+    save_file({name: torch.randn(50, 40, generator=g)}, tmp_path / "base.safetensors")
+    paths = {task: tmp_path / task for task in "abc"}
+    for path in paths.values():
+        A, B = torch.randn(2, 40, generator=g), torch.randn(50, 2, generator=g)
+        write_adapter(path, {name: (A, B)}, {})
+    results = []
+    for i, options in enumerate(({}, {"space": space})):
+        output = tmp_path / f"{i}.safetensors"
+        report = merge_checkpoints(
+            tmp_path / "base.safetensors", paths, create("rank_rule"), output, layers=[name],
+            **options,
+        )  # fmt: skip
+        results.append(load_file(output)[name])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert report.notes == [f"space={space}: method 'rank_rule' gives there what it gives without"]
+
+
 def test_a_space_on_the_command_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MODEL_MERGING_CACHE", str(tmp_path / "cache"))
     folder, name = tiny.encoder(), "encoder.layer.0.attention.self.query.weight"

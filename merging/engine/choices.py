@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, Literal, get_args
 
 import torch
@@ -13,6 +14,7 @@ import torch
 from merging.errors import InputError
 from merging.experts import Expert, Scaled
 from merging.layers.parts import matcher
+from merging.method.ranges import is_whole
 from merging.method.registry import Method, create
 
 WeightsOn = Literal["delta", "task"]
@@ -94,7 +96,10 @@ def at_depth(method: Method, depth: float) -> Method:
         return method
     settings = dict(method.hyperparameters)
     for key, values in gradients.items():
-        whole = isinstance(create(method.name).hyperparameters[key], int)
+        parameter = signature(method.function).parameters.get(key)
+        whole = isinstance(create(method.name).hyperparameters[key], int) or (
+            parameter is not None and is_whole(str(parameter.annotation))
+        )
         place = depth * (len(values) - 1)
         i = min(int(place), max(len(values) - 2, 0))
         following = values[min(i + 1, len(values) - 1)]

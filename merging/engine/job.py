@@ -186,6 +186,8 @@ def prepare(
         raise InputError("no experts were given, expected at least one")
     settings = _read(options)
     shapes = {name: base.shape(name) for name in base.keys()}
+    if not shapes:
+        raise InputError(f"{base.path} holds no tensors", hint="nothing was merged")
     matrices = not options.get("split_qkv", True) and max(map(len, shapes.values())) <= 2
     if _alike([method, *(part.method for part in settings["parts"])], experts, matrices):
         folder = None  # what is a layer changes no entry: loading the model's library would be vain

@@ -80,7 +80,8 @@ class Shares:
         self.output = Path(output).absolute()
         self.folder = self.output.with_name(f".{self.output.name}.shares")
         self.key = blake2b(f"{job.key()} {member.of}".encode(), digest_size=8).hexdigest()
-        self.own = share(items, member.of)[member.number - 1]
+        self.shares = share(items, member.of, lambda item: max(1, item.numel))  # none is idle
+        self.own = self.shares[member.number - 1]
         check_shards(job, self.output)
         if self.output.exists() and not (overwrite or self.written):  # told before the merge
             raise InputError(
@@ -121,7 +122,12 @@ class Shares:
         return self.folder / "written"
 
     def _written(self) -> str:
-        return json.dumps([self.key, self.output.stat().st_ino])
+        """Of the merge and its files: another may have come in their place, or into it."""
+        folder = self.output.is_dir()
+        files = sorted(self.output.glob("*.safetensors")) if folder else [self.output]
+        stats = [(file.name, file.stat()) for file in files]
+        told = [(name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats]
+        return json.dumps([self.key, told])
 
     def sink(self) -> Writer:
         """Takes this member's own tensors."""
@@ -143,7 +149,7 @@ class Shares:
 
     def copy(self, sink: Sink, put: Put, watch: Watch) -> None:
         """All members' tensors into the output, looking on the way whether any was changed."""
-        for number, own in enumerate(share(self.items, self.member.of), 1):
+        for number, own in enumerate(self.shares, 1):
             with closing(open_base(self.file(number))) as source:
                 todo = [p for item in unfinished(own, sink) for p in self._windows(item)]
                 loads = ahead(lambda piece: (piece, _read(source, piece)), todo)

@@ -11,7 +11,7 @@ from torch import Tensor
 from merging.errors import InputError
 from merging.method.masks import drop
 from merging.method.order import kth_largest, share
-from merging.method.ranges import Share
+from merging.method.ranges import Seed, Share
 from merging.method.registry import Stream, register
 from merging.method.sparse import elect, ties
 from merging.method.spectral import iso_c, layer_rank, singular_triplets, tsv_m
@@ -61,7 +61,7 @@ def knots(
     scope: str = "layer",
     k: Share = 0.2,
     p: float = 0.9,
-    seed: int = 0,
+    seed: Seed = 0,
     d_in: int | None = None,
     thresholds: Tensor | None = None,
 ) -> Tensor:

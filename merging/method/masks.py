@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merging.method.averages import in_chunks
 from merging.method.order import share
-from merging.method.ranges import Share
+from merging.method.ranges import Seed, Share
 from merging.method.registry import Stream, register
 from merging.method.sparse import elect
 
@@ -89,7 +89,7 @@ def _draws_of(stream: Stream, hyperparameters: Mapping[str, Any]) -> dict[str, A
     prepare=_draws_of,
     per_tensor=True,
 )
-def dare(deltas: Tensor, *, p: Share = 0.9, seed: int = 0, draws: Draws | None = None) -> Tensor:
+def dare(deltas: Tensor, *, p: Share = 0.9, seed: Seed = 0, draws: Draws | None = None) -> Tensor:
     """sum_t of each delta with a share p dropped and the rest over 1 - p (2311.03099, section 3.2).
 
     p: probability that an entry is dropped; seed: of the masks, see `uniform`.
@@ -109,7 +109,7 @@ def dare(deltas: Tensor, *, p: Share = 0.9, seed: int = 0, draws: Draws | None =
     per_tensor=True,
 )
 def dare_ties(
-    deltas: Tensor, *, p: Share = 0.9, seed: int = 0, merge: str = "mean",
+    deltas: Tensor, *, p: Share = 0.9, seed: Seed = 0, merge: str = "mean",
     draws: Draws | None = None,
 ) -> Tensor:  # fmt: skip
     """DARE, then TIES' election and merge, (T, *shape) -> (*shape) (2311.03099, section 3.3).
@@ -134,7 +134,7 @@ def della(
     density: Share = 0.7,
     eps: float = 0.07,
     merge: str = "mean",
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> Tensor:
     """MagPrune, then TIES' election and merge, (T, *shape) -> (*shape) (2406.11617).
 
@@ -154,7 +154,7 @@ def della(
     alpha=0.3,
 )
 def della_linear(
-    deltas: Tensor, *, density: Share = 0.7, eps: float = 0.07, seed: int = 0
+    deltas: Tensor, *, density: Share = 0.7, eps: float = 0.07, seed: Seed = 0
 ) -> Tensor:
     """MagPrune without an election, (T, *shape) -> (*shape): mergekit's della_linear."""
     return _mag_prune(deltas, density, eps, seed).sum(0)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merging.linalg import by_kind, gram, solving_dtype
+from merging.linalg import by_kind, gram
 from merging.method.registry import create, register
 
 NARROW = 0.1  # of min(d_out, d_in): between adapters and fine-tuned layers, but for a few of either
@@ -44,10 +44,16 @@ def rank_rule_many(deltas: Tensor, *, d_in: int | None = None, d_out: int | None
     column_space=True,
     batched=rank_rule_many,
 )
-def rank_rule(deltas: Tensor, *, d_in: int | None = None, d_out: int | None = None) -> Tensor:
-    """`tsv_m` if all experts are narrow, else `aswudi`: (T, d_out, d_in) -> (d_out, d_in)."""
+def rank_rule(
+    deltas: Tensor, *, d_in: int | None = None, d_out: int | None = None,
+    layer_shape: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """`tsv_m` if all experts are narrow, else `aswudi`: (T, d_out, d_in) -> (d_out, d_in).
+
+    layer_shape: what they are narrow in, where they come in coordinates of a space.
+    """
     height, width = d_out or deltas.shape[1], d_in or deltas.shape[2]
-    if is_narrow(deltas, height, width):
+    if len(deltas) <= min(height, width) and is_narrow(deltas, *(layer_shape or (height, width))):
         return create("tsv_m")(deltas, d_in=width, d_out=height)
     return create("aswudi", anchor="average")(deltas, d_in=width, d_out=height)
 
@@ -66,10 +72,9 @@ def narrow(deltas: Tensor, below: float) -> bool:
 def effective_rank(delta: Tensor) -> float:
     """(sum s)^2 / sum s^2 of the singular values s of (d_out, d_in), from 1 to its rank; 0 for 0.
 
-    The shorter side's Gram matrix has their squares, in float64 up to a width beyond which that is
-    slow: float32's rounding adds a few tenths to an adapter's.
+    The shorter side's Gram matrix in float64 has their squares.
     """
-    rows = delta if delta.shape[0] > delta.shape[1] else delta.mT
-    l = torch.linalg.eigvalsh(gram(rows.to(solving_dtype(rows)))).clamp_min(0)
+    rows = delta.double()
+    l = torch.linalg.eigvalsh(gram(rows if rows.shape[0] > rows.shape[1] else rows.mT)).clamp_min(0)
     energy = l.sum()
     return float(l.sqrt().sum().square() / energy) if energy > 0 else 0.0

@@ -33,6 +33,7 @@ CONTEXT = {
     "covariances": "(T, d_in, d_in) second moments of each task's inputs",
     "gradients": "(T, d_out, d_out) second moments of the gradients at each task's outputs",
     "fishers": "(T, *shape) diagonal Fisher information of each expert",
+    "layer_shape": "(d_out, d_in) of the layer itself, in whatever space it is merged",
     "base": "(*shape) the base's own values, for methods that run on the whole matrix",
     "weights": "(T,) what each expert counts for; none is 1 for all",
     "d_in": "the layer's own width, where deltas come in a basis of their rows",
@@ -306,7 +307,7 @@ def _check_number(entry: Entry, key: str, default: Any, value: Any) -> None:
             _check_number(entry, key, default, end)
     elif isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise InputError(f"{key} of method {entry.name!r} is {value!r}, expected a number")
-    elif expected := outside(told, float(value)):
+    elif expected := outside(told, value):
         raise InputError(f"{key} = {value} is not {expected}", f"method {entry.name!r}")
 
 

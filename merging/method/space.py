@@ -49,14 +49,20 @@ def within(method: Method, space: Space) -> Method:
     """The method on the coordinates of a space, back on the layer's own axes afterwards.
 
     For matrices only. What it counts (ranks, shares of entries, thresholds of the whole model) it
-    counts in the space.
+    counts in the space, unless it asks for the `layer_shape`.
     """
     if space == "full":
         return method
     enter = _SPACES[space]
 
-    def function(deltas: Tensor, **call: Any) -> Tensor:
+    sized = "layer_shape" in method.context
+
+    def function(
+        deltas: Tensor, *, d_in: int | None = None, d_out: int | None = None, **call: Any
+    ) -> Tensor:
         """(T, d_out, d_in) -> (d_out, d_in)"""
+        if sized:
+            call["layer_shape"] = d_out or deltas.shape[1], d_in or deltas.shape[2]
         left, inner, right = enter(deltas)
         if not inner.numel():  # no expert has moved
             return torch.zeros_like(deltas[0])
@@ -71,7 +77,7 @@ def within(method: Method, space: Space) -> Method:
 
         return whole_model(inside, arguments) if whole_model else {}
 
-    own_axes = {"base", "d_in", "d_out"}
+    own_axes = {"base"} if sized else {"base", "d_in", "d_out"}
     return replace(
         method, name=f"{method.name} in {space} space", function=function, space=space,
         whole_model=whole_model and prepare, batched=None, context=method.context - own_axes,
