@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from numbers import Integral
+from typing import Any
 
 Share = float  # from 0 to 1
 NonNegative = float  # 0 or more
@@ -20,7 +21,7 @@ RANGES = {
 }
 
 
-def outside(annotation: str, value: float) -> str:
+def outside(annotation: str, value: Any) -> str:
     """What the value should have been, "" where it is: annotation as it stands in a signature."""
     for word in re.findall(r"\w+", annotation):
         low, high, told = RANGES.get(word, (-math.inf, math.inf, ""))
