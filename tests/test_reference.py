@@ -123,6 +123,23 @@ def test_ace_on_tasks_of_very_different_size(shape):
     check("ace", 0.5 * stack(3, shape) * torch.tensor([1, 30, 1e-3]).view(3, 1, 1))
 
 
+@pytest.mark.parametrize(("rows", "size"), [(3, 3), (40, 1)])
+def test_ace_on_layers_of_fewer_directions_than_inputs(rows, size):
+    """R is eps there in most directions, of which its entries in float32 tell nothing."""
+    check("ace", size * stack(2, (rows, 600)))
+
+
+def test_mats_takes_layers_that_are_stored_the_other_way_round():
+    """As wide ones of GPT-2 are: what is merged lies transposed in memory."""
+    deltas, (C,) = 5 * stack(2, (4, 1100)), stack(1, (1100, 1100), seed=1)
+    covariances = (C @ C.mT / 1100 + torch.eye(1100)).expand(2, -1, -1)
+    turned = deltas.mT.contiguous().mT
+    method = merging.create("mats")
+    torch.testing.assert_close(
+        method(turned, covariances=covariances), method(deltas, covariances=covariances)
+    )
+
+
 @pytest.mark.parametrize("name", sorted(RANDOM))
 def test_random_masks_agree_on_the_mean(name):
     ones = torch.ones(1, 400, 400)

@@ -13,6 +13,8 @@ from merging.method.ranges import NonNegative, Share
 from merging.method.registry import register
 from merging.method.spectral import singular_triplets
 
+_CERTAIN = 5e4  # times an entry's relative error: what share of R's eigenvalues is told from it
+
 
 @register(
     "ace",
@@ -78,12 +80,22 @@ def _squared_norms(deltas: Tensor) -> Tensor:
     return deltas.square().sum((1, 2), dtype=torch.float64)
 
 
+def _largest_eigenvalue(symmetric: Tensor, steps: int = 8) -> float:
+    """Of a positive matrix (d, d), about: its share of a vector after some multiplications."""
+    vector = symmetric[symmetric.diagonal().argmax()]
+    for _ in range(steps):
+        vector = symmetric @ (vector / vector.norm().clamp_min(1e-30))
+    return vector.norm().item()
+
+
 def _solve(N: Tensor, R: Tensor, prior: Tensor, eps: float) -> Tensor | None:
     """N (R + 1 prior^T)^-1 by one Cholesky factor of R and the Sherman-Morrison formula.
 
     eps: relative error of R's entries; None where float32's leave R no safe inverse.
     """
-    solved = solve_positive(torch.cat([N, prior[None]]), R, eps=eps)
+    # R^-1 magnifies the error of R's entries as many times as the largest eigenvalue is larger
+    above = _CERTAIN * eps * _largest_eigenvalue(R) if eps >= EPS32 else 0.0
+    solved = solve_positive(torch.cat([N, prior[None]]), R, above, eps)
     if solved is None:  # no eps to speak of, and deltas of low rank
         if eps >= EPS32:
             return None

@@ -118,7 +118,7 @@ def _descend(
         if energy.sqrt() <= enough:
             break
         image = operator(direction)
-        step = energy / torch.dot(direction.view(-1), image.view(-1))
+        step = energy / torch.dot(direction.reshape(-1), image.reshape(-1))
         D.add_(step * direction)
         residual.sub_(image.mul_(step))
         energy, last = residual.square().sum(), energy
