@@ -6,7 +6,7 @@ import torch
 import merging
 from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
-from merging.formats.fit import fit, notes
+from merging.formats.fit import Fitted, fit, notes
 from merging.formats.names import is_buffer, renamed, table_of
 
 AVERAGE = merging.create("average")
@@ -251,3 +251,11 @@ def test_notes_name_the_expert():
 def test_names_that_have_nothing_in_common_are_not_matched():
     assert renamed(["a.x", "b.y"], ["c.z", "d.w"]) == {}
     assert renamed([], ["a"]) == {} and renamed(["a"], []) == {}
+
+
+def test_one_expert_in_two_places_is_told_apart():
+    """An interrupted merge into one part of a base is not continued by one into another."""
+    source = StateDict({"up.weight": torch.ones(2, 2)})
+    text, second = (Fitted(source, {f"{part}.up.weight": "up.weight"}) for part in ("text", "2"))
+    assert text.stamp() != second.stamp()
+    assert text.stamp() == Fitted(source, {"text.up.weight": "up.weight"}).stamp()

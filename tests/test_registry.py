@@ -68,6 +68,8 @@ def test_a_name_is_registered_once():
         ("dare", {"seed": -1}, "seed = -1 is not a whole number from 0 to"),
         ("della", {"seed": 2**64}, "seed = 18446744073709551616 is not a whole number from 0"),
         ("knots", {"seed": 0.5}, "seed = 0.5 is not a whole number from 0 to"),
+        ("ties", {"k": None}, "k of method 'ties' is None, expected a number"),
+        ("average", {"alpha": None}, "alpha of method 'average' is None, expected a number"),
         ("ties", {"k": [0.2, 1.2]}, "k = 1.2 is not a share between 0 and 1"),
     ],
 )

@@ -72,7 +72,7 @@ class Fitted(Dense):
         return self.source.file(self._names[name])
 
     def stamp(self) -> object:
-        return self.source.stamp()
+        return self.source.stamp(), sorted(self._names.items())  # `into` decides them
 
     def close(self) -> None:
         self.source.close()

@@ -298,9 +298,10 @@ def _check_number(entry: Entry, key: str, default: Any, value: Any) -> None:
     """InputError for what is no finite number where one belongs; lists are gradients over depth."""
     parameter = inspect.signature(entry.function).parameters.get(key)
     told = "float" if key == "alpha" or parameter is None else str(parameter.annotation)
-    others = {"str", "bool"} & set(re.findall(r"\w+", told))
+    words = set(re.findall(r"\w+", told))
+    others = {"str", "bool"} & words
     numeric = isinstance(default, Real | None) and not isinstance(default, bool) and not others
-    if not numeric or value is None:
+    if not numeric or (value is None and (default is None or {"None", "Optional"} & words)):
         return
     if isinstance(value, list | tuple):
         for end in value:
