@@ -85,7 +85,7 @@ def _largest_eigenvalue(symmetric: Tensor, steps: int = 8) -> float:
     vector = symmetric[symmetric.diagonal().argmax()]
     for _ in range(steps):
         vector = symmetric @ (vector / vector.norm().clamp_min(1e-30))
-    return vector.norm().item()
+    return float(vector.norm())
 
 
 def _solve(N: Tensor, R: Tensor, prior: Tensor, eps: float) -> Tensor | None:
