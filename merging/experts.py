@@ -140,6 +140,10 @@ class Expert(Protocol):
         """The difference (d_out, d_in), whatever way round the base stores it; rank is not 0."""
         ...
 
+    def adapted(self, name: str) -> bool:
+        """Whether it keeps the tensor, or moves it by an adapter, DoRA's too, as its file says."""
+        ...
+
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that it holds, by the base's names."""
         ...
@@ -190,6 +194,9 @@ class Dense(Source):
 
     def factors(self, name: str) -> Factors:
         raise ValueError(f"{name!r} is stored in full")
+
+    def adapted(self, name: str) -> bool:
+        return False
 
     def stored(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, self.read(name)) for name in self.keys())

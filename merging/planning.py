@@ -169,14 +169,16 @@ def _read(
     sums: dict[tuple[str, tuple[int, ...]], Tensor] = {}
     groups: dict[tuple[str, int | None], Group] = {}
     for name, stack in track(stream(), "reading the differences", len(names)):
-        W0 = source.read(name)
+        W0, adapted = source.read(name), [e.adapted(name) for e in experts.values()]
         for part, deltas in zip(cut(W0, layers[name]), cut(stack, layers[name]), strict=True):
             residuals = {}
             for method, context in zip(methods, contexts, strict=True):
                 # what was prepared is of all experts together
                 for subset in chosen[:1] if context else chosen:
                     merging = deltas[list(subset)]
-                    numerators = residual(merging, method(merging, **context))
+                    adapters = all(adapted[i] for i in subset)
+                    merged = method(merging, adapters=adapters, **context)
+                    numerators = residual(merging, merged)
                     key = (method.name, subset)
                     sums[key] = sums.get(key, 0) + numerators
                     if len(subset) == len(experts):

@@ -1,11 +1,11 @@
-"""`rank_rule`: ASWUDI or TSV-M, chosen by the experts' effective ranks."""
+"""`rank_rule`: ASWUDI or TSV-M, chosen by the experts' singular values."""
 
 import pytest
 import torch
 from torch.testing import assert_close
 
 import merging
-from merging.method.rank_rule import effective_rank, narrow
+from merging.method.rank_rule import NOTHING, effective_rank, is_narrow, singular_values
 from merging.method.reference import TEXTBOOK
 
 
@@ -20,16 +20,23 @@ def adapters(tasks: int = 3, rank: int = 2, width: int = 60, seed: int = 0) -> t
 
 def test_effective_rank_by_hand():
     """s = (3, 1): 16 / 10; k equal singular values count as k, whatever their size."""
-    assert effective_rank(torch.tensor([[0.0, 3.0], [1.0, 0.0], [0.0, 0.0]])) == pytest.approx(1.6)
-    assert effective_rank(7 * torch.eye(5)) == pytest.approx(5)
-    assert effective_rank(torch.zeros(3, 4)) == 0
-    assert effective_rank(deltas(30, 1) @ deltas(1, 20)) == pytest.approx(1, abs=1e-6)
+    assert effective_rank(torch.tensor([3.0, 1.0, 0.0])) == pytest.approx(1.6)
+    assert effective_rank(torch.full((5,), 7.0)) == pytest.approx(5)
+    assert effective_rank(torch.zeros(3)) == 0
 
 
-def test_effective_rank_is_that_of_the_singular_values():
+def test_singular_values_are_those_of_the_matrix():
     for D in (deltas(20, 30), deltas(30, 20).float(), adapters(1)[0]):
         s = torch.linalg.svdvals(D.double())
-        assert effective_rank(D) == pytest.approx(float(s.sum() ** 2 / (s @ s)), rel=1e-5)
+        assert_close(singular_values(D), s, rtol=1e-5, atol=float(1e-7 * s[0]))
+
+
+def test_what_float32_makes_out_of_nothing_in_a_wide_layer_counts_for_nothing():
+    g = torch.Generator().manual_seed(0)
+    D = torch.randn(1200, 16, generator=g) @ torch.randn(16, 1100, generator=g)
+    s, exact = singular_values(D), torch.linalg.svdvals(D.double())
+    assert s[16] < NOTHING * s[0]
+    assert abs(effective_rank(s) - effective_rank(exact)) < 0.5
 
 
 def test_by_hand():
@@ -45,6 +52,13 @@ def test_by_hand():
     assert torch.equal(merging.create("rank_rule")(D), aswudi(D))
 
 
+def test_an_adapter_of_half_the_rank_is_told_for_certain():
+    """Whatever its spectrum: here all of its singular values are equal."""
+    for rank, told in ((30, True), (31, False)):
+        Q, _ = torch.linalg.qr(deltas(60, rank, seed=rank))
+        assert is_narrow((Q @ Q.mT)[None], 60, 60) == told
+
+
 def test_an_adapter_rounded_into_bfloat16_weights_is_still_narrow():
     """Its rank is full then; its effective rank is not."""
     g = torch.Generator().manual_seed(0)
@@ -52,13 +66,18 @@ def test_an_adapter_rounded_into_bfloat16_weights_is_still_narrow():
     update = 0.002 * torch.randn(384, 16, generator=g) @ torch.randn(16, 384, generator=g) / 4
     D = (W0.float() + update).bfloat16().float() - W0.float()
     assert torch.linalg.matrix_rank(D) > 300
-    assert narrow(D[None], below=38.4)
-    assert not narrow(torch.randn(1, 384, 384, generator=g), below=38.4)
+    assert is_narrow(D[None], 384, 384)
+    assert not is_narrow(torch.randn(1, 384, 384, generator=g), 384, 384)
 
 
 @pytest.mark.parametrize("D", [adapters(1), deltas(1, 12, 9)])
 def test_a_single_expert_is_returned(D):
     assert_close(merging.create("rank_rule")(D), D[0])
+
+
+def test_files_that_say_they_are_adapters_are_believed():
+    D = deltas(3, 12, 9)
+    assert_close(merging.create("rank_rule")(D, adapters=True), merging.create("tsv_m")(D))
 
 
 def test_more_experts_than_directions_leave_tsv_m_no_place():
@@ -70,11 +89,10 @@ def test_more_experts_than_directions_leave_tsv_m_no_place():
 
 
 def test_neither_size_nor_order_nor_a_rotation_decides():
-    for D in (adapters(), deltas(3, 12, 9)):
-        below = 0.1 * min(D.shape[1:])
+    for D, told in ((adapters(), True), (deltas(3, 12, 9), False)):
         Q, _ = torch.linalg.qr(deltas(D.shape[-1], D.shape[-1], seed=5))
-        for other in (1e-4 * D, D.flip(0), D @ Q, D.mT):
-            assert narrow(other, below) == narrow(D, below)
+        for other in (D, 1e-4 * D, D.flip(0), D @ Q, D.mT):
+            assert is_narrow(other, *other.shape[1:]) == told
 
 
 def test_agrees_with_the_plain_formula_on_either_side_of_the_rule():

@@ -45,7 +45,7 @@ from merging.errors import InputError
 from merging.formats.checkpoints import StateDict
 from merging.formats.disk import write_synced
 from merging.layers import Layer, cut
-from merging.method.rank_rule import effective_rank
+from merging.method.rank_rule import effective_rank, singular_values
 from merging.progress import track
 
 log = logging.getLogger(__name__)
@@ -275,7 +275,9 @@ def _ranks(W0: Tensor, D: Tensor) -> dict[str, float]:
     left of that where base and expert are stored in bfloat16."""
     rounded = (W0 + D).bfloat16().float() - W0.bfloat16().float()
     found = {"effective_rank": D, "effective_rank_bfloat16": rounded}
-    return {key: effective_rank(delta) / min(D.shape) for key, delta in found.items()}
+    return {
+        key: effective_rank(singular_values(delta)) / min(D.shape) for key, delta in found.items()
+    }
 
 
 def _sides(

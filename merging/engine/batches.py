@@ -36,7 +36,7 @@ def together(job: Job, items: Sequence[Item], limit: int) -> list[list[Item]]:
         kind: object = item.name
         if _size(job, item, limit) > 1 and not (item.layer and item.layer.experts):
             dtypes = job.base.dtype(item.name), job.output_dtype(item.name)
-            kind = (id(item.method), item.shape, item.layer, dtypes)
+            kind = (id(item.method), item.shape, item.layer, dtypes, job.adapted(item.name))
         groups.setdefault(kind, []).append(item)
     return [part for group in groups.values() for part in _cut(group, _size(job, group[0], limit))]
 

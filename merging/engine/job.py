@@ -118,6 +118,10 @@ class Job:
         """Whether every task has a statistic of a tensor."""
         return self.statistics is not None and all(name in s for s in self.statistics.values())
 
+    def adapted(self, name: str) -> bool:
+        """Whether all experts' files say that adapters moved a tensor."""
+        return all(expert.adapted(name) for expert in self.experts.values())
+
     def context(self, name: str, method: Method, rows: slice | None = None) -> dict[str, Tensor]:
         """The statistics of a tensor (T, ...), or of some rows of it, that a method needs."""
         if not method.needs:

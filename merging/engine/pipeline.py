@@ -142,8 +142,9 @@ class Worker:
         return merged
 
     def _context(self, item: Item) -> dict[str, Any]:
-        place = {"depth": item.depth, "in_block": item.in_block, "weights": self.weights}
-        return {**place, **self.contexts.get(id(item.method), {})}
+        place = {"depth": item.depth, "in_block": item.in_block}
+        made = {"weights": self.weights, "adapters": self.job.adapted(item.name)}
+        return {**place, **made, **self.contexts.get(id(item.method), {})}
 
 
 @contextmanager

@@ -131,6 +131,9 @@ class Adapter:
         pair, shape = self.pairs[name], self.source.shape(self.pairs[name].a)
         return None if pair.magnitude or len(shape) > 2 else shape[0]
 
+    def adapted(self, name: str) -> bool:
+        return name not in self.dense
+
     def factors(self, name: str) -> Factors:
         """A (r, d_in) and B (d_out, r) in float32, and the scale; d_out of a table is its rows."""
         a, b, scale = self._held(name)

@@ -38,6 +38,7 @@ CONTEXT = {
     "weights": "(T,) what each expert counts for; none is 1 for all",
     "d_in": "the layer's own width, where deltas come in a basis of their rows",
     "d_out": "its height, where deltas come in a basis of their columns",
+    "adapters": "whether all experts' files say that adapters made the deltas",
     "depth": "place of the tensor's block along the model, 0 to 1",
     "in_block": "whether the tensor lies in a numbered block at all",
     "length_ratio": "of the length of all deltas' sum to that of a merge, over the whole model",

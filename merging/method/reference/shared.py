@@ -79,6 +79,11 @@ def cart(D: Tensor, scale: float = 1.0, share: float = 0.08) -> Tensor:
 @printed
 def rank_rule(D: Tensor) -> Tensor:
     s = torch.linalg.svdvals(D)
-    ranks = s.sum(-1) ** 2 / s.square().sum(-1)
-    narrow = ranks.max() < min(D.shape[1:]) / 10
-    return TEXTBOOK["tsv_m"](D) if narrow else TEXTBOOK["aswudi"](D, anchor="average")
+    r = min(D.shape[1:])
+    rounded = s.sum(-1) ** 2 / s.square().sum(-1) < r / 10
+    adapter = (s > 1e-3 * s[:, :1]).sum(-1) <= r / 2
+    return (
+        TEXTBOOK["tsv_m"](D)
+        if (rounded | adapter).all()
+        else TEXTBOOK["aswudi"](D, anchor="average")
+    )
