@@ -57,11 +57,10 @@ def rank_rule(
     """`tsv_m` if all experts are narrow, else `aswudi`: (T, d_out, d_in) -> (d_out, d_in).
 
     adapters: whether the experts' files say so; else their singular values are looked at.
-    layer_shape: what they are narrow in, where they come in coordinates of a space.
+    layer_shape: the layer's own (d_out, d_in), where deltas come in coordinates of a space.
     """
-    height, width = d_out or deltas.shape[1], d_in or deltas.shape[2]
-    layer = layer_shape or (height, width)
-    if len(deltas) <= min(height, width) and is_narrow(deltas, *layer, adapters):
+    height, width = layer_shape or (d_out or deltas.shape[1], d_in or deltas.shape[2])
+    if is_narrow(deltas, height, width, adapters):
         return create("tsv_m")(deltas, d_in=width, d_out=height)
     return create("aswudi", anchor="average")(deltas, d_in=width, d_out=height)
 
