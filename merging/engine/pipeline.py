@@ -80,8 +80,13 @@ class Worker:
         for batch, begun in track(loads, f"merging on {self.device}", len(todo)):
             if self.stop.is_set():
                 return
-            for piece, merged in self._merged(batch, begun):
-                put(piece, self.moves.back(merged))
+            try:  # taken out of the list, so that nothing else holds it
+                merged = self._merge(batch, begun.pop() if begun else self._load(batch))
+            except OutOfMemory:
+                merged = None  # what is held must be let go before there is another attempt
+            whole = zip(batch, merged, strict=True) if merged is not None else None
+            for piece, own in whole or self._in_halves(batch):
+                put(piece, self.moves.back(own))
 
     def _early(self, batch: list[Piece]) -> list[Begun]:
         """The next batch, begun while one is merged; none where memory does not hold two."""
@@ -95,20 +100,8 @@ class Worker:
             lambda send: [piece.item.route.load(self.job, piece, send) for piece in batch]
         )
 
-    def _merged(
-        self, batch: list[Piece], begun: list[Begun]
-    ) -> Iterator[tuple[Piece, Tensor | Factors]]:
-        """Of each piece what it became; halves of a batch where memory does not hold all of it.
-
-        begun: its load, if it was; taken out of the list, so that nothing else holds it.
-        """
-        try:
-            merged = self._merge(batch, begun.pop() if begun else self._load(batch))
-        except OutOfMemory:
-            merged = None  # what is held must be let go before there is another attempt
-        if merged is not None:
-            yield from zip(batch, merged, strict=True)
-            return
+    def _in_halves(self, batch: list[Piece]) -> Iterator[tuple[Piece, Tensor | Factors]]:
+        """Of each piece what it became, where memory does not hold all of the batch."""
         self.moves.free()
         item, half = batch[0].item, len(batch) // 2
         if not half:
@@ -122,7 +115,11 @@ class Worker:
             f"{list(item.shape)} at once: they were merged {half} at a time"
         )
         for part in (batch[:half], batch[half:]):
-            yield from self._merged(part, [])
+            try:
+                merged = self._merge(part, self._load(part))
+            except OutOfMemory:
+                merged = None
+            yield from self._in_halves(part) if merged is None else zip(part, merged, strict=True)
 
     def _merge(self, batch: Sequence[Piece], begun: Begun) -> Sequence[Tensor | Factors]:
         loads = self.moves.receive(begun)

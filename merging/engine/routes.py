@@ -135,11 +135,9 @@ class Dense:
         if item.layer is None:
             merged = item.merger(deltas, **statistics, **context)
         else:
-            layer = _layer(piece, loaded)
-            parts = [
-                item.merger(block, **arguments, **context)
-                for block, arguments in blocks(deltas, layer, statistics)
-            ]
+            layer, parts = _layer(piece, loaded), []
+            for block, arguments in blocks(deltas, layer, statistics):
+                parts.append(item.merger(block, **arguments, **context))
             merged = join(parts, layer)
         return add(loaded.W0, merged, item.name, job.output_dtype(item.name))
 

@@ -94,4 +94,5 @@ def singular_values(delta: Tensor) -> Tensor:
     of the largest out of nothing.
     """
     rows = delta if delta.shape[0] > delta.shape[1] else delta.mT
-    return torch.linalg.eigvalsh(gram(rows.to(solving_dtype(rows)))).clamp_min(0).sqrt().flip(0)
+    squares: Tensor = torch.linalg.eigvalsh(gram(rows.to(solving_dtype(rows))))
+    return squares.clamp_min(0).sqrt().flip(0)
