@@ -41,8 +41,13 @@ def test_a_finding_is_answered_from_the_table_or_refused(tmp_path):
     (tmp_path / "embedded_text" / "theory" / "scale.csv").write_text(
         "task,layer,effective_rank\na,1,0.1\nb,1,0.3\na,2,0.5\nb,2,0.2\n"
     )
+    (tmp_path / "bench" / "default").mkdir(parents=True)
+    (tmp_path / "bench" / "default" / "methods.csv").write_text(
+        "d_out,d_in,method,ours_seconds\n8,8,a,1\n9,8,a,4\n8,8,b,2\n9,8,b,0\n"
+    )
     regimes = [["long", "50.0", "60.0"], ["last", "40.0", "61.0"], ["mean", "45.0", "60.5"]]
     asked = {
+        "times a b": "1.00",
         "ranks text full": "0.30 to 0.50",
         "regimes actmat tsv_m": markdown(["validation examples", "actmat", "tsv_m"], regimes),
         "mean text full actmat": "60.0 ± 0.3", "gap text full actmat average": "10.0",

@@ -10,6 +10,7 @@ The page is `findings.md` beside this file, in which a number is written as a qu
     {{costs}}                            what data-free merging saves, as a table
     {{regime vision: actmat}}            mean validation accuracy in a regime of both_sides.md
     {{regimes actmat tsv_m}}             the same in all regimes that have these rows, as a table
+    {{times rank_rule actmat}}           the first's seconds over the second's, of bench/default
     {{ranks text full}}                  effective rank of the widest expert: layers' least to most
 """
 
@@ -47,6 +48,8 @@ def answer(question: str, results: Path) -> str:
         return _regime(question, results / "both_sides" / "table.csv")
     if kind == "regimes":
         return markdown(*_regimes(results / "both_sides" / "table.csv", words))
+    if kind == "times":
+        return _times(results / "bench" / "default" / "methods.csv", *words)
     if kind == "ranks":
         return _ranks(results / SUITES[words[0]] / THEORY[words[1]] / "scale.csv")
     suite, finetuning, *rows = words
@@ -82,6 +85,14 @@ def _regimes(path: Path, rows: list[str]) -> tuple[list[str], list[list[str]]]:
     lines = [[regime, *(f"{x:.1f}" for x in means.loc[regime])] for regime in means.index]
     lines.append(["mean", *(f"{x:.1f}" for x in means.mean())])
     return ["validation examples", *rows], lines
+
+
+def _times(path: Path, first: str, second: str) -> str:
+    """Of all linear layers of ViT-B/32, each shape counted as often as it is there."""
+    table = pd.read_csv(path)
+    counts = (table.d_out == table.d_in).map({True: 48, False: 12})
+    seconds = (counts * table.ours_seconds).groupby(table.method).sum()
+    return f"{seconds[first] / seconds[second]:.2f}"
 
 
 def _ranks(path: Path) -> str:
